@@ -1,0 +1,86 @@
+"""Every kernel compiles for every architecture at the shapes of real models: no spills, shared memory in bounds, no GPU."""
+
+import types
+
+import pytest
+
+from fastft_kernels import aot
+from fastft_kernels._runtime import INTERPRETED
+from fastft_kernels._triton import HAS_TRITON, tl, triton
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="no triton here: nothing to compile"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: it replaces the compiler"),
+]
+MODULES = {m.__name__.rpartition(".")[2]: m for m in aot.kernel_modules()} if HAS_TRITON and not INTERPRETED else {}
+
+
+@triton.jit
+def _sum_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, (x / tl.sum(x, axis=0)).to(y_ptr.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def _dot_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.dot(x, x))
+
+
+SUM = {"x_ptr": "*bf16", "y_ptr": "*bf16", "n": "i32"}
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("stem", MODULES)
+def test_module_compiles(stem, arch):
+    """No spills, shared memory within the limit, tensor cores where promised."""
+    for case in aot.cases_of(MODULES[stem], arch):
+        report = aot.compile_case(case, arch)
+        assert report.fits, f"{case.note}: {report}"
+        assert report.mma >= case.min_mma, f"{case.note}: {report}"
+
+
+@pytest.mark.parametrize("stem", MODULES)
+def test_every_kernel_has_a_case(stem):
+    module = MODULES[stem]
+    covered = {case.kernel.__name__ for arch in aot.ARCHS for case in aot.cases_of(module, arch)}
+    assert set(aot.kernels_of(module)) <= covered
+
+
+def test_spills_and_shared_memory_are_seen():
+    """The checks can fail: a row that cannot be held in the registers of one warp spills, a large tile overfills shared."""
+    wide = aot.compile_for(_sum_kernel, SUM, {"BLOCK": 32768}, "sm_80", num_warps=1)
+    assert wide.spill_bytes > 0
+    assert not wide.fits
+    big = aot.compile_for(_dot_kernel, {"x_ptr": "*bf16", "y_ptr": "*fp32"}, {"BLOCK": 256}, "sm_86", num_warps=8)
+    assert big.shared > big.shared_limit
+    assert not big.fits
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_report(arch):
+    plain = aot.compile_for(_sum_kernel, SUM, {"BLOCK": 1024}, arch)
+    assert plain.fits
+    assert 8 < plain.regs < 128
+    assert plain.mma == 0
+    if arch != "sm_75":  # a bf16 product takes a minute to compile there, and no kernel of ours launches one
+        dot = aot.compile_for(_dot_kernel, {"x_ptr": "*bf16", "y_ptr": "*fp32"}, {"BLOCK": 64}, arch)
+        assert dot.mma > 0
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match=r"missing \['n'\], unknown \['m'\]"):
+        aot.compile_for(_sum_kernel, {"x_ptr": "*bf16", "y_ptr": "*bf16", "m": "i32"}, {"BLOCK": 64}, "sm_80")
+    with pytest.raises(ValueError, match="sm_70"):
+        aot.compile_for(_sum_kernel, SUM, {"BLOCK": 64}, "sm_70")
+
+
+def test_kernels_are_found():
+    """A module with kernels and without cases is found, and fails; functions that kernels call are no kernels."""
+    module = types.ModuleType(__name__)
+    module._sum_kernel = _sum_kernel
+    assert aot.kernels_of(module) == ["_sum_kernel"]
+    with pytest.raises(AttributeError, match="AOT_CASES"):
+        aot.cases_of(module, "sm_90")

@@ -1,0 +1,135 @@
+"""Recognise, prove, swap, report over all modules of one model, and the exact undo."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastft.patching.kinds import Candidate, Context, Kind
+from fastft.patching.observe import observe
+from fastft.patching.prove import Proof
+from fastft.patching.report import PatchReport, Row
+from fastft.patching.swap import is_fast, obstacle, slot_of, stock_class, uninstall
+
+RECORD = "_fastft_record"
+_PROOFS: dict[Hashable, Proof] = {}  # one per class, configuration and dtype, for the process
+
+
+class StrictError(RuntimeError):
+    """`patch(strict=True)` met modules that stay stock."""
+
+
+@dataclass
+class Outcome:
+    kind: str
+    group: str
+    name: str
+    kernel: str = ""
+    proof: Proof | None = None
+    reason: str = ""
+
+
+@dataclass
+class Record:
+    """What one patch knows, kept on the innermost base model: outcomes by (kind, module name), lines about the whole model."""
+
+    outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fallbacks: Counter = field(default_factory=Counter)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's, DDP's or torch.compile's wrapper: the one whose modules are looked at."""
+    while True:
+        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            base = model.get_base_model()
+        else:
+            base = model.__dict__.get("_modules", {}).get("_orig_mod") or (
+                model.module if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
+            )
+        if base is model:
+            return model
+        model = base
+
+
+def record_of(model: nn.Module) -> Record | None:
+    return innermost(model).__dict__.get(RECORD)
+
+
+def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
+    """Swap on every module of `model` what a kind recognises and proves. Modules that carry a kind's swap already are left alone."""
+    base = innermost(model)
+    record = base.__dict__.setdefault(RECORD, Record())
+    wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
+    seen = observe(base, lambda fn: any(w(fn) for w in wants))
+    names = {m: n for n, m in base.named_modules()}
+    context = Context(base, seen, names)
+    record.notes = [f"observation stopped early: {seen.error}"] if seen.error else []
+    for kind in kinds:
+        for module, name in names.items():
+            if is_fast(module, kind.name):
+                continue
+            found = kind.recognise(module, context)
+            if found is None:
+                record.outcomes.pop((kind.name, name), None)
+                continue
+            outcome = Outcome(kind.name, stock_class(module).__name__, name)
+            record.outcomes[kind.name, name] = outcome
+            why_not = found if isinstance(found, str) else obstacle(module)
+            if why_not:
+                outcome.reason = why_not
+                continue
+            outcome.proof = proof_of(kind.name, found)
+            if outcome.proof.ok:
+                found.apply(module)
+                outcome.kernel, outcome.reason = found.kernel, found.note
+            else:
+                outcome.reason = outcome.proof.reason
+    return record
+
+
+def proof_of(kind: str, candidate: Candidate) -> Proof:
+    key = (kind, candidate.key)
+    if key not in _PROOFS:
+        _PROOFS[key] = candidate.prove()
+    return _PROOFS[key]
+
+
+def undo(model: nn.Module) -> None:
+    """Restore every instance below `model`, and in its innermost base model, exactly."""
+    base = innermost(model)
+    for root in {id(model): model, id(base): base}.values():
+        for module in root.modules():
+            uninstall(module)
+    base.__dict__.pop(RECORD, None)
+
+
+def build_report(model: nn.Module) -> PatchReport:
+    base = innermost(model)
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"report: this {type(base).__name__} is not patched; call fastft.patch(model) first")
+    groups: dict[tuple, list[Outcome]] = defaultdict(list)
+    for o in record.outcomes.values():
+        p = o.proof if o.kernel else None
+        groups[o.kind, o.group, o.kernel, o.reason, p].append(o)
+    rows = [
+        Row(kind, group, len(os), kernel, *((p.error, p.stock_error, p.dtype) if p else ()), reason=reason, example=os[0].name)
+        for (kind, group, kernel, reason, p), os in groups.items()
+    ]
+    rows.sort(key=lambda r: (not r.is_swapped,))
+    fallbacks = Counter(record.fallbacks)
+    for module in base.modules():
+        if (slot := slot_of(module)) is not None:
+            fallbacks.update(slot.fallbacks)
+    return PatchReport(type(base).__name__, tuple(rows), dict(fallbacks), tuple(record.notes))
+
+
+def strict_check(report: PatchReport, kinds: Iterable[str] | None = None) -> None:
+    left = [r for r in report.stock if kinds is None or r.kind in kinds]
+    if left:
+        lines = "\n".join(f"  {r.kind}: {r.count} x {r.group} (such as {r.example}): {r.reason}" for r in left)
+        raise StrictError(f"patch(strict=True): these stay stock:\n{lines}\nuse strict=False to train them as they are")

@@ -1,0 +1,60 @@
+"""Exchange a free function that a forward calls, for one class of instances only.
+
+A forward that calls `apply_rotary_pos_emb(q, k, cos, sin)` finds it in its module's globals. `rebind` makes the same code object over
+a copied globals dict in which that one name means something else. No source text is read, the original function and module are untouched.
+Decorated forwards (`functools.wraps`, so `__wrapped__`) are rebuilt around the rebound inner function.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+
+
+def innermost(fn: Callable) -> Callable:
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    return fn
+
+
+def global_calls(fn: Callable) -> dict[str, Callable]:
+    """The plain Python functions that fn's code (inside all decorators) can reach by a global name."""
+    inner = innermost(fn)
+    if not isinstance(inner, types.FunctionType):
+        return {}
+    found = {n: inner.__globals__.get(n) for n in inner.__code__.co_names}
+    return {n: f for n, f in found.items() if isinstance(f, types.FunctionType)}
+
+
+def _copy(fn: types.FunctionType, globals_: dict, closure) -> types.FunctionType:
+    new = types.FunctionType(fn.__code__, globals_, fn.__name__, fn.__defaults__, closure)
+    new.__kwdefaults__ = fn.__kwdefaults__
+    new.__dict__.update(fn.__dict__)
+    new.__qualname__, new.__module__, new.__doc__ = fn.__qualname__, fn.__module__, fn.__doc__
+    new.__annotations__ = fn.__annotations__
+    return new
+
+
+def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
+    """A copy of fn in which the global names given mean the objects given. Raises TypeError for what is no Python function, or is
+    wrapped by a decorator that does not keep the inner function in its closure."""
+    if not isinstance(fn, types.FunctionType):
+        raise TypeError(f"rebind: want a Python function, got {type(fn).__name__}")
+    inner = fn.__dict__.get("__wrapped__")
+    if inner is None:
+        return _copy(fn, {**fn.__globals__, **names}, fn.__closure__)
+    new_inner = rebind(inner, names)
+    cells = fn.__closure__ or ()
+    closure = tuple(types.CellType(new_inner) if _holds(c, inner) else c for c in cells)
+    if not any(_holds(c, inner) for c in cells):
+        raise TypeError(f"rebind: a decorator of {fn.__qualname__} hides the function it wraps")
+    new = _copy(fn, fn.__globals__, closure)
+    new.__wrapped__ = new_inner
+    return new
+
+
+def _holds(cell: types.CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False

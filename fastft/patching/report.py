@@ -1,0 +1,93 @@
+"""Report: for every group of modules the kernel it runs, with the proof's error beside the stock error, or why it is stock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group: modules of one class with one outcome. error and stock_error are relative to the largest true value, in `dtype`."""
+
+    kind: str
+    group: str  # the stock class
+    count: int
+    kernel: str = ""  # empty: stock
+    error: float = math.nan
+    stock_error: float = math.nan
+    dtype: str = ""
+    reason: str = ""
+    example: str = ""  # the name of one module of the group
+
+    @property
+    def is_swapped(self) -> bool:
+        return bool(self.kernel)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """`print(report)` shows the table; `.swapped` and `.stock` are its rows; `.fallbacks` counts calls that went the stock way later,
+    with the reason; `.notes` are lines about the whole model; `.to_dict()` is JSON-ready."""
+
+    model: str
+    rows: tuple[Row, ...]
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        return tuple(r for r in self.rows if r.is_swapped)
+
+    @property
+    def stock(self) -> tuple[Row, ...]:
+        return tuple(r for r in self.rows if not r.is_swapped)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def to_dict(self) -> dict:
+        def finite(row: Row) -> dict:
+            d = asdict(row)
+            return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}
+
+        return {
+            "model": self.model,
+            "swapped": [finite(r) for r in self.swapped],
+            "stock": [finite(r) for r in self.stock],
+            "fallbacks": dict(self.fallbacks),
+            "notes": list(self.notes),
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        count = lambda rows: sum(r.count for r in rows)
+        title = f"fastft: {self.model}: {count(self.swapped)} modules swapped, {count(self.stock)} stock"
+        table = Table(title=title, title_justify="left")
+        table.add_column("kind")
+        table.add_column("group", overflow="fold")
+        table.add_column("count", justify="right")
+        table.add_column("kernel", overflow="fold")
+        table.add_column("error", justify="right")
+        table.add_column("stock error", justify="right")
+        table.add_column("dtype / reason", overflow="fold", ratio=1)
+        number = lambda x: f"{x:.1e}" if math.isfinite(x) else ""
+        for r in self.rows:
+            style = "" if r.is_swapped else "dim"
+            why = r.dtype if r.is_swapped and not r.reason else f"{r.dtype} {r.reason}".strip()
+            table.add_row(r.kind, r.group, str(r.count), r.kernel or "stock", number(r.error), number(r.stock_error), Text(why), style=style)
+        yield table
+        for reason, n in self.fallbacks.items():
+            yield Text(f"went the stock way in {n} calls: {reason}")
+        for note in self.notes:
+            yield Text(note)
+
+    def __str__(self) -> str:
+        console = Console(width=130, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()

@@ -1,0 +1,254 @@
+"""MLPs: down(act(gate(x)) * up(x)), fused or separate, and down(act(up(x))): the elementwise middle becomes one launch.
+
+A module is an MLP when, with stand-ins for its linear children, its forward calls two or three of them once each, gives the last one a
+known elementwise function of what the others returned, and returns the last one's output. The stand-ins are low-rank products of the
+full width, so that an 8B model's MLP is probed in milliseconds; the real children keep being called as modules, hooks and all.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fastft.patching.fingerprint import fingerprint
+from fastft.patching.kinds import Candidate, Context
+from fastft.patching.prove import FORMULA_EPS, Proof, prove
+from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.truth import float64_truth
+from fastft_kernels.activation import activation
+from fastft_kernels.glu import glu, glu_recompute
+from fastft_kernels.recipe import Recipe, attach
+
+KIND = "mlp"
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2", "quick_gelu", "sigmoid")
+_INTERPOSED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """calls: names of the linear children in the order of their calls; the last is down. split: how one fused product is divided
+    ("chunk", "interleaved", or "" where gate and up are two children). swapped: up comes first."""
+
+    calls: tuple[str, ...]
+    activation: str
+    gated: bool
+    split: str = ""
+    swapped: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+    up_offset: float = 0.0
+    others: tuple[str, ...] = ()  # children that do not run in the fast forward: the activation, dropouts
+
+    @property
+    def kernel(self) -> str:
+        extra = "".join([f", limit {self.limit:g}" if self.limit else "", f", {self.split} gate_up" if self.split else ""])
+        return f"{'glu' if self.gated else 'activation'}({self.activation}{extra})"
+
+    def middle(self, *products: torch.Tensor) -> torch.Tensor:
+        """The input of down from the outputs of the other children."""
+        if not self.gated:
+            return activation(products[0], self.activation)
+        gate, up = self.parts(*products)
+        return glu(gate, up, self.activation, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+
+    def parts(self, *products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.split == "chunk":
+            products = products[0].chunk(2, dim=-1)
+        elif self.split == "interleaved":
+            products = (products[0][..., ::2], products[0][..., 1::2])
+        return (products[1], products[0]) if self.swapped else (products[0], products[1])
+
+
+class FastMLP:
+    """Mixin: the children run as modules, in stock's order; act and product in one launch; the product can be recomputed, not saved."""
+
+    ORDER = 30
+
+    def forward(self, *args, **kwargs):
+        slot = self.__dict__[KEY]
+        shape: Shape = slot.state(KIND)
+        why = _interposed(self, shape)
+        if len(args) != 1 or kwargs or why:
+            slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
+            return super().forward(*args, **kwargs)
+        modules = self._modules
+        products = [modules[n](args[0]) for n in shape.calls[:-1]]
+        h = shape.middle(*products)
+        if shape.gated:
+            gate, up = shape.parts(*products)
+            settings = dict(alpha=shape.alpha, limit=shape.limit, up_offset=shape.up_offset)
+            attach(h, lambda: Recipe.of(glu_recompute, gate, up, shape.activation, **settings))
+        return modules[shape.calls[-1]](h)
+
+
+def _interposed(module: nn.Module, shape: Shape) -> str:
+    """Someone listens to a child that the fast forward does not call, or a dropout is on."""
+    for n in shape.others:
+        child = module._modules.get(n)
+        if child is None:
+            return f"{n} was removed"
+        if any(child.__dict__.get(h) for h in _INTERPOSED):
+            return f"{n} carries a hook"
+        if child.training and getattr(child, "p", 0.0) > 0.0:
+            return f"{n} drops out"
+    return ""
+
+
+class StandIn(nn.Module):
+    """A linear map of the full width and rank 8, which notes what it was given and what it returned."""
+
+    def __init__(self, n_in: int, n_out: int, generator: torch.Generator, log: list, name: str):
+        super().__init__()
+        draw = lambda *shape: nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
+        self.A, self.B, self.bias = draw(n_in, 8), draw(8, n_out), draw(n_out)
+        self.log, self.name, self.in_features, self.out_features = log, name, n_in, n_out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x @ self.A) @ self.B * (self.in_features * 8) ** -0.5 + self.bias * 0.1
+        self.log.append((self.name, x, y))
+        return y
+
+    def __deepcopy__(self, memo):
+        new = StandIn.__new__(StandIn)
+        memo[id(self)] = new
+        new.__dict__.update({k: v if k == "log" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of whatever behaves as a linear layer: torch's, quantised ones, adapters around them, transposed ones."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    weight = module._parameters.get("weight")
+    if hasattr(module, "nx") and hasattr(module, "nf") and weight is not None and weight.dim() == 2:
+        return module.nx, module.nf
+    return None
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """The linear children, if there are two or three that go out and come back, and no other child or own parameter matters."""
+    if any(p is not None for p in module._parameters.values()):
+        return None
+    linears = {n: s for n, c in module._modules.items() if c is not None and (s := linear_shape(c))}
+    if len(linears) not in (2, 3):
+        return None
+    others = [c for n, c in module._modules.items() if c is not None and n not in linears]
+    if any(True for c in others for _ in c.parameters()):
+        return None
+    return linears
+
+
+def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[nn.Module, list]:
+    log: list = []
+    g = torch.Generator().manual_seed(3)
+    new = module.__class__.__new__(stock_class(module))
+    new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (KEY, "forward", "_old_forward", "_hf_hook")})
+    children = {n: StandIn(*linears[n], g, log, n) if n in linears else copy.deepcopy(c) for n, c in module._modules.items()}
+    new._modules = children
+    new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
+    return new.eval(), log
+
+
+def _shapes(module: nn.Module, calls: list) -> list[Shape]:
+    """Every structure that these calls could be, plain ones first."""
+    names = tuple(n for n, _, _ in calls)
+    *before, (_, h, _) = calls
+    others = tuple(n for n, c in module._modules.items() if c is not None and n not in names)
+    floats = [v for v in module.__dict__.values() if isinstance(v, float) and v > 0]
+    out = []
+    for act in ACTIVATIONS:
+        if len(before) == 2:
+            out += [Shape(names, act, True, swapped=s, others=others) for s in (False, True)]
+        elif before[0][2].shape[-1] == 2 * h.shape[-1]:
+            out += [Shape(names, act, True, split, s, others=others) for split in ("chunk", "interleaved") for s in (False, True)]
+        else:
+            out.append(Shape(names, act, False, others=others))
+    clamped = [replace(s, limit=v) for s, v in itertools.product(out, floats) if s.gated and s.activation == "silu"]
+    return out + clamped
+
+
+class MLPs:
+    name = KIND
+
+    def __init__(self):
+        self._known: dict = {}
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        linears = _linears(module)
+        if linears is None:
+            return None
+        dtype = next((p.dtype for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)), torch.float32)
+        others = tuple((n, fingerprint(c)) for n, c in module._modules.items() if c is not None and n not in linears)
+        attributes = fingerprint(_bare(module))
+        key = (stock_class(module), tuple(linears.items()), others, attributes, dtype)
+        if key not in self._known:
+            self._known[key] = self._recognise(module, linears)
+        found = self._known[key]
+        if found is None or isinstance(found, str):
+            return found
+        return Candidate(found.kernel, key, lambda: self._prove(module, linears, found, dtype), lambda m: install(m, KIND, FastMLP, found))
+
+    @staticmethod
+    def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]]) -> Shape | str | None:
+        probe, log = _with_stand_ins(module, linears)
+        width = _outward(linears)
+        if width is None:
+            return None
+        x = torch.randn(6, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        x = torch.cat([x, 30 * x]).unsqueeze(0)
+        try:
+            with torch.no_grad(), float64_truth():
+                y = probe(x)
+        except Exception as e:  # attention with fused projections looks like an MLP until it runs
+            return None if _needs_more(module) else f"cannot be run on one tensor: {type(e).__name__}"
+        if sorted(n for n, _, _ in log) != sorted(linears) or not isinstance(y, torch.Tensor):
+            return None
+        *before, (_, h, last) = log
+        if any(inp is not x for _, inp, _ in before):
+            return None if not torch.equal(before[0][1], x) else "its linear children are given different inputs"
+        if y.shape != last.shape or not torch.equal(y, last):
+            return "it does not return its last product as it is"
+        for shape in _shapes(module, log):
+            with torch.no_grad():
+                ours = shape.middle(*(p for _, _, p in before))
+                if ours.shape == h.shape and (ours - h).abs().max() <= FORMULA_EPS * h.abs().max():
+                    return shape
+        return "no activation known here gives the input of its last product"
+
+    @staticmethod
+    def _prove(module: nn.Module, linears: dict[str, tuple[int, int]], shape: Shape, dtype: torch.dtype) -> Proof:
+        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        probe, log = _with_stand_ins(module, linears)
+        width = _outward(linears)
+        inputs = lambda g, scale: [(torch.randn(1, 5, width, generator=g, dtype=torch.float64) * scale).to(device)]
+        proof = prove(probe.to(device), lambda m: install(m, KIND, FastMLP, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
+        log.clear()
+        return proof
+
+
+def _outward(linears: dict[str, tuple[int, int]]) -> int | None:
+    """The width that goes in, when one linear comes back to it."""
+    first = next(iter(linears.values()))[0]
+    ins = sorted((i for i, _ in linears.values()), key=lambda i: i != first)
+    for width in dict.fromkeys(ins):
+        back = [n for n, (i, o) in linears.items() if i != width or o == width]
+        if len(back) == 1 or len(linears) == 2:
+            return width
+    return first
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    bare = module.__class__.__new__(stock_class(module))
+    bare.__dict__.update({k: v for k, v in module.__dict__.items() if k != KEY})
+    bare._modules = {}
+    return bare
+
+
+def _needs_more(module: nn.Module) -> bool:
+    ps = list(inspect.signature(stock_class(module).forward).parameters.values())[1:]
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in ps) != 1

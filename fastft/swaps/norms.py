@@ -1,0 +1,274 @@
+"""Norms: RMSNorm in its variants and LayerNorm, recognised by what a leaf module computes.
+
+A norm is a leaf whose only parameters are vectors over the last dimension and whose output does not change when its input grows. Which
+formula it is (weight or none, 1 + w, bias, eps, centred or not, the cast before or after the weight) is read off its own answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastft.patching.fingerprint import fingerprint
+from fastft.patching.kinds import Candidate, Context
+from fastft.patching.prove import FORMULA_EPS, Proof, prove
+from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.truth import float64_truth
+from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
+from fastft_kernels.numerics import compare
+from fastft_kernels.recipe import Recipe, attach
+from fastft_kernels.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
+
+KIND = "norm"
+MAX_WIDTH = 1 << 17
+
+
+@dataclass(frozen=True)
+class Formula:
+    """weight, bias: parameter names or None. eps: an attribute's name, or the value. out: "x", "promote", or a dtype."""
+
+    centred: bool
+    weight: str | None
+    bias: str | None
+    eps: str | float
+    offset: float = 0.0
+    cast: str = "after"
+    out: str | torch.dtype = "x"
+
+    @property
+    def kernel(self) -> str:
+        if self.centred:
+            return f"layer_norm({'bias' if self.bias else 'no bias'})" if self.weight else "layer_norm(no weight)"
+        if not self.weight:
+            return "rms_norm(no weight)"
+        return f"rms_norm({'1 + w, ' if self.offset else ''}cast {self.cast})"
+
+    def out_dtype(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.dtype:
+        if isinstance(self.out, torch.dtype):
+            return x.dtype if x.dtype == torch.float64 else self.out
+        return torch.promote_types(x.dtype, w.dtype) if self.out == "promote" and w is not None else x.dtype
+
+    def eps_of(self, module: nn.Module) -> float:
+        return self.eps if isinstance(self.eps, float) else getattr(module, self.eps)
+
+    def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The formula alone, without recipe: what recognition compares."""
+        w = getattr(module, self.weight) if self.weight else None
+        if self.centred:
+            b = getattr(module, self.bias) if self.bias else None
+            return layer_norm(x, w, b, self.eps_of(module), out_dtype=self.out_dtype(x, w))
+        return rms_norm(x, w, self.eps_of(module), offset=self.offset, cast=self.cast, out_dtype=self.out_dtype(x, w))
+
+
+class FastNorm:
+    """Mixin: one launch forward, one backward; the output carries the recipe by which a consumer recomputes it instead of saving it."""
+
+    ORDER = 50
+
+    def forward(self, *args, **kwargs):
+        slot = self.__dict__[KEY]
+        f: Formula = slot.state(KIND)
+        x = args[0] if len(args) == 1 and not kwargs else next(iter(kwargs.values())) if len(kwargs) == 1 and not args else None
+        weight = getattr(self, f.weight) if f.weight else None
+        bias = getattr(self, f.bias) if f.bias else None
+        why = _cannot(x, weight, bias)
+        if why:
+            slot.fallbacks[f"norm: {why}"] += 1
+            return super().forward(*args, **kwargs)
+        eps, out = f.eps_of(self), f.out_dtype(x, weight)
+        if f.centred:
+            y, mean, rstd = layer_norm_with_stats(x, weight, bias, eps, out_dtype=out)
+            attach(y, lambda: Recipe.of(layer_norm_recompute, x, mean, rstd, weight, bias, out_dtype=out))
+            return y
+        y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=f.cast, out_dtype=out)
+        attach(y, lambda: Recipe.of(rms_norm_recompute, x, rstd, weight, offset=f.offset, cast=f.cast, out_dtype=out))
+        return y
+
+
+def _cannot(x, weight, bias) -> str:
+    if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, torch._subclasses.FakeTensor):
+        return "input is no plain tensor" if isinstance(x, torch.Tensor) else "called with more than one input"
+    if not x.is_floating_point():
+        return "input is not floating point"
+    for p in (weight, bias):
+        if p is None:
+            continue
+        if type(p) not in (torch.Tensor, nn.Parameter) and not isinstance(p, torch._subclasses.FakeTensor):
+            return f"its parameter is a {type(p).__name__}"
+        if p.shape != x.shape[-1:]:
+            return "parameter is sharded or of another width"
+    return ""
+
+
+def _vectors(module: nn.Module) -> list[tuple[str, nn.Parameter]] | None:
+    """The parameters, if all are vectors of one width; None if the module cannot be a norm."""
+    if any(c is not None for c in module._modules.values()) or any(b is not None for b in module._buffers.values()):
+        return None
+    ps = [(n, p) for n, p in module._parameters.items() if p is not None]
+    if len(ps) > 2 or any(p.dim() != 1 or not p.is_floating_point() for _, p in ps) or len({p.shape for _, p in ps}) > 1:
+        return None
+    return ps if not ps or 0 < ps[0][1].numel() <= MAX_WIDTH else None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    parameters = list(inspect.signature(stock_class(module).forward).parameters.values())[1:]
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(required) == 1 or (not required and bool(parameters))
+
+
+def _probe(module: nn.Module, width: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor] | None:
+    """(float64 CPU copy with random parameters, x, y), or None where the module's output grows with its input."""
+    probe = _copy_on_cpu(module)
+    g = torch.Generator().manual_seed(3)
+    for p in probe.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3 + 0.5
+    x = torch.randn(5, width, generator=g, dtype=torch.float64)
+    with torch.no_grad(), float64_truth():
+        big, bigger = probe(x * 1e6), probe(x * 4e6)
+        if not (isinstance(big, torch.Tensor) and big.shape == x.shape and torch.isfinite(big).all()):
+            return None
+        same = (big - bigger).abs().max() <= 1e-6 * big.abs().max()
+        if not same or big.abs().max() < 1e-3 or torch.equal(probe(x), x) or bool((big.sign() == big).all()):
+            return None
+        x = torch.cat([x, x * 1e-3])  # small inputs, so that eps shows
+        return probe, x, probe(x)
+
+
+def _copy_on_cpu(module: nn.Module) -> nn.Module:
+    """A copy whose parameters are fresh CPU tensors (the model's may be fakes, or anywhere)."""
+    new = module.__class__.__new__(stock_class(module))
+    new.__dict__.update({k: copy.copy(v) if k in ("_parameters", "_buffers", "_modules") else v for k, v in module.__dict__.items() if k != KEY})
+    new.__dict__.pop("forward", None)
+    for n, p in module._parameters.items():
+        new._parameters[n] = None if p is None else nn.Parameter(torch.zeros(p.shape, dtype=torch.float64))
+    return new
+
+
+def _formula(module: nn.Module, probe: nn.Module, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> Formula | None:
+    """The first formula that gives y to float64 rounding."""
+    floats = [k for k, v in module.__dict__.items() if isinstance(v, float) and 0 <= v < 0.1]
+    pairs = [(None, None)] if not names else [(names[0], None)] if len(names) == 1 else [tuple(names), tuple(reversed(names))]
+    for eps in [*floats, torch.finfo(torch.float32).eps, 1e-5, 1e-6, 1e-12, 1e-8, 0.0]:
+        for weight, bias in pairs:
+            for centred in (False, True):
+                if bias and not centred:
+                    continue
+                for offset in (0.0, 1.0) if weight and not centred else (0.0,):
+                    f = Formula(centred, weight, bias, eps, offset)
+                    with torch.no_grad():
+                        if (f(probe, x) - y).abs().max() <= FORMULA_EPS * y.abs().max():
+                            return f
+    return None
+
+
+def _dtypes(module: nn.Module, f: Formula) -> Formula | str:
+    """Cast and result dtype, read off the stock module's answers in mixed precision."""
+    g = torch.Generator().manual_seed(5)
+    low = torch.bfloat16
+    width = getattr(module, f.weight).numel() if f.weight else 64
+    x = torch.randn(16, width, generator=g).to(low)
+    probe = _copy_on_cpu(module)
+    values = {n: (torch.randn(p.shape, generator=g) * 0.3 + 0.5).to(low) for n, p in probe.named_parameters()}
+
+    def answer(param_dtype, x):
+        for n, p in probe.named_parameters():
+            p.data = values[n].to(param_dtype)
+        with torch.no_grad():
+            return probe(x)
+
+    try:
+        both = answer(low, x)
+        mixed = answer(torch.float32, x) if f.weight else both
+    except RuntimeError:
+        mixed = both if f.weight is None else answer(low, x)
+    if both.dtype == low:
+        out = "promote" if f.weight and mixed.dtype == torch.float32 else "x"
+    elif both.dtype == torch.float32:
+        out = torch.float32
+    else:
+        return f"returns {both.dtype} for bfloat16"
+    f = Formula(f.centred, f.weight, f.bias, f.eps, f.offset, "after", out)
+    if f.centred or f.weight is None:
+        return f
+    answer(low, x)
+    forms = [Formula(f.centred, f.weight, f.bias, f.eps, f.offset, cast, out) for cast in ("before", "after")]
+    with torch.no_grad():
+        wrong = [int((c(probe, x) != both).sum()) for c in forms]
+    return forms[0] if wrong[0] < wrong[1] else forms[1]
+
+
+def _prove_mixed(module: nn.Module, f: Formula) -> str:
+    """bfloat16 input with float32 weight, as after PEFT's k-bit preparation: output judged as well. Empty when fine."""
+    if f.weight is None:
+        return ""
+    stock, g = _copy_on_cpu(module), torch.Generator().manual_seed(7)
+    for p in stock.parameters():
+        p.data = torch.randn(p.shape, generator=g)
+    x = torch.randn(4, getattr(stock, f.weight).numel(), generator=g).to(torch.bfloat16)
+    with torch.no_grad():
+        try:
+            eager = stock(x)
+        except RuntimeError:
+            return ""  # the stock module does not take this mix: nothing to keep
+        ours = f(stock, x)
+        for p in stock.parameters():
+            p.data = p.data.double()
+        with float64_truth():
+            truth = stock(x.double())
+    verdict = compare(ours, truth, eager, "bfloat16 input, float32 weight")
+    return "" if verdict else str(verdict)
+
+
+class Norms:
+    name = KIND
+
+    def __init__(self):
+        self._known: dict = {}
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        vectors = _vectors(module)
+        if vectors is None or not _takes_one(module):
+            return None
+        width = vectors[0][1].numel() if vectors else context.seen.last_dim(module)
+        if width is None:
+            return None
+        dtype = vectors[0][1].dtype if vectors else context.seen.input_dtype(module) or torch.float32
+        key = (fingerprint(module), width, dtype)
+        if key not in self._known:
+            self._known[key] = self._recognise(module, width, [n for n, _ in vectors])
+        found = self._known[key]
+        if found is None or isinstance(found, str):
+            return found
+        f = found
+        return Candidate(f.kernel, key, lambda: self._prove(module, f, width, dtype), lambda m: install(m, KIND, FastNorm, f))
+
+    @staticmethod
+    def _recognise(module: nn.Module, width: int, names: list[str]) -> Formula | str | None:
+        try:
+            probed = _probe(module, width)
+        except Exception as e:  # foreign code on input it may not expect: not a norm that we know
+            return f"cannot be run on one tensor of width {width}: {type(e).__name__}" if "norm" in type(module).__name__.lower() else None
+        if probed is None:
+            return None
+        formula = _formula(module, *probed, names)
+        return "no norm formula known here gives its output" if formula is None else _dtypes(module, formula)
+
+    @staticmethod
+    def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype) -> Proof:
+        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        stock = _copy_on_cpu(module).to(device)
+
+        def reset(m: nn.Module) -> None:
+            g = torch.Generator().manual_seed(11)
+            for p in m.parameters():
+                p.data = (torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3 + 0.5).to(p.device)
+
+        inputs = lambda g, scale: [(torch.randn(2, 9, width, generator=g, dtype=torch.float64) * scale).to(device)]
+        proof = prove(stock, lambda m: install(m, KIND, FastNorm, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=reset)
+        if proof.ok and (why := _prove_mixed(module, f)):
+            return Proof(False, dtype="mixed", reason=why)
+        return proof

@@ -1,0 +1,35 @@
+"""What a user can meet. Every message is one line: what was asked, what is there, what to do about it."""
+
+from __future__ import annotations
+
+
+class FastftError(ValueError):
+    """Base of all errors that fastft raises on purpose."""
+
+
+class ModelNotFoundError(FastftError):
+    """A name or folder that holds no model, or a repository that cannot be reached."""
+
+
+class QuantizationError(FastftError):
+    """4-bit or 8-bit loading that cannot be done as asked."""
+
+
+class DtypeError(FastftError):
+    """A dtype that is not one, or that the device lacks."""
+
+
+class TargetModulesError(FastftError):
+    """An adapter whose targets match no module of the model."""
+
+
+class AdapterError(FastftError):
+    """An adapter's folder and the other arguments contradict each other."""
+
+
+class SequenceLengthError(FastftError):
+    """More positions asked for than the model was built with."""
+
+
+class DatasetError(FastftError):
+    """A data set that cannot be found, or whose columns are in no format that a trainer takes."""

@@ -1,3 +1,40 @@
-"""fastft: Hugging Face models fine-tune faster and in less GPU memory, and prove on your machine that nothing else changed."""
+"""fastft: Hugging Face models fine-tune faster and in less GPU memory, and prove on your machine that nothing else changed.
+
+Importing this module imports nothing else: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "FastModel": "fastft.model.loading",
+    "patch": "fastft.model.api",
+    "unpatch": "fastft.model.api",
+    "patched": "fastft.model.api",
+    "report": "fastft.model.api",
+    "PatchReport": "fastft.patching.report",
+    "StrictError": "fastft.patching.patcher",
+    "FastftError": "fastft.errors",
+}
+__all__ = list(_WHERE)
+
+if TYPE_CHECKING:
+    from fastft.errors import FastftError
+    from fastft.model.api import patch, patched, report, unpatch
+    from fastft.model.loading import FastModel
+    from fastft.patching.patcher import StrictError
+    from fastft.patching.report import PatchReport
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fastft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -122,9 +122,14 @@ def build_report(model: nn.Module) -> PatchReport:
     ]
     rows.sort(key=lambda r: (not r.is_swapped,))
     fallbacks = Counter(record.fallbacks)
+    functions = {}  # rebound free functions count for themselves: one serves all modules of a class
     for module in base.modules():
         if (slot := slot_of(module)) is not None:
             fallbacks.update(slot.fallbacks)
+            functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in getattr(mixin, "FAST", ())})
+    for kind, f in functions.values():
+        if f.fallbacks:
+            fallbacks[f"{kind}: {f.__name__} was called outside its proof"] += f.fallbacks
     return PatchReport(type(base).__name__, tuple(rows), dict(fallbacks), tuple(record.notes))
 
 

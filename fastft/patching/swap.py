@@ -45,7 +45,7 @@ class Fast:
     def __reduce_ex__(self, protocol):
         slot: Slot = self.__dict__[KEY]
         state = {k: v for k, v in self.__dict__.items() if k != KEY}
-        return copyreg.__newobj__, (slot.stock,), state
+        return copyreg._reconstructor, (slot.stock, object, None), state  # the standard library alone unpickles it
 
 
 _CLASSES: dict[tuple[type, ...], type] = {}

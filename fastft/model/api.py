@@ -1,0 +1,57 @@
+"""patch, unpatch, patched, report: the whole of fastft for a model that is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from fastft.patching.patcher import apply_kinds, build_report, strict_check, undo
+from fastft.patching.report import PatchReport
+from fastft.swaps import kinds
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(model: Model, *, strict: bool = False) -> Model:
+    """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same instance.
+
+    Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules that
+    are new and changes nothing else. No other model, class or library is touched.
+
+    Raises TypeError for what is no torch module, and with strict=True StrictError (the model is then restored) when anything that a
+    recogniser looked at stays stock.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}")
+    apply_kinds(model, kinds())
+    if strict:
+        try:
+            strict_check(build_report(model))
+        except Exception:
+            undo(model)
+            raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Restore every swapped instance exactly: class, __dict__, outputs bit for bit. Returns the same instance."""
+    undo(model)
+    return model
+
+
+@contextmanager
+def patched(model: Model, *, strict: bool = False) -> Iterator[Model]:
+    """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an exception."""
+    patch(model, strict=strict)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def report(model: nn.Module) -> PatchReport:
+    """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not patched."""
+    return build_report(model)

@@ -1,0 +1,230 @@
+"""Rotary embedding: the free function that an attention's forward calls to rotate q and k, exchanged by rebinding.
+
+Any global function with parameters named cos and sin is looked at. What it computes (which halves, which sign, how wide the tables are) is
+read off its answers on the shapes that the observation saw; then it is proven, gradients included, on random, unstructured tables.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastft.patching.fingerprint import ById
+from fastft.patching.kinds import Candidate, Context
+from fastft.patching.observe import FunctionCall
+from fastft.patching.prove import Proof, prove
+from fastft.patching.rebind import global_calls, rebind
+from fastft.patching.swap import install, stock_class
+from fastft_kernels.rope import LAYOUTS, rope, rope_single
+
+KIND = "rotary"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """layout, sign: as in `fastft_kernels.rope`. rotated: names of the parameters that are rotated. axis: of the heads, where the
+    function has no `unsqueeze_dim` of its own. single: one tensor comes back, not a tuple."""
+
+    layout: str
+    sign: int
+    rotated: tuple[str, ...]
+    axis: int
+    single: bool
+
+    @property
+    def kernel(self) -> str:
+        return f"rope({self.layout}{', reversed' if self.sign < 0 else ''}{', single' if self.single else ''})"
+
+
+def is_rotary(fn: Callable) -> bool:
+    try:
+        names = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return False
+    return "cos" in names and "sin" in names and len(names) >= 3
+
+
+def make_fast(stock: Callable, variant: Variant) -> Callable:
+    """The function that takes stock's place: same signature, one launch; hands back to stock what the proof does not cover."""
+    parameters = inspect.signature(stock).parameters
+    names = tuple(parameters)
+    known = {*variant.rotated, "cos", "sin", "unsqueeze_dim"}
+    default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else variant.axis
+
+    def fast(*args, **kwargs):
+        given = dict(zip(names, args))
+        given.update(kwargs)
+        xs, cos, sin = [given.get(n) for n in variant.rotated], given.get("cos"), given.get("sin")
+        axis = given.get("unsqueeze_dim", default_axis)
+        extra = any(v is not None for k, v in given.items() if k not in known)
+        if extra or not _fits(xs, cos, sin, axis):
+            fast.fallbacks += 1
+            return stock(*args, **kwargs)
+        settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=axis)
+        if len(xs) == 1:
+            y = rope_single(xs[0], cos, sin, **settings)
+            return y if variant.single else (y,)
+        return rope(*xs, cos, sin, **settings)
+
+    fast.fallbacks = 0
+    fast.__wrapped__ = stock
+    fast.__name__, fast.__qualname__, fast.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+    return fast
+
+
+def _fits(xs: list, cos, sin, axis: int) -> bool:
+    for t in (*xs, cos, sin):
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            return False
+    if any(x.dim() != 4 or x.shape[-1] != xs[0].shape[-1] or x.dtype != xs[0].dtype for x in xs):
+        return False
+    return cos.dim() == 3 and cos.shape == sin.shape and not cos.requires_grad and not sin.requires_grad and axis in (1, 2)
+
+
+class _Function(nn.Module):
+    """A free function as a module, so that the proof can run it: tensors by position, the rest as the observation saw them."""
+
+    def __init__(self, fn: Callable, call: FunctionCall):
+        super().__init__()
+        self.fn, self.args, self.kwargs = fn, call.args, call.kwargs
+
+    def forward(self, *tensors: torch.Tensor):
+        rest = iter(tensors)
+        take = lambda v: next(rest) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        args = [take(v) for v in self.args]
+        return self.fn(*args, **{k: take(v) for k, v in self.kwargs.items()})
+
+    def __deepcopy__(self, memo):
+        return _Function(self.fn, FunctionCall(self.args, self.kwargs, None))
+
+
+class RotaryMixin:
+    """Root of the per-class mixins whose forward is the stock forward over other globals."""
+
+    ORDER = 90
+
+
+class Rotary:
+    name = KIND
+    wants = staticmethod(is_rotary)
+
+    def __init__(self):
+        self._mixins: dict = {}
+        self._variants: dict = {}
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        forward = stock_class(module).forward
+        functions = {n: f for n, f in global_calls(forward).items() if is_rotary(f)}
+        if not functions:
+            return None
+        found: dict[str, tuple[Callable, Variant, FunctionCall]] = {}
+        reasons = []
+        for name, fn in functions.items():
+            calls = context.seen.functions.get((module, name))
+            if not calls:
+                reasons.append(f"{name} was not reached by the observation")
+                continue
+            variant = self._variant(fn, calls[0])
+            if isinstance(variant, str):
+                reasons.append(f"{name}: {variant}")
+            else:
+                found[name] = (fn, variant, calls[0])
+        if not found:
+            return "; ".join(reasons)
+        key = (stock_class(module), tuple((n, ById(f), v, _signature(c)) for n, (f, v, c) in found.items()))
+
+        def apply(m: nn.Module) -> None:
+            if key not in self._mixins:
+                names = {n: make_fast(f, v) for n, (f, v, _) in found.items()}
+                body = {"forward": rebind(forward, names), "FAST": tuple(names.values())}
+                self._mixins[key] = type("FastRotary", (RotaryMixin,), body)
+            install(m, KIND, self._mixins[key], None)
+
+        def proof() -> Proof:
+            worst = None
+            for fn, variant, call in found.values():
+                p = _prove(fn, variant, call)
+                if not p.ok:
+                    return p
+                worst = p if worst is None or p.error > worst.error else worst
+            return worst
+
+        try:
+            rebind(forward, {})
+        except TypeError as e:
+            return str(e)
+        return Candidate(", ".join(v.kernel for _, v, _ in found.values()), key, proof, apply, "; ".join(reasons))
+
+    def _variant(self, fn: Callable, call: FunctionCall) -> Variant | str:
+        key = (ById(fn), _signature(call))
+        if key not in self._variants:
+            self._variants[key] = _recognise(fn, call)
+        return self._variants[key]
+
+
+def _signature(call: FunctionCall) -> tuple:
+    describe = lambda v: (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else repr(v)
+    return tuple(map(describe, call.args)), tuple((k, describe(v)) for k, v in call.kwargs.items())
+
+
+def _draw(call: FunctionCall, generator: torch.Generator, scale: float, names: tuple[str, ...]) -> list[torch.Tensor]:
+    """Random float64 tensors of the observed shapes; tables (cos, sin) take no gradient and are not scaled."""
+    out = []
+    for name, v in [*zip(names, call.args), *call.kwargs.items()]:
+        if not (isinstance(v, torch.Tensor) and v.is_floating_point()):
+            continue
+        t = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+        if name in ("cos", "sin"):
+            t.constant = True
+        else:
+            t = t * scale
+        out.append(t)
+    return out
+
+
+def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
+    parameters = inspect.signature(fn).parameters
+    names = tuple(parameters)
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    rotated = tuple(n for n, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in ("cos", "sin"))
+    if len(rotated) not in (1, 2):
+        return f"rotates {len(rotated)} tensors"
+    axis = given.get("unsqueeze_dim", parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else None)
+    module = _Function(fn, call)
+    tensors = _draw(call, torch.Generator().manual_seed(3), 1.0, names)
+    with torch.no_grad():
+        truth = module(*tensors)
+    single = isinstance(truth, torch.Tensor)
+    truths = [truth] if single else list(truth)
+    for layout in LAYOUTS:
+        for sign in (1, -1):
+            for a in (1, 2) if axis is None else (axis,):
+                variant = Variant(layout, sign, rotated, a, single)
+                fast = make_fast(fn, variant)
+                try:
+                    with torch.no_grad():
+                        ours = _Function(fast, call)(*tensors)
+                except (ValueError, RuntimeError):
+                    continue
+                if fast.fallbacks:
+                    return "its arguments are not four-dimensional q and k with three-dimensional tables"
+                ours = [ours] if isinstance(ours, torch.Tensor) else list(ours)
+                if len(ours) == len(truths) and all(o.shape == t.shape and (o - t).abs().max() <= 1e-12 * t.abs().max() for o, t in zip(ours, truths)):
+                    return variant
+    return "no rotation known here gives its result"
+
+
+def _prove(fn: Callable, variant: Variant, call: FunctionCall) -> Proof:
+    names = tuple(inspect.signature(fn).parameters)
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    first = given[variant.rotated[0]]
+
+    def swap(m: nn.Module) -> None:
+        m.fn = make_fast(fn, variant)
+
+    inputs = lambda g, scale: _draw(call, g, scale, names)
+    return prove(_Function(fn, call), swap, inputs, dtype=first.dtype)

@@ -1,0 +1,159 @@
+"""y_i = x W_i^T + b_i + sum_a s_a (drop_a(x) A_a^T B_a^T + c_a): a group of adapted projections over one input, as ONE autograd function.
+
+Gradients: _lora_group.py. The input is saved once for the whole group, in the smaller of its own and the compute dtype; or not at
+all, where a `Recipe` tells how to recompute it from tensors that are saved anyway. Beside it only x A^T is kept (rank values a token),
+never a cast copy of a parameter, never a dropout mask (masks are drawn again), never an expanded weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastft_kernels import _lora_group as group
+from fastft_kernels._lora_group import AdapterSlot, Group, Kept, ProjectionSlot
+from fastft_kernels.recipe import Recipe
+from fastft_kernels.weights import FrozenWeight, as_weight
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """s (drop(x) A^T B^T + c): A [r, in], B [out, r], c [out] or None; dropout is the probability in force now (0 in eval)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """W [out, in] (a tensor, trainable or not, or another form of weights.py), bias [out] or None, and the adapters in force."""
+
+    weight: torch.Tensor | FrozenWeight
+    bias: torch.Tensor | None = None
+    adapters: tuple[Adapter, ...] = ()
+
+
+def pack(
+    x: torch.Tensor, projections: Sequence[Projection], compute_dtype, adapter_dtype, out_dtype, where: str, first: int = 0
+) -> tuple[Group, list[torch.Tensor]]:
+    """The group's description, with indices from `first`, and its tensors. Raises ValueError on shapes that do not fit."""
+    compute = compute_dtype or x.dtype
+    if adapter_dtype is None:
+        adapter_dtype = compute
+        if compute_dtype is None:
+            for a in (a for p in projections for a in p.adapters):
+                adapter_dtype = group.wider(group.wider(adapter_dtype, a.A.dtype), a.B.dtype)
+    tensors: list[torch.Tensor] = []
+
+    def add(*new: torch.Tensor | None) -> int:
+        if new[0] is None:
+            return -1
+        tensors.extend(new)
+        return first + len(tensors) - len(new)
+
+    slots, column = [], 0
+    for p in projections:
+        weight = as_weight(p.weight)
+        out, width = weight.shape
+        if width != x.shape[-1]:
+            raise ValueError(f"{where}: want a weight [out, {x.shape[-1]}] for an input {tuple(x.shape)}, got {(out, width)}")
+        held = weight.tensors()
+        index, bias, adapters = add(*held), add(p.bias), []
+        for a in p.adapters:
+            r = a.A.shape[0]
+            if a.A.shape != (r, width) or a.B.shape != (out, r):
+                raise ValueError(f"{where}: want A [r, {width}] and B [{out}, r], got {tuple(a.A.shape)} and {tuple(a.B.shape)}")
+            adapters.append(AdapterSlot(r, column, float(a.scaling), float(a.dropout), add(a.A), add(a.B), add(a.bias)))
+            column += r
+        slots.append(ProjectionSlot(weight.layout(), index, len(held), bias, tuple(adapters)))
+    return Group(compute, adapter_dtype, out_dtype or compute, tuple(slots), column), tensors
+
+
+def saved_input(g: Group, x: torch.Tensor) -> torch.Tensor:
+    """x as the backward will want it: in the compute dtype where that is smaller and no product of the backward is wider."""
+    return x.to(g.compute) if g.lora == g.compute and g.compute.itemsize < x.element_size() else x
+
+
+def input_needed(g: Group, needs: Sequence[bool]) -> bool:
+    """Does a gradient that is wanted use x?"""
+    return any(needs[p.weight] or any(needs[a.A] for a in p.adapters) for p in g.projections)
+
+
+def trainable(g: Group, needs: Sequence[bool], index: int) -> bool:
+    """Does projection `index` have a parameter of its own that wants a gradient?"""
+    p = g.projections[index]
+    own = [p.weight, p.bias, *(i for a in p.adapters for i in (a.A, a.B, a.bias))]
+    return any(i >= 0 and needs[i] for i in own)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g: Group, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor):
+        parameters, recipe = tensors[: len(tensors) - n_recipe], tensors[len(tensors) - n_recipe :]
+        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + len(parameters)]
+        with group.exact_dtypes(x):
+            ys, kept = group.forward(g, parameters, x)
+            xs: tuple[torch.Tensor, ...] = ()
+            if input_needed(g, needs):
+                xs = recipe if recompute is not None else (saved_input(g, x),)
+        kept_xA = (kept.xA,) if kept.xA is not None and any(needs[a.B] for a in g.adapters) else ()
+        ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)
+        ctx.g, ctx.recompute, ctx.draws, ctx.counts = g, recompute, kept.draws, (len(parameters), len(xs), len(kept_xA))
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        ys = tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        if not want:
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not trainable(g, needs, i)))
+        return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        n, n_xs, n_xA = ctx.counts
+        saved = ctx.saved_tensors
+        parameters, xs, rest = saved[:n], saved[n : n + n_xs], saved[n + n_xs :]
+        if all(dy is None for dy in dys):
+            return (None,) * len(ctx.needs_input_grad)
+        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + n]
+        kept = Kept(rest[0] if n_xA else None, ctx.draws, rest[n_xA:])
+        with group.exact_dtypes(next(dy for dy in dys if dy is not None)):
+            work = group.Backward(ctx.g, parameters, needs, kept, dys, ctx.x_shape)
+            dx = work.input_gradient(want, ctx.x_dtype)
+            x = None
+            if n_xs:
+                x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
+            grads = work.parameter_gradients(x)
+        n_rest = len(ctx.needs_input_grad) - 4 - n
+        return None, None, None, dx if dx is None else dx.view(ctx.x_shape), *grads, *(None,) * n_rest
+
+
+def lora_linear(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    recipe: Recipe | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """One output [..., out_i] in out_dtype for each projection of x [..., in].
+
+    compute_dtype: of the base products; None is x's dtype (stock without autocast), under autocast give autocast's dtype.
+    adapter_dtype: of the adapters' products; None is compute_dtype if that is given, else the widest of x and the adapters (stock
+        without autocast computes float32 adapters in float32).
+    out_dtype: None is the dtype of the base products.
+    recipe: how to recompute x in the backward (`recipe_of(x)`); None saves x.
+
+    Differentiable once in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's dtype; only
+    those asked for are computed. Dropout draws from torch's default stream, in the order of the projections and their adapters, as
+    torch.nn.functional.dropout on x in the dtype of A would. Nothing is modified. ValueError on shapes that do not fit.
+    """
+    g, tensors = pack(x, projections, compute_dtype, adapter_dtype, out_dtype, "lora_linear")
+    kept = recipe.tensors if recipe is not None else ()
+    return _LoraLinear.apply(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)

@@ -1,0 +1,46 @@
+"""How a tensor can be recomputed in a backward instead of being saved by the function that consumes it.
+
+The output y of a swapped norm is a cheap function of tensors the norm saves anyway (its input, 1/rms, its weight). A function that
+is given y and needs it in its backward saves those tensors in place of y: no further bytes, one elementwise launch.
+
+    producer   y = norm(x);  attach(y, Recipe((x.detach(), rstd, weight.detach()), recompute))
+    consumer   recipe = recipe_of(y);  ctx.save_for_backward(*(recipe.tensors if recipe else (y,)))
+
+A recipe holds for the tensor object it was attached to, at the version it had then: an in-place change of y voids it. In-place
+changes of the recipe's own tensors are caught by autograd's version check when the consumer's backward unpacks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_ATTRIBUTE = "_fastft_recipe"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`recompute(*tensors)` gives the tensor again: same shape, same dtype, same bits.
+
+    tensors: detached, and saved for backward by another function anyway; recompute: pure, and holds no tensor itself.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    recompute: Callable[..., torch.Tensor]
+
+
+def attach(y: torch.Tensor, recipe: Recipe) -> None:
+    """Remember on the tensor object y how to recompute it. Does nothing while compiling, or where no graph is being built."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    setattr(y, _ATTRIBUTE, (recipe, y._version))
+
+
+def recipe_of(x: torch.Tensor) -> Recipe | None:
+    """The recipe attached to this tensor object; None if there is none, or if x was changed in place since."""
+    if torch.compiler.is_compiling():
+        return None
+    recipe, version = getattr(x, _ATTRIBUTE, (None, 0))
+    return recipe if recipe is not None and x._version == version else None

@@ -83,10 +83,12 @@ def _agree(a: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> str:
     return ""
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with every floating parameter in `dtype`; buffers change only to float64."""
     module = copy.deepcopy(module)
     for p in module.parameters():
-        p.data = p.data.to(dtype)
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
     for sub in module.modules():
         for name, b in sub._buffers.items():
             if b is not None and b.is_floating_point() and dtype == torch.float64:
@@ -114,22 +116,27 @@ def prove(
     dtype: torch.dtype,
     scales: Sequence[float] = (1.0,),
     reset: Callable[[nn.Module], None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    cast: Callable[[nn.Module, torch.dtype], nn.Module] | None = None,
 ) -> Proof:
     """Compare `stock` with a copy to which `swap` was applied.
 
     stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's device; mark one
-    with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype. reset: run on each copy first.
+    with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype. reset: run on the copy that all others are made of.
+    dtypes: instead of (float32, dtype). cast(module, dtype): a copy in that dtype, where casting all parameters is not what that means.
     Any exception that the candidate raises on inputs the stock module accepts is a failed proof, with its text as the reason.
     """
     worst: Proof | None = None
+    cast = cast or cast_parameters
     base = copy.deepcopy(stock)
-    base.requires_grad_(True)
+    for p in base.parameters():
+        p.requires_grad_(p.is_floating_point())
     if reset is not None:
         reset(base)
-    for d in dict.fromkeys((torch.float32, dtype)):
-        rounded = _cast(base, d)
+    for d in dtypes or dict.fromkeys((torch.float32, dtype)):
+        rounded = cast(base, d)
         plain, fast = rounded, copy.deepcopy(rounded)
-        plain64, fast64 = _cast(rounded, torch.float64), _cast(rounded, torch.float64)
+        plain64, fast64 = cast(rounded, torch.float64), cast(rounded, torch.float64)
         swap(fast)
         swap(fast64)
         for i, scale in enumerate(scales):

@@ -7,8 +7,9 @@ from fastft.patching.kinds import Kind
 
 def kinds() -> tuple[Kind, ...]:
     """Fresh recognisers: what they remember belongs to one patch."""
+    from fastft.swaps.linears import LinearGroups
     from fastft.swaps.mlp import MLPs
     from fastft.swaps.norms import Norms
     from fastft.swaps.rotary import Rotary
 
-    return (Norms(), Rotary(), MLPs())
+    return (Norms(), Rotary(), MLPs(), LinearGroups())

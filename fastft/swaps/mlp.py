@@ -56,6 +56,13 @@ class Shape:
         gate, up = self.parts(*products)
         return glu(gate, up, self.activation, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
 
+    def middle_again(self, *products: torch.Tensor) -> torch.Tensor:
+        """`middle` outside autograd, bit for bit."""
+        if not self.gated:
+            return activation(products[0], self.activation)
+        gate, up = self.parts(*products)
+        return glu_recompute(gate, up, self.activation, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+
     def parts(self, *products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.split == "chunk":
             products = products[0].chunk(2, dim=-1)
@@ -79,10 +86,8 @@ class FastMLP:
         modules = self._modules
         products = [modules[n](args[0]) for n in shape.calls[:-1]]
         h = shape.middle(*products)
-        if shape.gated:
-            gate, up = shape.parts(*products)
-            settings = dict(alpha=shape.alpha, limit=shape.limit, up_offset=shape.up_offset)
-            attach(h, lambda: Recipe.of(glu_recompute, gate, up, shape.activation, **settings))
+        if h.requires_grad:
+            attach(h, Recipe(tuple(p.detach() for p in products), shape.middle_again))
         return modules[shape.calls[-1]](h)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +83,24 @@ class FastNorm:
         eps, out = f.eps_of(self), f.out_dtype(x, weight)
         if f.centred:
             y, mean, rstd = layer_norm_with_stats(x, weight, bias, eps, out_dtype=out)
-            attach(y, lambda: Recipe.of(layer_norm_recompute, x, mean, rstd, weight, bias, out_dtype=out))
+            if y.requires_grad:
+                attach(y, _recipe((x, mean, rstd, weight, bias), layer_norm_recompute, out_dtype=out))
             return y
         y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=f.cast, out_dtype=out)
-        attach(y, lambda: Recipe.of(rms_norm_recompute, x, rstd, weight, offset=f.offset, cast=f.cast, out_dtype=out))
+        if y.requires_grad:
+            attach(y, _recipe((x, rstd, weight), rms_norm_recompute, offset=f.offset, cast=f.cast, out_dtype=out))
         return y
+
+
+def _recipe(tensors: tuple[torch.Tensor | None, ...], recompute: Callable, **settings) -> Recipe:
+    """Absent parameters are no tensors to save: they are passed as None again."""
+    there = [t is not None for t in tensors]
+
+    def again(*saved: torch.Tensor) -> torch.Tensor:
+        rest = iter(saved)
+        return recompute(*(next(rest) if t else None for t in there), **settings)
+
+    return Recipe(tuple(t.detach() for t in tensors if t is not None), again)
 
 
 def _cannot(x, weight, bias) -> str:

@@ -1,0 +1,289 @@
+"""Linear groups: linears that are given the same tensor object run as one autograd function.
+
+Which ones do is observed, not named. The first member that is called computes all of them and leaves the others' results in the group,
+recognised by the identity of the input; each member then takes its own when it is called. So nobody's forward is rewritten, hooks fire,
+and a member that is never called costs its product only. What was left is dropped when the module that holds the members returns or
+raises: an early-stopped recomputation, an exception, a generation loop leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from transformers import PreTrainedModel
+
+from fastft.patching.kinds import Candidate, Context
+from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class
+from fastft.swaps.lora_proof import group_key, prove_group
+from fastft.swaps.lora_state import BASES, Inexpressible, describe, is_unit, trains
+from fastft_kernels.lora_linear import Projection, lora_linear
+from fastft_kernels.recipe import recipe_of
+
+KIND = "linear group"
+HOLDER = "linear group holder"
+
+
+@dataclass
+class Group:
+    """members: in the order of their calls. left: results that wait for a member; x: the tensor object they belong to."""
+
+    members: list[nn.Module]
+    left: dict[int, torch.Tensor] = field(default_factory=dict)
+    x: torch.Tensor | None = None
+    version: int = 0
+
+    def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        if self.x is not x or self.version != x._version:
+            self.clear()
+            return None
+        y = self.left.pop(id(module), None)
+        if not self.left:
+            self.clear()
+        return y
+
+    def clear(self) -> None:
+        self.left.clear()
+        self.x = None
+
+    def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
+        own = describe(module)
+        if not trains(own):
+            return None
+        run = [(module, own)]
+        compiling = torch.compiler.is_compiling()  # the compiler sees each product and schedules for itself
+        for later in () if compiling else self.members[self.members.index(module) + 1 :]:
+            try:
+                p = describe(later)
+            except Inexpressible:
+                continue  # it says so itself when it is called
+            if p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
+                run.append((later, p))
+        ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **dtypes(module, x, own))
+        if len(run) > 1:
+            self.left = {id(m): y for (m, _), y in zip(run[1:], ys[1:])}
+            self.x, self.version = x, x._version
+        return ys[0]
+
+    def __deepcopy__(self, memo):
+        new = Group([])
+        memo[id(self)] = new
+        new.members = copy.deepcopy(self.members, memo)
+        return new
+
+
+def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, torch.dtype | None]:
+    """The dtypes in which stock would compute this: autocast's where it is on; a quantised base in its compute dtype, returned in
+    the input's; adapters without autocast in their own."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    base = module.base_layer if hasattr(module, "base_layer") else module
+    if x.dtype == torch.float64 or stock_class(base) is torch.nn.Linear:
+        return {"compute_dtype": autocast if x.dtype != torch.float64 else None}
+    compute = autocast or (base.compute_dtype if getattr(base, "compute_type_is_set", False) else None) or x.dtype
+    adapter = None if autocast or not own.adapters else own.adapters[0].A.dtype
+    return {"compute_dtype": compute, "adapter_dtype": adapter, "out_dtype": x.dtype}
+
+
+def _instance_hooks(module: nn.Module) -> bool:
+    """A pre-hook may change the input, so that a result computed from the group's input would be wrong."""
+    return bool(module.__dict__.get("_forward_pre_hooks"))
+
+
+class FastLinear:
+    """Mixin of a group's members."""
+
+    ORDER = 40
+
+    def forward(self, *args, **kwargs):
+        slot = self.__dict__[KEY]
+        group: Group = slot.state(KIND)
+        why = _unusual(args, kwargs)
+        if why is None:
+            x = args[0]
+            y = group.take(self, x)
+            if y is not None:
+                return y
+            try:
+                y = group.compute(self, x)
+            except Inexpressible as e:
+                why = str(e)
+            else:
+                return super().forward(*args, **kwargs) if y is None else y
+        slot.fallbacks[f"linear group: {why}"] += 1
+        return super().forward(*args, **kwargs)
+
+
+def _unusual(args: tuple, kwargs: dict) -> str | None:
+    if kwargs and kwargs.get("adapter_names") is not None:
+        return "mixed batch by adapter_names"
+    if len(args) != 1 or any(v is not None for v in kwargs.values()):
+        return "called with more than its input"
+    x = args[0]
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0:
+        return "input is no floating-point tensor"
+    if type(x) in (torch.Tensor, nn.Parameter) or torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        return None
+    return f"input is a {type(x).__name__}"
+
+
+@dataclass
+class Held:
+    """What a holder keeps: its groups, and per group the members' names below the holder."""
+
+    groups: list[tuple[Group, tuple[str, ...]]] = field(default_factory=list)
+
+    def adopt(self, holder: nn.Module) -> None:
+        """A member was wrapped or replaced since (an adapter was put on, or taken off): the module that stands there now joins."""
+        for group, paths in self.groups:
+            for i, path in enumerate(paths):
+                now = holder.get_submodule(path) if "." in path else holder._modules.get(path)
+                before = group.members[i]
+                if now is before or now is None or not is_unit(now) or obstacle(now):
+                    continue
+                if not is_fast(now, KIND):
+                    install(now, KIND, FastLinear, group)
+                group.members[i] = now
+
+    def clear(self) -> None:
+        for group, _ in self.groups:
+            group.clear()
+
+
+class Holder:
+    """Root of the per-class mixins of the modules that hold a group's members."""
+
+    ORDER = 5
+
+
+@functools.cache
+def holder_mixin(cls: type) -> type:
+    """Mixin whose forward is the stock one between two duties: replaced members join before, what members left goes after."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        held: Held = self.__dict__[KEY].state(HOLDER)
+        if not torch.compiler.is_compiling():
+            held.adopt(self)
+        try:
+            return super(mixin, self).forward(*args, **kwargs)
+        finally:
+            held.clear()
+
+    mixin = type("FastHolder", (Holder,), {"forward": forward})
+    return mixin
+
+
+class LinearGroups:
+    name = KIND
+
+    def __init__(self):
+        self._groups: dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]] | None = None
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        if not is_unit(module):
+            return "an adapter layer of another kind" if hasattr(module, "base_layer") and hasattr(module, "active_adapters") else None
+        if self._groups is None:
+            self._groups = find_groups(context)
+        if module not in self._groups:
+            return None
+        holder, group, paths = self._groups[module]
+        base = module.base_layer if hasattr(module, "base_layer") else module
+        if stock_class(base) not in BASES:
+            return f"its base layer is a {type(base).__name__}"
+
+        def apply(m: nn.Module) -> None:
+            install(m, KIND, FastLinear, group)
+            if holder is None:
+                return
+            slot = slot_of(holder)
+            if slot is None or HOLDER not in slot.parts:
+                install(holder, HOLDER, holder_mixin(stock_class(holder)), Held())
+            held: Held = slot_of(holder).state(HOLDER)
+            if all(g is not group for g, _ in held.groups):
+                held.groups.append((group, paths))
+
+        key = group_key(group.members)
+        return Candidate(f"lora_linear(group of {len(group.members)})", key, lambda: prove_group(group.members, _swap_siblings), apply)
+
+
+def _swap_siblings(layers: list[nn.Module]) -> None:
+    group = Group(layers)
+    for layer in layers:
+        install(layer, KIND, FastLinear, group)
+
+
+def find_groups(context: Context) -> dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]]:
+    """For every unit outside an output head: the module that holds it, its group, and the members' names below the holder."""
+    inner: set[nn.Module] = set()  # what lies inside another unit is that unit's business
+    units = []
+    for module in context.names:
+        if module in inner:
+            continue
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            inner.update(m for m in module.modules() if m is not module)
+        if is_unit(module):
+            units.append(module)
+    head = context.model.get_output_embeddings() if hasattr(context.model, "get_output_embeddings") else None
+    units = [u for u in units if u not in inner and u is not head and getattr(u, "base_layer", None) is not head]
+
+    names, parents = context.names, _parents(context)
+    together: dict[tuple, list[nn.Module]] = {}
+    for u in units:
+        calls = context.seen.of(u)
+        key = (id(calls[0].parent), id(calls[0].inputs[0])) if len(calls) == 1 and calls[0].inputs else ("alone", id(u))
+        together.setdefault(key, []).append(u)
+    patterns: dict[type, set[tuple[str, ...]]] = {}
+    found = {}
+    for members in together.values():
+        members.sort(key=lambda m: context.seen.of(m)[0].index if context.seen.of(m) else 0)
+        calls = context.seen.of(members[0])
+        holder = calls[0].parent if calls else parents.get(members[0])
+        _add(found, holder, members, names)
+        if calls and holder is not None and names.get(holder) is not None:
+            patterns.setdefault(stock_class(holder), set()).add(_paths(holder, members, names))
+    if context.seen.error:
+        _extend(found, context, patterns, parents)
+    return found
+
+
+def _parents(context: Context) -> dict[nn.Module, nn.Module]:
+    return {child: m for m in context.names for child in m._modules.values() if child is not None}
+
+
+def _paths(holder: nn.Module, members: list[nn.Module], names: dict[nn.Module, str]) -> tuple[str, ...]:
+    prefix = names[holder] + "." if names[holder] else ""
+    return tuple(names[m].removeprefix(prefix) for m in members)
+
+
+def _add(found: dict, holder: nn.Module | None, members: list[nn.Module], names: dict[nn.Module, str]) -> None:
+    """One group, or, where no module can hold it, groups of one."""
+    fit = holder is not None and not isinstance(holder, PreTrainedModel) and not obstacle(holder)
+    fit = fit and holder in names and all(names[m].startswith(names[holder]) for m in members)
+    if fit:
+        group = Group(list(members))
+        for m in members:
+            found[m] = (holder, group, _paths(holder, members, names))
+        return
+    for m in members:
+        found[m] = (None, Group([m]), ())
+
+
+def _extend(found: dict, context: Context, patterns: dict[type, set[tuple[str, ...]]], parents: dict) -> None:
+    """The observation broke off: layers behind it are grouped as layers of the same class before it. (A member that is then given
+    another input than its siblings computes for itself: the identity of the input is checked at every call.)"""
+    for holder in context.names:
+        if context.seen.of(holder):
+            continue
+        for paths in patterns.get(stock_class(holder), ()):
+            try:
+                members = [holder.get_submodule(p) for p in paths]
+            except AttributeError:
+                continue
+            if all(m in found and not context.seen.of(m) for m in members):
+                _add(found, holder, members, context.names)

@@ -1,0 +1,148 @@
+"""What one linear layer computes right now, as a `Projection`, or why the group function cannot express it.
+
+Everything is read at the call: parameters, active adapters, scalings, dropout, merged and disabled state. So what PEFT, a trainer or the
+user changes after patching (adapters added, switched, deleted, cast; weights replaced; requires_grad) is honoured without being told.
+Only exactly known classes are known: a subclass of nn.Linear may compute anything.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import nn
+
+from fastft.patching.swap import stock_class
+from fastft_kernels.lora_linear import Adapter, Projection
+from fastft_kernels.weights import FrozenWeight, as_weight
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Inexpressible(Exception):
+    """The reason why a call goes the stock way."""
+
+
+def _bnb_classes() -> dict[str, type]:
+    """bitsandbytes' and PEFT's classes for it, where they are installed."""
+    try:
+        import bitsandbytes.nn as bnb
+        from peft.tuners.lora import bnb as peft_bnb
+    except ImportError:
+        return {}
+    found = {"Linear4bit": bnb.Linear4bit, "Linear8bitLt": bnb.Linear8bitLt}
+    found |= {f"lora.{n}": getattr(peft_bnb, n) for n in ("Linear4bit", "Linear8bitLt") if hasattr(peft_bnb, n)}
+    return found
+
+
+_BNB = _bnb_classes()
+BASES = (nn.Linear, *(c for n, c in _BNB.items() if "." not in n))
+LORA_LAYERS = (peft_layer.Linear, *(c for n, c in _BNB.items() if "." in n))
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Could this module, by its class, be a member of a group?"""
+    cls = stock_class(module)
+    return cls in BASES or cls in LORA_LAYERS
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return stock_class(module) is _BNB.get("Linear4bit")
+
+
+def _plain(p: torch.Tensor | None, what: str) -> None:
+    if p is not None and (p.device.type == "meta" or not isinstance(p, (nn.Parameter, torch._subclasses.FakeTensor)) and type(p) is not torch.Tensor):
+        raise Inexpressible(f"{what} is a {type(p).__name__} on {p.device.type}")
+    if p is not None and type(p).__name__ in ("DTensor",):
+        raise Inexpressible(f"{what} is sharded")
+
+
+def _hooked(module: nn.Module) -> bool:
+    d = module.__dict__
+    return any(d.get(h) for h in _HOOKS) or "forward" in d
+
+
+def base_weight(base: nn.Module) -> FrozenWeight:
+    """The weight of an nn.Linear or of a bitsandbytes layer, uncopied."""
+    weight = base.weight
+    if stock_class(base) is nn.Linear:
+        _plain(weight, "the base weight")
+        if weight.dim() != 2 or weight.shape[0] != base.out_features:
+            raise Inexpressible("the base weight is sharded or gathered elsewhere")
+        return as_weight(weight)
+    if _is_4bit(base):
+        return _weight_4bit(base, weight)
+    return _weight_8bit(base, weight)
+
+
+def _weight_4bit(base: nn.Module, weight) -> FrozenWeight:
+    from fastft_kernels.weights import NF4
+
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is None:
+        raise Inexpressible("the 4-bit weight is not quantised yet")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise Inexpressible("the 4-bit weight was repacked for CPU inference")
+    nested = None
+    if state.nested:
+        nested = (state.state2.absmax, state.state2.code, state.state2.blocksize, state.offset)
+    return NF4(weight.data, state.absmax, state.code, state.blocksize, tuple(state.shape), state.quant_type, nested)
+
+
+def _weight_8bit(base: nn.Module, weight) -> FrozenWeight:
+    raise Inexpressible("8-bit base: its products quantise the input")
+
+
+def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
+    """The active adapters of a LoRA layer, in stock's order. Raises Inexpressible for variants and merged state."""
+    if layer.disable_adapters:
+        if layer.merged:
+            raise Inexpressible("adapters are merged")
+        return ()
+    if layer.merged:
+        raise Inexpressible("adapters are merged")
+    out = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in layer.lora_variant:
+            raise Inexpressible(f"{type(layer.lora_variant[name]).__name__}: a variant of LoRA")
+        a, b, drop = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or _hooked(a) or _hooked(b) or _hooked(drop):
+            raise Inexpressible("lora_A, lora_B or the dropout is no plain module or carries a hook")
+        if type(drop) not in (nn.Dropout, nn.Identity):
+            raise Inexpressible(f"dropout is a {type(drop).__name__}")
+        _plain(a.weight, "lora_A")
+        _plain(b.weight, "lora_B")
+        scaling = layer.scaling[name]
+        if isinstance(scaling, torch.Tensor):
+            raise Inexpressible("the scaling is a tensor")
+        p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        out.append(Adapter(a.weight, b.weight, float(scaling), b.bias, p))
+    return tuple(out)
+
+
+def describe(module: nn.Module) -> Projection:
+    """The projection that `module` computes now. Raises Inexpressible."""
+    if stock_class(module) in LORA_LAYERS:
+        base = module.base_layer
+        if stock_class(base) not in BASES:
+            raise Inexpressible(f"its base layer is a {type(base).__name__}")
+        if _hooked(base):
+            raise Inexpressible("its base layer carries a hook")
+        if getattr(module, "fan_in_fan_out", False):
+            raise Inexpressible("fan_in_fan_out")
+        found = adapters(module)
+        if found and not getattr(module, "cast_input_dtype_enabled", True):
+            raise Inexpressible("input casting is disabled")
+        return Projection(base_weight(base), _bias(base), found)
+    return Projection(base_weight(module), _bias(module), ())
+
+
+def _bias(base: nn.Module) -> torch.Tensor | None:
+    _plain(base.bias, "the bias")
+    return base.bias
+
+
+def trains(p: Projection) -> bool:
+    """Is there anything to gain over stock: an adapter, or a base weight that learns."""
+    return bool(p.adapters) or any(t.requires_grad for t in p.weight.tensors())

@@ -51,7 +51,8 @@ class AotCase:
     """One compilation that stands for a real use of a kernel.
 
     kernel      the @triton.jit function
-    signature   {argument: type} of every argument that is not constexpr: "*bf16", "*fp32", "*u8", "i32", "i64", "fp32"
+    signature   {argument: type} of every argument that is not constexpr: "*bf16", "*fp32", "*u8", "i32", "i64", "fp32"; a tuple
+                of types where the argument is a tuple
     constexprs  {argument: value}; None is a value (an absent pointer is passed as the constexpr None, as the JIT does)
     num_warps, num_stages, options   as the launcher passes them
     note        the model and shape it stands for; shown when the case fails
@@ -62,7 +63,7 @@ class AotCase:
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int | None = None
@@ -117,9 +118,16 @@ def _amd_figures(asm: str) -> tuple[int, int]:
     return worst("vgpr_count"), max(4 * worst("vgpr_spill_count"), worst("private_segment_fixed_size"))
 
 
+def _integers(kind: str | tuple[str, ...], path: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where pointers and integers are in an argument (an argument may be a tuple)."""
+    if isinstance(kind, tuple):
+        return [found for i, part in enumerate(kind) for found in _integers(part, (*path, i))]
+    return [path] if kind.startswith("*") or kind in ("i32", "i64") else []
+
+
 def compile_for(
     kernel: Any,
-    signature: Mapping[str, str],
+    signature: Mapping[str, str | tuple[str, ...]],
     constexprs: Mapping[str, Any],
     arch: str,
     *,
@@ -146,12 +154,12 @@ def compile_for(
             f"unknown {sorted(given - set(names))}, twice {sorted(set(signature) & set(constexprs))}"
         )
     sig = {n: signature.get(n, "constexpr") for n in names}
-    marked = [n for n, t in sig.items() if (t.startswith("*") or t in ("i32", "i64")) and n not in unaligned]
+    marked = [path for n in names if n not in unaligned for path in _integers(sig[n], (names.index(n),))]
     source = ASTSource(
         fn=kernel,
         signature=sig,
         constexprs=dict(constexprs),
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in marked},
+        attrs={path: [["tt.divisibility", 16]] for path in marked},
     )
     settings = {"num_warps": num_warps, "enable_fp_fusion": True, **options}
     if num_stages is not None:

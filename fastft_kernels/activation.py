@@ -48,7 +48,7 @@ LAUNCH = Launch()
 
 
 def resolve(activation: str, alpha: float | None) -> tuple[str, float]:
-    """(name that the kernels know, alpha) of a public name. Raises ValueError for an unknown name or an alpha it does not have."""
+    """(name that the kernels know, alpha). Raises ValueError for an unknown name, or for an alpha that it does not have."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: want one of {ACTIVATIONS}, got {activation!r}")
     if activation in ("silu", "swiglu_oai"):
@@ -200,7 +200,7 @@ def _act_bwd_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How inputs of one shape are walked: rows x cols elements, tiles of block_m x block_n; strides: (row, column) of each input."""
+    """How inputs are walked: rows x cols elements in tiles of block_m x block_n; strides: (row, column) of each input."""
 
     rows: int
     cols: int
@@ -287,8 +287,9 @@ class _Activation(torch.autograd.Function):
 def activation(x: torch.Tensor, activation: str = "silu", *, alpha: float | None = None) -> torch.Tensor:
     """y = act(x), formulas in the module docstring.
 
-    x: (..., N), float64, float32, float16 or bfloat16, any strides, not modified. y: contiguous, the dtype of x; math in float32
-    and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai". Differentiable once, in x; saves x alone.
+    x: (..., N), float64, float32, float16 or bfloat16, any strides, not modified. y: contiguous, the dtype of x; math in
+    float32 and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai". Differentiable once, in x; saves
+    x alone.
     Raises ValueError for an unknown activation, an alpha it does not have, or an x that is not floating.
     """
     act, alpha = resolve(activation, alpha)

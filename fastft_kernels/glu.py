@@ -259,8 +259,8 @@ def glu(
 ) -> torch.Tensor:
     """h = act(gate) * (up + up_offset), formulas in the module docstring.
 
-    gate, up: (..., N), one shape, float64, float32, float16 or bfloat16, any strides, not modified. h: contiguous, in the promoted
-    dtype; math in float32 and one rounding.
+    gate, up: (..., N), one shape, float64, float32, float16 or bfloat16, any strides, not modified. h: contiguous, in the
+    promoted dtype; math in float32 and one rounding.
     activation: one of `fastft_kernels.activation.ACTIVATIONS`; alpha: of "silu" and "swiglu_oai", gate * sigmoid(alpha * gate).
     limit: before use gate is clamped to at most limit and up to [-limit, limit]; None does not clamp.
     Differentiable once, in gate and up (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone.

@@ -80,7 +80,7 @@ def count_rows(x: torch.Tensor) -> int:
 
 
 def empty_rows_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in the layout of x where the last dimension of that is contiguous, else contiguous."""
+    """An uninitialised dense tensor, its dimensions in the order of x's where the last is innermost, else contiguous."""
     y = torch.empty_like(x, dtype=dtype)
     return y if y.stride(-1) == 1 else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 

@@ -186,7 +186,7 @@ def _bwd_wide_kernel(
         x_at = x_ptr + row_start(row, sizes, x_strides)[:, None]
         mean = tl.load(mean_ptr + row)[:, None]
         r = tl.load(rstd_ptr + row)[:, None]
-        later = first >= tl.num_programs(0)
+        begins = first < tl.num_programs(0)
         if dx_ptr is not None:
             sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -205,10 +205,10 @@ def _bwd_wide_kernel(
             dy = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
             n = (tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) - mean) * r
             if dw_ptr is not None:
-                so_far = tl.load(dw_ptr + line + col, mask=(col < N) & later, other=0.0)
+                so_far = tl.where(begins, 0.0, tl.load(dw_ptr + line + col, mask=col < N, other=0.0))
                 tl.store(dw_ptr + line + col, so_far + dy * n, mask=col < N)
             if db_ptr is not None:
-                so_far = tl.load(db_ptr + line + col, mask=(col < N) & later, other=0.0)
+                so_far = tl.where(begins, 0.0, tl.load(db_ptr + line + col, mask=col < N, other=0.0))
                 tl.store(db_ptr + line + col, so_far + dy, mask=col < N)
             if dx_ptr is not None:
                 if w_ptr is not None:
@@ -380,8 +380,9 @@ def layer_norm(
     """y = (x - m) r weight + bias, m = mean(x), r = 1 / sqrt(mean((x - m)^2) + eps), over the last dimension.
 
     x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight, bias: [N] of a floating dtype, each may be None.
-    The result has the dtype of x (as torch.nn.functional.layer_norm), whatever that of weight and bias, or out_dtype; it has the
-    layout of x where x is dense, else it is contiguous. Differentiable once, in x, weight and bias; saves x, weight, m and r.
+    The result has the dtype of x (as torch.nn.functional.layer_norm), whatever that of weight and bias, or out_dtype. It is
+    dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable once, in x, weight and
+    bias; saves x, weight, m and r.
     Raises TypeError on dtypes that are not floating, ValueError on shapes that do not fit.
     """
     return layer_norm_with_stats(x, weight, bias, eps, out_dtype=out_dtype)[0]

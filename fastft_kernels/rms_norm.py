@@ -190,7 +190,7 @@ def _bwd_wide_kernel(
             n = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r
             if dw_ptr is not None:
                 dw_at = dw_ptr + tl.program_id(0).to(tl.int64) * N + col
-                so_far = tl.load(dw_at, mask=(col < N) & (first >= tl.num_programs(0)), other=0.0)
+                so_far = tl.where(first < tl.num_programs(0), 0.0, tl.load(dw_at, mask=col < N, other=0.0))
                 tl.store(dw_at, so_far + dy * n, mask=col < N)
             if dx_ptr is not None:
                 if w_ptr is not None:
@@ -347,7 +347,8 @@ def rms_norm(
     x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight: [N] of a floating dtype, or None.
     cast="before": x r is rounded to the dtype of x before the product; the result has the promoted dtype of x and weight.
     cast="after": one rounding, at the end, to the dtype of x. out_dtype: another dtype for the result.
-    y has the layout of x where x is dense, else it is contiguous. Differentiable once, in x and weight; saves x, weight and r.
+    y is dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable once, in x and
+    weight; saves x, weight and r.
     Raises TypeError on dtypes that are not floating, ValueError on shapes that do not fit, on an unknown cast, and on an offset
     without a weight.
     """

@@ -14,6 +14,7 @@ Every activation is written once, as act(x) with its derivative:
 
 Shapes (..., N) of any strides; bf16, fp16, fp32 in and out, math in fp32, one rounding; float64 takes the reference, exactly.
 Finite x never gives NaN: sigmoids saturate, and z' is taken at |x| <= 32, beyond which w (1 - w) is 0 in every dtype here.
+w (1 - w) is e / (1 + e)^2 with e = exp(-|.|): 1 - w would cancel, and x multiplies what is left.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def resolve(activation: str, alpha: float | None) -> tuple[str, float]:
 def act_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
     """act(x) in the dtype of x; act, alpha: as `resolve` gives them."""
     if act == "silu":
-        return x * torch.sigmoid(alpha * x)
+        return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
     if act == "gelu":
         return F.gelu(x)
     if act == "gelu_tanh":
@@ -79,21 +80,23 @@ def act_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
 def act_grad_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
     """act'(x) in the dtype of x."""
     if act == "silu":
-        w = torch.sigmoid(alpha * x)
-        return w + alpha * x * w * (1 - w)
+        return torch.sigmoid(alpha * x) + x * _sigmoid_grad_ref(alpha * x) * alpha
     if act == "gelu":
         pdf = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
         return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * pdf
     if act == "gelu_tanh":
         near = x.clamp(-_SATURATED, _SATURATED)
-        w = torch.sigmoid(2 * _K * near * (1 + _CUBIC * near * near))
-        return w + near * w * (1 - w) * (2 * _K) * (1 + 3 * _CUBIC * near * near)
+        z = 2 * _K * near * (1 + _CUBIC * near * near)
+        return torch.sigmoid(z) + near * _sigmoid_grad_ref(z) * (2 * _K) * (1 + 3 * _CUBIC * near * near)
     if act == "relu":
         return (x > 0).to(x.dtype)
     if act == "relu2":
         return 2 * F.relu(x)
-    w = torch.sigmoid(x)
-    return w * (1 - w)
+    return _sigmoid_grad_ref(x)
+
+
+def _sigmoid_grad_ref(z: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(z) * torch.sigmoid(-z)  # 1 - sigmoid(z) would cancel
 
 
 # kernels. What feeds a rounded output is written so that no multiplication meets an addition, other than in an explicit fma: then
@@ -102,22 +105,34 @@ def act_grad_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    e = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def sigmoid_grad(x):
+    e = tl.exp(-tl.abs(x))
+    return e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _gelu_tanh_z(x):
+    return 1.5957691216057308 * x * tl.fma(0.044715 * x, x, 1.0)
 
 
 @triton.jit
 def act_weight(x, alpha, ACT: tl.constexpr):
-    """w of act(x) = x w (for sigmoid: of act(x) = w)."""
+    """w of act(x) = x w (sigmoid, relu, relu2: of act(x) = w, w, w^2)."""
     if ACT == "silu":
         w = sigmoid(alpha * x)
     elif ACT == "gelu":
         w = tl.fma(tl.math.erf(x * 0.7071067811865476), 0.5, 0.5)
     elif ACT == "gelu_tanh":
-        w = sigmoid(1.5957691216057308 * x * tl.fma(0.044715 * x, x, 1.0))
+        w = sigmoid(_gelu_tanh_z(x))
     elif ACT == "sigmoid":
         w = sigmoid(x)
-    else:  # relu, relu2
-        w = tl.where(x <= 0.0, 0.0, x)
+    else:
+        w = tl.where(x <= 0.0, 0.0, x)  # a NaN passes
     return w
 
 
@@ -137,14 +152,14 @@ def act_value(x, w, ACT: tl.constexpr):
 def act_grad(x, w, alpha, ACT: tl.constexpr):
     """act'(x), where w = act_weight(x)."""
     if ACT == "silu":
-        d = w + alpha * x * w * (1.0 - w)
+        d = w + x * sigmoid_grad(alpha * x) * alpha
     elif ACT == "gelu":
         d = w + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
     elif ACT == "gelu_tanh":
         near = tl.where(x > 32.0, 32.0, tl.where(x < -32.0, -32.0, x))
-        d = w + near * w * (1.0 - w) * (1.5957691216057308 * tl.fma(0.134145 * near, near, 1.0))
+        d = w + near * sigmoid_grad(_gelu_tanh_z(near)) * (1.5957691216057308 * tl.fma(0.134145 * near, near, 1.0))
     elif ACT == "sigmoid":
-        d = w * (1.0 - w)
+        d = sigmoid_grad(x)
     elif ACT == "relu":
         d = tl.where(x > 0.0, 1.0, 0.0)
     else:
@@ -288,8 +303,8 @@ def activation(x: torch.Tensor, activation: str = "silu", *, alpha: float | None
     """y = act(x), formulas in the module docstring.
 
     x: (..., N), float64, float32, float16 or bfloat16, any strides, not modified. y: contiguous, the dtype of x; math in
-    float32 and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai". Differentiable once, in x; saves
-    x alone.
+    float32 and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai".
+    Differentiable once, in x; saves x alone.
     Raises ValueError for an unknown activation, an alpha it does not have, or an x that is not floating.
     """
     act, alpha = resolve(activation, alpha)

@@ -15,7 +15,7 @@ make pair j, where it goes, which columns it reads, and which channels rotate (f
     interleaved_first        2j, 2j + 1   same        j, j         C   first R  GLM, Ernie, Helium, Moonshine
     interleaved_to_half      2j, 2j + 1   j, j + R/2  j, j         C   first R  DeepSeek-V3 and its heirs
 
-A complex table t is cos = t.real, sin = t.imag. Multi-axis rotary (Qwen2-VL) merges the sections of cos and sin before it rotates,
+A complex table t is cos = t.real, sin = t.imag. Multi-axis rotary (Qwen2-VL) merges sections of cos and sin before it rotates,
 packed sequences gather them by position: the formula is the same. NanoChat turns the other way: sign=-1. Vision towers have no
 batch: unsqueeze_dim=-2. A table is read as it is, both columns of a pair, so that it need not hold cosines.
 
@@ -47,6 +47,11 @@ class Layout:
     interleaved_out: bool
     columns: str = "own"
     tail: bool = False
+
+    def ends(self, transposed: bool) -> tuple[bool, bool]:
+        """(pairs are neighbours in what is read, in what is written)."""
+        there_and_back = (self.interleaved_in, self.interleaved_out)
+        return there_and_back[::-1] if transposed else there_and_back
 
     @property
     def kernel_columns(self) -> int:
@@ -108,9 +113,9 @@ def rope_ref(x, cos, sin, layout: Layout, sign: float, transposed: bool, y: torc
     else:
         c1 = c2 = cos[..., : xr.shape[-1] // 2]
         s1 = s2 = sin[..., : xr.shape[-1] // 2]
-    here, there = layout.interleaved_in, layout.interleaved_out
+    here, there = layout.ends(transposed)
     if transposed:
-        here, there, sign, s1, s2 = there, here, -sign, s2, s1
+        sign, s1, s2 = -sign, s2, s1
     x1, x2 = (v.to(cos.dtype) for v in _pairs(xr, here))
     y1, y2 = _pairs(yr, there)
     y1.copy_(x1 * c1 - x2 * s1 * sign)
@@ -306,15 +311,14 @@ def _launch(xs: list[torch.Tensor], cos, sin, form: _Form, transposed: bool, ys:
     grid = (batch * length * (-(-heads // block_h) + -(-k_heads // block_h)),)
     if not grid[0]:
         return
-    here, there = layout.interleaved_in, layout.interleaved_out
+    here, there = layout.ends(transposed)
     with on_device(xs[0]):
         _rope_kernel[grid](
             xs[0], xs[1] if len(xs) == 2 else None, ys[0], ys[1] if len(ys) == 2 else None, cos, sin, length, heads, k_heads,
             *q_steps, *k_steps, *_walk(ys[0], head)[1], *yk_steps, t_b, t_s, t_c, -form.sign if transposed else form.sign,
-            HALF=half, Q_REST=q_rest, K_REST=k_rest, TAIL=layout.tail, IN=there if transposed else here,
-            OUT=here if transposed else there, COLUMNS=layout.kernel_columns, TRANSPOSED=transposed,
-            BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_QR=triton.next_power_of_2(max(q_rest, 1)), BLOCK_KR=triton.next_power_of_2(max(k_rest, 1)),
-            num_warps=LAUNCH.num_warps,
+            HALF=half, Q_REST=q_rest, K_REST=k_rest, TAIL=layout.tail, IN=here, OUT=there, COLUMNS=layout.kernel_columns,
+            TRANSPOSED=transposed, BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_QR=triton.next_power_of_2(max(q_rest, 1)),
+            BLOCK_KR=triton.next_power_of_2(max(k_rest, 1)), num_warps=LAUNCH.num_warps,
         )  # fmt: skip
 
 
@@ -454,8 +458,8 @@ def _case(layout: str, types: tuple[str, str], heads: tuple[int, int], dim: int,
     signature |= {f"{x}_{d}": "i32" for x in ("q", "k", "yq", "yk") for d in "bsh"} | {"t_b": "i32", "t_s": "i32"}
     constexprs = {"q_d": 1, "k_d": 1, "yq_d": 1, "yk_d": 1, "t_c": 1} | {f"{x}_ptr": None for x in absent}
     constexprs |= {"HALF": r // 2, "Q_REST": dim - r, "K_REST": (dim - r) * pair, "TAIL": lay.tail}
-    constexprs |= {"IN": lay.interleaved_out if transposed else lay.interleaved_in, "COLUMNS": lay.kernel_columns}
-    constexprs |= {"OUT": lay.interleaved_in if transposed else lay.interleaved_out, "TRANSPOSED": transposed, "BLOCK_P": block_p}
+    constexprs |= dict(zip(("IN", "OUT"), lay.ends(transposed))) | {"TRANSPOSED": transposed}
+    constexprs |= {"COLUMNS": lay.kernel_columns, "BLOCK_P": block_p}
     constexprs["BLOCK_H"] = min(max(1, LAUNCH.pairs // block_p), triton.next_power_of_2(max(heads)))
     constexprs |= {
         "BLOCK_QR": triton.next_power_of_2(max(dim - r, 1)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -27,13 +27,15 @@ KIND = "rotary"
 @dataclass(frozen=True)
 class Variant:
     """layout, sign: as in `fastft_kernels.rope`. rotated: names of the parameters that are rotated. axis: of the heads, where the
-    function has no `unsqueeze_dim` of its own. single: one tensor comes back, not a tuple."""
+    function has no `unsqueeze_dim` of its own. single: one tensor comes back, not a tuple. promotes: wider
+    tables give a wider result."""
 
     layout: str
     sign: int
     rotated: tuple[str, ...]
-    axis: int
+    axis: int | None
     single: bool
+    promotes: bool = False
 
     @property
     def kernel(self) -> str:
@@ -49,7 +51,7 @@ def is_rotary(fn: Callable) -> bool:
 
 
 def make_fast(stock: Callable, variant: Variant) -> Callable:
-    """The function that takes stock's place: same signature, one launch; hands back to stock what the proof does not cover."""
+    """The function that takes stock's place: same signature, one launch; hands back to stock what the kernel does not take."""
     parameters = inspect.signature(stock).parameters
     names = tuple(parameters)
     known = {*variant.rotated, "cos", "sin", "unsqueeze_dim"}
@@ -59,16 +61,19 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
         given = dict(zip(names, args))
         given.update(kwargs)
         xs, cos, sin = [given.get(n) for n in variant.rotated], given.get("cos"), given.get("sin")
-        axis = given.get("unsqueeze_dim", default_axis)
         extra = any(v is not None for k, v in given.items() if k not in known)
-        if extra or not _fits(xs, cos, sin, axis):
-            fast.fallbacks += 1
-            return stock(*args, **kwargs)
-        settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=axis)
-        if len(xs) == 1:
-            y = rope_single(xs[0], cos, sin, **settings)
-            return y if variant.single else (y,)
-        return rope(*xs, cos, sin, **settings)
+        if not extra and _are_tensors(*xs, cos, sin):
+            out = torch.promote_types(xs[0].dtype, cos.dtype) if variant.promotes else None
+            settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=given.get("unsqueeze_dim", default_axis), out_dtype=out)
+            try:
+                if len(xs) == 2:
+                    return rope(*xs, cos, sin, **settings)
+                y = rope_single(xs[0], cos, sin, **settings)
+                return y if variant.single else (y,)
+            except ValueError:  # shapes that the kernel does not take, or tables that learn
+                pass
+        fast.fallbacks += 1
+        return stock(*args, **kwargs)
 
     fast.fallbacks = 0
     fast.__wrapped__ = stock
@@ -76,13 +81,8 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
     return fast
 
 
-def _fits(xs: list, cos, sin, axis: int) -> bool:
-    for t in (*xs, cos, sin):
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
-            return False
-    if any(x.dim() != 4 or x.shape[-1] != xs[0].shape[-1] or x.dtype != xs[0].dtype for x in xs):
-        return False
-    return cos.dim() == 3 and cos.shape == sin.shape and not cos.requires_grad and not sin.requires_grad and axis in (1, 2)
+def _are_tensors(*values: object) -> bool:
+    return all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
 
 
 class _Function(nn.Module):
@@ -202,7 +202,7 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
     truths = [truth] if single else list(truth)
     for layout in LAYOUTS:
         for sign in (1, -1):
-            for a in (1, 2) if axis is None else (axis,):
+            for a in (1, 2, -2, None) if axis is None else (axis,):
                 variant = Variant(layout, sign, rotated, a, single)
                 fast = make_fast(fn, variant)
                 try:
@@ -211,11 +211,19 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
                 except (ValueError, RuntimeError):
                     continue
                 if fast.fallbacks:
-                    return "its arguments are not four-dimensional q and k with three-dimensional tables"
+                    continue
                 ours = [ours] if isinstance(ours, torch.Tensor) else list(ours)
                 if len(ours) == len(truths) and all(o.shape == t.shape and (o - t).abs().max() <= 1e-12 * t.abs().max() for o, t in zip(ours, truths)):
-                    return variant
+                    return replace(variant, promotes=_promotes(module, tensors))
     return "no rotation known here gives its result"
+
+
+def _promotes(module: nn.Module, tensors: list[torch.Tensor]) -> bool:
+    """Does stock return float32 for bfloat16 q with float32 tables?"""
+    mixed = [t.float() if getattr(t, "constant", False) else t.bfloat16() for t in tensors]
+    with torch.no_grad():
+        out = module(*mixed)
+    return (out if isinstance(out, torch.Tensor) else out[0]).dtype == torch.float32
 
 
 def _prove(fn: Callable, variant: Variant, call: FunctionCall) -> Proof:

@@ -1,0 +1,1 @@
+"""What the command line runs, each callable from Python as well."""

@@ -5,10 +5,10 @@
     dA_a = dxA_a^T drop_a(x)   dW_i = dy_i^T x                db_i = sum_t dy_i
     dx   = sum_i dy_i W_i + sum_a drop_a'(dxA_a A_a)
 
-Launches: the A matrices are stacked, so xA, dA and dx's adapter part are one product each; an adapter's output is added into y_i by the
-product itself; dx is one buffer. Matrices that need a cast are copied into one scratch buffer by one launch, and where gradients
-need a cast as well the same buffer receives them, to be cast by one launch. The factor s is applied to the float32 accumulator of a
-product, never to a stored activation, so that float16 does not overflow early.
+Launches: the A matrices are stacked, so xA, dA and dx's adapter part are one product each; an adapter's output is added into y_i
+by the product itself; dx is one buffer. Matrices that need a cast are copied into one scratch buffer by one launch, and where
+gradients need a cast as well the same buffer receives them, to be cast by one launch. The factor s is applied to the float32
+accumulator of a product, never to a stored activation, so that float16 does not overflow early.
 
 Three dtypes: `compute` of the base products, `lora` of the adapters' (wider than compute where float32 adapters train without
 autocast: their gradients then carry float32's precision, as stock's do), `out` of y. What is kept for the backward beside x: xA.
@@ -109,7 +109,7 @@ def slots(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.d
 def operands(
     As: list[torch.Tensor], a_dtype: torch.dtype, Bs: list[torch.Tensor], b_dtype: torch.dtype, stack: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-    """(A matrices in a_dtype: one, stacked, if `stack`; B matrices in b_dtype; the scratch buffer behind copies in b_dtype, or None)."""
+    """(A matrices in a_dtype: one, stacked, if `stack`; B matrices in b_dtype; the buffer of copies in b_dtype, or None)."""
     stack = stack and len(As) > 1
     if stack and all(A.dtype == a_dtype for A in As):
         As, stack = [torch.cat(As)], False
@@ -158,6 +158,14 @@ def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
         out.addmm_(a, b, beta=0, alpha=alpha)
 
 
+def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """total + a b in `dtype`, in place; a new matrix if total is None. a, b in `dtype` or narrower."""
+    if total is not None and dtype == a.dtype:
+        return total.addmm_(a, b)
+    ab = torch.mm(a, b, out_dtype=dtype) if _widens(a, dtype) else torch.mm(a, b)
+    return ab.to(dtype) if total is None else total.add_(ab)
+
+
 def forward(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[list[torch.Tensor], Kept]:
     """x [..., in] -> ([T, out_i] in g.out for every projection, what to keep)."""
     xc = rows(x).to(g.compute)
@@ -201,17 +209,18 @@ def _base(g: Group, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: torch.Tens
 
 def _dropped_low_rank(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor, As: list[torch.Tensor]):
     """xA where some adapters drop out: each has an input of its own, drawn in order, in the adapter's dtype as stock draws it."""
-    adapters, draws, masks = g.adapters, [], []
-    xA = torch.empty(rows(x).shape[0], g.rank, dtype=g.lora, device=x.device)
+    adapters, draws, masks, xl = g.adapters, [], [], rows(x).to(g.lora)
+    xA = torch.empty(xl.shape[0], g.rank, dtype=g.lora, device=x.device)
     for a, A in zip(adapters, As):
-        source, state = x, None
+        source, state, factor = xl, None, 1.0
         if a.p > 0:
             state = dropout.capture(x.device) if x.is_contiguous() else None
-            source, mask = dropout.draw(x.to(t[a.A].dtype), a.p)
+            mask = dropout.draw_mask(x, t[a.A].dtype, a.p)
+            source, factor = xl * rows(mask), dropout.factor(a.p)
             if state is None:
                 state = len(masks)
                 masks.append(mask)
-        product_into(xA[:, a.column : a.column + a.rank], rows(source).to(g.lora), A.t())
+        product_into(xA[:, a.column : a.column + a.rank], source, A.t(), factor)
         draws.append(state)
     return xA, tuple(draws), tuple(masks)
 
@@ -247,7 +256,8 @@ class Backward:
     def input_gradient(self, want: bool, dtype: torch.dtype) -> torch.Tensor | None:
         """dx [T, in] in `dtype` if it is wanted; prepares dxA for the parameters' gradients either way."""
         g, t, dx = self.g, self.t, None
-        add = g.lora if dtype == g.lora else g.compute
+        total = wider(dtype, g.compute)  # a float32 dx of half-precision products is summed in float32, as stock's is
+        add = g.lora if total == g.lora else g.compute
         dropped = any(a.p > 0 for a, _ in self.adapters)
         As = []
         if self.adapters and (want or any(self.needs[a.A] for a, _ in self.adapters)):
@@ -258,14 +268,12 @@ class Backward:
             return None
         for i, (p, _) in enumerate(self.live):
             W = expand(p.layout, t[p.weight : p.weight + p.n_weight], g.compute)
-            dx = torch.mm(self._dy(i, g.compute), W) if dx is None else dx.addmm_(self._dy(i, g.compute), W)
+            dx = add_product(dx, self._dy(i, g.compute), W, total)
             del W
-        if dx is None:
-            return torch.zeros(self.shape, dtype=dtype, device=t[0].device)
         if As:
-            dx, dxA = dx.to(add), self.dxA.to(add)
+            dxA = self.dxA.to(add)
             if not dropped:
-                dx.addmm_(dxA, As[0])
+                dx = add_product(dx, dxA, As[0], total)
             else:
                 for (a, _), c, A in zip(self.adapters, self.columns, As):
                     self._add_dropped(dx, a, dxA[:, c], A)
@@ -282,29 +290,28 @@ class Backward:
             product_into(self.dxA[:, c], self._dy(i, g.lora), B, a.scaling)
 
     def _add_dropped(self, dx: torch.Tensor, a: AdapterSlot, dxA: torch.Tensor, A: torch.Tensor) -> None:
-        """dx += drop'(dxA A), the mask drawn again, or kept."""
+        """dx += drop'(dxA A)"""
         if a.p == 0:
-            dx.addmm_(dxA, A)
+            add_product(dx, dxA, A, dx.dtype)
             return
-        part, mask = torch.mm(dxA, A), self._mask(a)
-        if mask is not None:
-            part = dropout.masked(part, rows(mask), a.p)
-        else:
-            part, mask = dropout.draw(part.to(self.t[a.A].dtype).view(self.shape), a.p, self.draws[a.A])
-            self.masks[a.A] = mask
-        dx.add_(rows(part))
+        dx.addcmul_(torch.mm(dxA, A), self._mask(a, dx), value=dropout.factor(a.p))
 
-    def _mask(self, a: AdapterSlot) -> torch.Tensor | None:
+    def _mask(self, a: AdapterSlot, like: torch.Tensor) -> torch.Tensor:
+        """The forward's mask [T, in]: kept, or drawn again (once a backward). like: any tensor of x's size on its device."""
         draw = self.draws[a.A]
-        return self.kept.masks[draw] if isinstance(draw, int) else self.masks.get(a.A)
+        if isinstance(draw, int):
+            return rows(self.kept.masks[draw])
+        if a.A not in self.masks:
+            self.masks[a.A] = rows(dropout.draw_mask(like.view(self.shape), self.t[a.A].dtype, a.p, draw))
+        return self.masks[a.A]
 
     def parameter_gradients(self, x: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradient of each of the group's tensors that wants one (None elsewhere). x [..., in]; None if no such gradient needs it."""
+        """The gradient of each of the group's tensors that wants one, None elsewhere. x [..., in]; None if not needed."""
         g, needs, grads = self.g, self.needs, [None] * len(self.needs)
         jobs: list[Job] = []
         wide, xc = self._cast_input(x)
         run: list[AdapterSlot] = []  # adapters that share one product: neighbours, all wanted, without dropout
-        for (a, i), c in zip(self.adapters, self.columns):
+        for (a, _), c in zip(self.adapters, self.columns):
             if needs[a.A] and a.p == 0:
                 run = jobs.pop().targets if run else []
                 run.append(a)
@@ -313,7 +320,8 @@ class Backward:
             else:
                 run = []
                 if needs[a.A]:
-                    jobs.append(Job([a], self.dxA[:, c], self._dropped_input(a, x), 1.0, self.t[a.A].dtype))
+                    dropped = rows(x).to(g.lora) * self._mask(a, x)
+                    jobs.append(Job([a], self.dxA[:, c], dropped, dropout.factor(a.p), self.t[a.A].dtype))
         for a, i in self.adapters:
             if needs[a.B]:
                 xA = self.kept.xA[:, a.column : a.column + a.rank]
@@ -340,14 +348,6 @@ class Backward:
         if any(self.needs[p.weight] for p, _ in self.live):
             xc = wide if wide is not None and self.g.lora == self.g.compute else x.to(self.g.compute)
         return wide, xc
-
-    def _dropped_input(self, a: AdapterSlot, x: torch.Tensor) -> torch.Tensor:
-        source, mask = x.to(self.t[a.A].dtype), self._mask(a)
-        if mask is not None:
-            dropped = dropout.masked(source.view(mask.shape), mask, a.p)
-        else:
-            dropped, _ = dropout.draw(source.view(self.shape), a.p, self.draws[a.A])
-        return rows(dropped).to(self.g.lora)
 
     def _bias_gradients(self, p: ProjectionSlot, dy: torch.Tensor, grads: list) -> None:
         places = [(p.bias, 1.0)] + [(a.bias, a.scaling) for a in p.adapters]

@@ -1,12 +1,14 @@
 """Dropout that draws from torch's own stream, and draws the same mask again instead of keeping it.
 
-    y = x * mask / (1 - p),   mask ~ Bernoulli(1 - p)            dx = dy * mask / (1 - p)
+    y = x * mask * k,   mask ~ Bernoulli(1 - p),   k = 1 / (1 - p)            dx = dy * mask * k
 
-`draw` consumes the default generator exactly as torch.nn.functional.dropout does on an input of the same shape, dtype and device, so
-a run with it sees the masks of a stock run. Before the draw, `capture` notes where the stream stands: a copy of the generator on a CPU
-(5 KB whatever the tensor's size), two integers on CUDA, read without synchronising. `draw(..., state)` then repeats the mask from
-there and leaves the default stream as it was. Where a stream cannot be rewound (under torch.compile, inside a CUDA graph capture,
-on other devices) `capture` answers None, and the caller keeps the mask: one byte an element.
+`draw_mask` consumes the default generator exactly as torch.nn.functional.dropout does on an input of the same shape, dtype and
+device, so a run with it sees the masks of a stock run. Before the draw, `capture` notes where the stream stands: a copy of the
+generator on a CPU (5 KB whatever the tensor's size), two integers on CUDA, read without synchronising. `draw_mask` with that
+state repeats the mask from there and leaves the default stream as it was. Where a stream cannot be rewound (under torch.compile, inside
+a CUDA graph capture, on other devices) `capture` answers None, and the caller keeps the mask: one byte an element.
+
+The factor k belongs in the product that consumes x * mask: that tensor is then exact in any dtype.
 """
 
 from __future__ import annotations
@@ -31,29 +33,26 @@ def capture(device: torch.device) -> State | None:
     return None
 
 
-def draw(x: torch.Tensor, p: float, state: State | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x * mask / (1 - p), mask [bool]), both shaped like x; not differentiable, x is not modified.
+def factor(p: float) -> float:
+    """k = 1 / (1 - p); 0 where everything is dropped."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
-    state None draws from the default generator, as torch.nn.functional.dropout(x, p, training=True) would; a state from `capture`
-    repeats the draw that followed it.
+
+def draw_mask(like: torch.Tensor, dtype: torch.dtype, p: float, state: State | None = None) -> torch.Tensor:
+    """The mask [bool, laid out like `like`] that torch.nn.functional.dropout(like.to(dtype), p) would use.
+
+    state None draws from the default generator; a state from `capture` repeats the draw that followed it. The values of `like`
+    are not read.
     """
-    if p >= 1.0 or x.numel() == 0:  # torch draws nothing here
-        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
-    if x.is_cuda or x.is_xpu:
-        with _rewound(x.device, state):
-            return torch.native_dropout(x, p, True)
+    if p >= 1.0 or like.numel() == 0:  # torch draws nothing here
+        return torch.zeros_like(like, dtype=torch.bool)
+    if like.is_cuda or like.is_xpu:  # which element gets which random number depends on shape and dtype: ask torch's own kernel
+        with _rewound(like.device, state):
+            return torch.native_dropout(torch.empty_like(like, dtype=dtype), p, True)[1]
     generator = state.clone_state() if isinstance(state, torch.Generator) else None
-    # on a CPU a mask of booleans consumes what a mask in x's dtype would, which is what torch draws
-    mask = torch.empty_like(x, dtype=torch.bool if x.device.type == "cpu" else x.dtype).bernoulli_(1.0 - p, generator=generator)
-    mask = mask.bool()
-    return masked(x, mask, p), mask
-
-
-def masked(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """x * mask / (1 - p) in x's dtype, for a mask from `draw`."""
-    if p >= 1.0:
-        return torch.zeros_like(x)
-    return (x * mask).mul_(1.0 / (1.0 - p))
+    # on a CPU a mask of booleans consumes what a mask in any other dtype would
+    mask = torch.empty_like(like, dtype=torch.bool if like.device.type == "cpu" else dtype)
+    return mask.bernoulli_(1.0 - p, generator=generator).bool()
 
 
 def _cuda_generator(device: torch.device) -> torch.Generator:

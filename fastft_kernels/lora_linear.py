@@ -1,8 +1,8 @@
-"""y_i = x W_i^T + b_i + sum_a s_a (drop_a(x) A_a^T B_a^T + c_a): a group of adapted projections over one input, as ONE autograd function.
+"""y_i = x W_i^T + b_i + sum_a s_a (drop_a(x) A_a^T B_a^T + c_a): adapted projections of one input, as ONE autograd function.
 
-Gradients: _lora_group.py. The input is saved once for the whole group, in the smaller of its own and the compute dtype; or not at
-all, where a `Recipe` tells how to recompute it from tensors that are saved anyway. Beside it only x A^T is kept (rank values a token),
-never a cast copy of a parameter, never a dropout mask (masks are drawn again), never an expanded weight.
+Gradients: _lora_group.py. The input is saved once for the whole group, in the smaller of its own and the compute dtype; or not
+at all, where a `Recipe` tells how to recompute it from tensors that are saved anyway. Beside it only x A^T is kept (rank values a
+token), never a cast copy of a parameter, never a dropout mask (masks are drawn again), never an expanded weight.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Projection:
 
 
 def pack(
-    x: torch.Tensor, projections: Sequence[Projection], compute_dtype, adapter_dtype, out_dtype, where: str, first: int = 0
+    where: str, features: int, dtype: torch.dtype, projections: Sequence[Projection], compute_dtype, adapter_dtype, out_dtype
 ) -> tuple[Group, list[torch.Tensor]]:
-    """The group's description, with indices from `first`, and its tensors. Raises ValueError on shapes that do not fit."""
-    compute = compute_dtype or x.dtype
+    """The description of a group over inputs [..., features] of `dtype`, and its tensors. ValueError where shapes do not fit."""
+    compute = compute_dtype or dtype
     if adapter_dtype is None:
         adapter_dtype = compute
         if compute_dtype is None:
@@ -55,14 +55,14 @@ def pack(
         if new[0] is None:
             return -1
         tensors.extend(new)
-        return first + len(tensors) - len(new)
+        return len(tensors) - len(new)
 
     slots, column = [], 0
     for p in projections:
         weight = as_weight(p.weight)
         out, width = weight.shape
-        if width != x.shape[-1]:
-            raise ValueError(f"{where}: want a weight [out, {x.shape[-1]}] for an input {tuple(x.shape)}, got {(out, width)}")
+        if width != features:
+            raise ValueError(f"{where}: want a weight [out, {features}] for an input [..., {features}], got {(out, width)}")
         held = weight.tensors()
         index, bias, adapters = add(*held), add(p.bias), []
         for a in p.adapters:
@@ -150,10 +150,10 @@ def lora_linear(
     out_dtype: None is the dtype of the base products.
     recipe: how to recompute x in the backward (`recipe_of(x)`); None saves x.
 
-    Differentiable once in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's dtype; only
-    those asked for are computed. Dropout draws from torch's default stream, in the order of the projections and their adapters, as
-    torch.nn.functional.dropout on x in the dtype of A would. Nothing is modified. ValueError on shapes that do not fit.
+    Differentiable once in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's
+    dtype; only those asked for are computed. Dropout draws from torch's default stream, in the order of the projections and their
+    adapters, as torch.nn.functional.dropout on x in the dtype of A would. Nothing is modified. ValueError: shapes do not fit.
     """
-    g, tensors = pack(x, projections, compute_dtype, adapter_dtype, out_dtype, "lora_linear")
+    g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype)
     kept = recipe.tensors if recipe is not None else ()
     return _LoraLinear.apply(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)

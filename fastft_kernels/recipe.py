@@ -1,7 +1,7 @@
 """How a tensor can be recomputed in a backward instead of being saved by the function that consumes it.
 
-The output y of a swapped norm is a cheap function of tensors the norm saves anyway (its input, 1/rms, its weight). A function that
-is given y and needs it in its backward saves those tensors in place of y: no further bytes, one elementwise launch.
+The output y of a swapped norm is a cheap function of tensors the norm saves anyway (its input, 1/rms, its weight). A function
+that is given y and needs it in its backward saves those tensors in place of y: no further bytes, one elementwise launch.
 
     producer   y = norm(x);  attach(y, Recipe((x.detach(), rstd, weight.detach()), recompute))
     consumer   recipe = recipe_of(y);  ctx.save_for_backward(*(recipe.tensors if recipe else (y,)))

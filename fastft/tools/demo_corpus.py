@@ -81,7 +81,9 @@ def stdlib_pairs() -> list[Pair]:
                 if not summary:
                     continue
                 with contextlib.suppress(ValueError, TypeError):  # no signature to be had of some builtins
-                    found.setdefault(doc, Pair(name, str(inspect.signature(thing)), summary, doc))
+                    signature = str(inspect.signature(thing))
+                    if " at 0x" not in signature:  # a default's address would differ from one process to the next
+                        found.setdefault(doc, Pair(name, signature, summary, doc))
     return sorted(found.values(), key=lambda p: p.name)
 
 

@@ -1,7 +1,7 @@
 """One fine-tuning run through TRL's SFTTrainer, with stock or fastft, from the same seed: its losses, time and memory.
 
-A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. Nothing in the trainer
-is replaced; losses are read from its log, times from a callback. Stock loads with transformers and PEFT alone.
+A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. Nothing in the
+trainer is replaced; losses are read from its log, times from a callback. Stock loads with transformers and PEFT alone.
 """
 
 from __future__ import annotations
@@ -125,7 +125,13 @@ def make_trainer(job: Job, model, tokenizer, *, on_step: Callable[[int], None] |
 
     ours = {}
     if job.small:  # float32, every step's loss to its last bit
-        ours = {"bf16": False, "gradient_checkpointing": False, "learning_rate": float(__import__("os").environ.get("LR","5e-3")), "max_length": 192, "completion_only_loss": False}
+        ours = {
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "learning_rate": 5e-3,
+            "max_length": 192,
+            "completion_only_loss": False,
+        }
     else:
         bf16 = job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         ours = {"bf16": bf16, "fp16": job.device.type == "cuda" and not bf16, "learning_rate": 2e-4, "max_length": 1024}
@@ -214,7 +220,8 @@ def saved_bytes(trainer) -> int:
 
 
 def prompt_of(row: dict, tokenizer) -> str:
-    """The part of a held-out row that a model is asked with: its prompt, its messages but the last, or the first half of its text."""
+    """The part of a held-out row that a model is asked with: its prompt, its messages but the last, or the first half of its
+    text."""
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
     messages = row.get("prompt") or (row["messages"][:-1] if "messages" in row else None)

@@ -1,0 +1,35 @@
+"""The demo's one picture: both loss curves above, how far each is from the truth below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastft.tools.demo_run import Run
+
+
+def plot(path: Path, fast: Run, stock: Run, reordered: Run, truth: Run | None, title: str) -> None:
+    """Write a PNG. Below, on a logarithmic scale, the distance of each run from the float64 run (from stock where there is
+    none)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    steps = range(1, len(stock.losses) + 1)
+    above.plot(steps, stock.losses, color="#999999", linewidth=4, label=f"stock ({1e3 * stock.median_step:.0f} ms a step)")
+    above.plot(steps, fast.losses, color="#0b6e4f", linewidth=1.5, label=f"fastft ({1e3 * fast.median_step:.0f} ms a step)")
+    above.set_ylabel("training loss")
+    above.set_title(title)
+    above.legend(frameon=False)
+    base, of = (truth, "float64") if truth is not None else (stock, "stock")
+    others = [(reordered, "#999999", "stock, rows reordered", "--"), (fast, "#0b6e4f", "fastft", "-")]
+    if truth is not None:
+        others.insert(0, (stock, "#999999", "stock", "-"))
+    for run, color, label, style in others:
+        distance = [max(abs(x - y), 1e-12) for x, y in zip(run.losses, base.losses)]
+        below.semilogy(range(1, len(distance) + 1), distance, color=color, label=label, linestyle=style, linewidth=1)
+    below.set_ylabel(f"distance from {of}")
+    below.set_xlabel("step")
+    below.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)

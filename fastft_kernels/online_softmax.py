@@ -23,6 +23,7 @@ import torch
 
 from fastft_kernels._runtime import on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
+from fastft_kernels.aot import AotCase
 
 # Rows of the state: maximum, sum of exponentials, target's z (NaN until met), maximum before it; sums of e (z - m), e^2, z.
 M, A, ZT, BEFORE, PZ, SQ, SUM = range(7)
@@ -326,3 +327,42 @@ def jacobian(acc, weight, target, alpha, beta, dtype):
             acc, weight, target, alpha, beta, out, weight.stride(0), n_cols, weight.shape[0], BLOCK=block, num_warps=4
         )
     return out
+
+
+# ------------------------------------------------------------------------------------------------------- ahead-of-time cases
+
+
+def _tile_case(kernel, p: str, pointers: dict, flags: dict, note: str) -> AotCase:
+    numbers = {"n_rows": "i32", "n_cols": "i32", "start": "i32", "scale": "fp32", "softcap": "fp32", "inv_t": "fp32"}
+    signature = {"logits_ptr": "*fp32", "target_ptr": "*i64", **pointers, **numbers}
+    absent = {} if "bias_ptr" in pointers else {"bias_ptr": None}
+    block, warps = _row_block(8064)
+    return AotCase(kernel, signature, {**flags, **absent, "BLOCK": block}, num_warps=warps, note=f"{note}, {p}")
+
+
+def _cases() -> tuple[AotCase, ...]:
+    fold_of = lambda p: {"state_ptr": "*fp32", "p_ptr": f"*{p}", "r_ptr": "*fp32", "new_ptr": "*fp32"}
+    none = dict.fromkeys(("BEFORE", "PZ", "SQ", "SUM"), False)
+    every = dict.fromkeys(none, True)
+    entropy = {"HAS_CAP": True, "Z_TERM": True}
+    cases = []
+    for p in ("bf16", "fp16"):
+        plain = {"FIRST": False, "HAS_CAP": False, "WRITE_P": True, **none}
+        capped = {"FIRST": True, "HAS_CAP": True, "WRITE_P": True, **every}
+        cases += [
+            _tile_case(_fold_kernel, p, fold_of(p), plain, "Qwen3-8B, 8064 columns"),
+            _tile_case(_fold_kernel, p, {**fold_of(p), "bias_ptr": f"*{p}"}, capped, "Gemma-2, every output, bias"),
+            _tile_case(_dlogits_kernel, p, {"coef_ptr": "*fp32", "dx_ptr": f"*{p}"}, entropy, "Gemma-2, entropy"),
+            AotCase(
+                _jacobian_kernel,
+                {"acc_ptr": "*fp32", "weight_ptr": f"*{p}", "target_ptr": "*i64", "alpha_ptr": "*fp32", "beta_ptr": "*fp32",
+                 "out_ptr": f"*{p}", "w_stride": "i32", "n_cols": "i32", "vocab": "i32"},
+                {"BLOCK": 2048}, num_warps=4, note=f"hidden 4096, {p}",
+            ),
+        ]  # fmt: skip
+    rescale_types = {"acc_ptr": "*fp32", "r_ptr": "*fp32", "n_cols": "i32"}
+    cases.append(AotCase(_rescale_kernel, rescale_types, {"BLOCK": 4096}, num_warps=8, note="hidden 4096"))
+    return tuple(cases)
+
+
+AOT_CASES = _cases()

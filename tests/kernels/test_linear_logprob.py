@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.linear_logprob import OUTPUTS, linear_logprob, tile_bytes, tile_sizes
+from fastft_kernels.head_tiles import tile_bytes, tile_sizes
+from fastft_kernels.linear_logprob import OUTPUTS, linear_logprob
 from fastft_kernels.numerics import compare
 
 # Several tiles both ways at test size; the interpreter takes a millisecond an instruction and gets few rows.

@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries' own progress bars off, for the demo shows its own; as they were afterwards."""
+    """The libraries' own progress bars and deprecation notices off, for the demo shows its own bars; as they were afterwards."""
     import datasets
     from transformers.utils import logging
 
@@ -211,7 +212,9 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if not bars[0]:
             datasets.enable_progress_bars()

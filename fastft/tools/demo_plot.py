@@ -27,7 +27,7 @@ def plot(path: Path, fast: Run, stock: Run, reordered: Run, truth: Run | None, t
     if truth is not None:
         others.insert(0, (stock, "#999999", "stock", "-"))
     for run, color, label, style in others:
-        distance = [max(abs(x - y), 1e-12) for x, y in zip(run.losses, base.losses)]
+        distance = [max(abs(x - y), 1e-10) for x, y in zip(run.losses, base.losses)]
         below.semilogy(range(1, len(distance) + 1), distance, color=color, label=label, linestyle=style, linewidth=1)
     below.set_ylabel(f"distance from {of}")
     below.set_xlabel("step")

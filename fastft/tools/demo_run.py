@@ -1,7 +1,8 @@
 """One fine-tuning run through TRL's SFTTrainer, with stock or fastft, from the same seed: its losses, time and memory.
 
-A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. Nothing in the
-trainer is replaced; losses are read from its log, times from a callback. Stock loads with transformers and PEFT alone.
+A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. The trainer is
+only watched: each step's loss is noted to its last bit as training_step returns it (the log holds float32), times in a callback.
+Stock loads with transformers and PEFT alone.
 """
 
 from __future__ import annotations
@@ -178,13 +179,20 @@ def train(
     if rows is not None:
         collate = trainer.data_collator
         trainer.data_collator = lambda batch: collate(rows(batch))
+    step = trainer.training_step
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(*args, **kwargs)
+        run.losses.append(loss.item())
+        return loss
+
+    trainer.training_step = watched
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with under or nullcontext():
         trainer.train()
     run.seconds = time.perf_counter() - start
-    run.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if job.device.type == "cuda":
         run.peak_bytes = torch.cuda.max_memory_allocated()
     if measure:

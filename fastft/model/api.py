@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from fastft.patching.patcher import apply_kinds, build_report, strict_check, undo
@@ -18,15 +19,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(model: Model, *, strict: bool = False) -> Model:
     """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same instance.
 
-    Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules that
-    are new and changes nothing else. No other model, class or library is touched.
+    Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules
+    that are new and changes nothing else. No other model, class or library is touched.
 
-    Raises TypeError for what is no torch module, and with strict=True StrictError (the model is then restored) when anything that a
-    recogniser looked at stays stock.
+    Raises TypeError for what is no torch module, and with strict=True StrictError (the model is then restored) when anything
+    that a recogniser looked at stays stock.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}")
-    apply_kinds(model, kinds())
+    cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(cuda)):  # the user's random stream stands where it stood: proofs draw from a copy
+        apply_kinds(model, kinds())
     if strict:
         try:
             strict_check(build_report(model))
@@ -53,5 +56,6 @@ def patched(model: Model, *, strict: bool = False) -> Iterator[Model]:
 
 
 def report(model: nn.Module) -> PatchReport:
-    """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not patched."""
+    """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not
+    patched."""
     return build_report(model)

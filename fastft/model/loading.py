@@ -202,6 +202,9 @@ def _load_config(name: str, kwargs: dict, adapter_at: str | None) -> Any:
 
     if isinstance(kwargs.get("config"), PreTrainedConfig):
         return kwargs["config"]
+    missing = not os.path.exists(os.path.join(name, kwargs.get("subfolder", ""), "config.json"))
+    if os.path.isdir(name) and missing and not kwargs.get("gguf_file"):
+        raise _not_found(name, OSError(), adapter_at)
     skip = ("config", "quantization_config", "torch_dtype")
     try:
         config, _ = AutoConfig.from_pretrained(

@@ -260,7 +260,7 @@ def _check(name: str, xs: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torc
         for i in range(dims - 1):
             fits = table.shape[i] == 1 if i == head else table.shape[i] in (1, x.shape[i])
             if not fits or (i != head and x.shape[i] != xs[0].shape[i]):
-                raise ValueError(f"{name}: tables {tuple(table.shape)} do not fit {[tuple(v.shape) for v in xs]}")
+                raise ValueError(f"{name}: want tables that fit {[tuple(v.shape) for v in xs]}, got {tuple(table.shape)}")
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype | None, order: list[int] | None) -> torch.Tensor:

@@ -201,15 +201,12 @@ def compile_case(case: AotCase, arch: str) -> CompileReport:
 
 
 def kernels_of(module: ModuleType) -> list[str]:
-    """Names of the @triton.jit kernels that `module` itself defines: those named `*_kernel`, and those that take a `*_ptr`
-    (what remains is functions that kernels call)."""
-
-    def is_kernel(name: str, value: Any) -> bool:
-        if not hasattr(value, "arg_names") or value.__module__ != module.__name__:
-            return False
-        return name.endswith("_kernel") or any(a.endswith("_ptr") for a in value.arg_names)
-
-    return [name for name, value in vars(module).items() if is_kernel(name, value)]
+    """Names of the @triton.jit kernels that `module` itself defines: those named `*_kernel` (others are functions they call)."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "arg_names") and value.__module__ == module.__name__
+    ]
 
 
 def kernel_modules() -> Iterator[ModuleType]:

@@ -260,8 +260,8 @@ def _fwd(x, weight, bias, eps, out_dtype):
     xm = x.to(math_dtype(x.dtype))
     mean = xm.mean(-1, keepdim=True)
     centred = xm - mean
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y = in_rows_layout(_affine_ref(centred * rstd, weight, bias, out_dtype), x)
+    rstd = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = in_rows_layout(_affine_ref(centred.mul_(rstd), weight, bias, out_dtype), x)
     return y, mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
 
 
@@ -276,12 +276,9 @@ def _recompute_fake(x, mean, rstd, weight, bias, out_dtype):
 def _recompute(x, mean, rstd, weight, bias, out_dtype):
     if _runs_kernel(x, weight, bias):
         return _launch_fwd(x, weight, bias, 0.0, mean.contiguous(), rstd.contiguous(), out_dtype, True)
-    return in_rows_layout(_affine_ref(_normalised_ref(x, mean, rstd), weight, bias, out_dtype), x)
-
-
-def _normalised_ref(x, mean, rstd):
-    lead = (*x.shape[:-1], 1)
-    return (x.to(rstd.dtype) - mean.view(lead)) * rstd.view(lead)
+    stat = (*x.shape[:-1], 1)
+    n = (x.to(rstd.dtype) - mean.view(stat)).mul_(rstd.view(stat))
+    return in_rows_layout(_affine_ref(n, weight, bias, out_dtype), x)
 
 
 def _bwd_fake(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
@@ -322,18 +319,16 @@ def _bwd(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
 
 
 def _bwd_ref(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
-    lead, n = (*x.shape[:-1], 1), x.shape[-1]
-    normed = _normalised_ref(x, mean, rstd)
-    g = dy.to(rstd.dtype)
-    none = x.new_empty((0, n), dtype=rstd.dtype)
-    dw = (g * normed).reshape(-1, n).sum(0, keepdim=True) if need_dw else none
-    db = g.reshape(-1, n).sum(0, keepdim=True) if need_db else none.clone()
-    if not need_dx:
-        return x.new_empty(0), dw, db
-    if weight is not None:
-        g = g * weight.to(rstd.dtype)
-    dx = rstd.view(lead) * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
-    return in_rows_layout(dx.to(x.dtype), x), dw, db
+    """torch's own operator, given everything in the dtype of the statistics."""
+    n, stat = x.shape[-1], (*x.shape[:-1], 1)
+    w = None if weight is None else weight.to(rstd.dtype)
+    like_bias = rstd.new_empty(n) if need_db else None
+    wanted = [need_dx, need_dw, need_db]
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.to(rstd.dtype), x.to(rstd.dtype), [n], mean.view(stat), rstd.view(stat), w, like_bias, wanted
+    )
+    dw, db = (d.unsqueeze(0) if need else rstd.new_empty((0, n)) for d, need in ((dw, need_dw), (db, need_db)))
+    return in_rows_layout(dx.to(x.dtype), x) if need_dx else x.new_empty(0), dw, db
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------------

@@ -238,8 +238,9 @@ def _fwd(x, weight, eps, offset, cast_before, out_dtype):
         rstd = x.new_empty(count_rows(x), dtype=torch.float32)
         return _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, False), rstd
     xm = x.to(math_dtype(x.dtype))
-    rstd = torch.rsqrt(xm.square().mean(-1, keepdim=True) + eps)
-    y = _scale_ref(xm * rstd, x.dtype, weight, offset, cast_before, out_dtype)
+    n = xm.square()
+    rstd = n.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = _scale_ref(torch.mul(xm, rstd, out=n), x.dtype, weight, offset, cast_before, out_dtype)
     return in_rows_layout(y, x), rstd.reshape(-1).contiguous()
 
 
@@ -294,15 +295,17 @@ def _bwd(dy, x, rstd, weight, offset, need_dx, need_dw):
 
 
 def _bwd_ref(dy, x, rstd, weight, offset, need_dx, need_dw):
-    n = x.to(rstd.dtype) * rstd.view(*x.shape[:-1], 1)
-    g = dy.to(rstd.dtype)
-    dw = (g * n).reshape(-1, x.shape[-1]).sum(0, keepdim=True) if need_dw else x.new_empty((0, x.shape[-1]), dtype=rstd.dtype)
+    """In two buffers: on a CPU it is fresh memory that costs the time."""
+    r, u = rstd.view(*x.shape[:-1], 1), None if weight is None else weight.to(rstd.dtype) + offset
+    dy = dy.to(rstd.dtype)
+    n = x.to(rstd.dtype) * r
+    products = dy * n
+    dw = products.reshape(-1, x.shape[-1]).sum(0, keepdim=True) if need_dw else x.new_empty((0, x.shape[-1]), dtype=rstd.dtype)
     if not need_dx:
         return x.new_empty(0), dw
-    if weight is not None:
-        g = g * (weight.to(rstd.dtype) + offset)
-    dx = rstd.view(*x.shape[:-1], 1) * (g - n * (g * n).mean(-1, keepdim=True))
-    return in_rows_layout(dx.to(x.dtype), x), dw
+    mean = (products if u is None else products.mul_(u)).mean(-1, keepdim=True)
+    g = products.copy_(dy) if u is None else torch.mul(dy, u, out=products)
+    return in_rows_layout(g.sub_(n.mul_(mean)).mul_(r).to(x.dtype), x), dw
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Every kernel compiles for every architecture at the shapes of real models: no spills, shared memory in bounds, no GPU."""
 
+import dataclasses
 import types
 
 import pytest
 
-from fastft_kernels import aot
+from fastft_kernels import _runtime, aot
 from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels._triton import HAS_TRITON, tl, triton
 
@@ -50,13 +51,14 @@ def test_every_kernel_has_a_case(stem):
 
 
 def test_spills_and_shared_memory_are_seen():
-    """The checks can fail: a row that cannot be held in the registers of one warp spills, a large tile overfills shared."""
-    wide = aot.compile_for(_sum_kernel, SUM, {"BLOCK": 32768}, "sm_80", num_warps=1)
-    assert wide.spill_bytes > 0
-    assert not wide.fits
-    big = aot.compile_for(_dot_kernel, {"x_ptr": "*bf16", "y_ptr": "*fp32"}, {"BLOCK": 256}, "sm_86", num_warps=8)
-    assert big.shared > big.shared_limit
-    assert not big.fits
+    """The checks can fail: with 24 registers a thread a row must spill; shared memory over the limit does not fit."""
+    starved = aot.compile_for(_sum_kernel, SUM, {"BLOCK": 2048}, "sm_80", num_warps=1, maxnreg=24)
+    assert starved.spill_bytes > 0
+    assert not starved.fits
+    tile = aot.compile_for(_dot_kernel, {"x_ptr": "*bf16", "y_ptr": "*fp32"}, {"BLOCK": 64}, "sm_80")
+    assert tile.shared >= 64 * 64 * 2
+    assert tile.fits
+    assert not dataclasses.replace(tile, shared_limit=tile.shared - 1).fits
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
@@ -80,7 +82,7 @@ def test_arguments_are_checked():
 def test_kernels_are_found():
     """A module with kernels and without cases is found, and fails; functions that kernels call are no kernels."""
     module = types.ModuleType(__name__)
-    module._sum_kernel = _sum_kernel
+    module._sum_kernel, module._helper, module._theirs_kernel = _sum_kernel, _dot_kernel, _runtime._probe_kernel
     assert aot.kernels_of(module) == ["_sum_kernel"]
     with pytest.raises(AttributeError, match="AOT_CASES"):
         aot.cases_of(module, "sm_90")

@@ -75,7 +75,8 @@ def _small(module: nn.Module, generator: torch.Generator, device: torch.device) 
         return base
     small = stock_class(module).__new__(stock_class(module))
     small.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if k not in (KEY, "_modules", "forward", "_hf_hook", "_old_forward")})
-    small._modules = {n: m for n, m in module._modules.items() if n not in ("base_layer", "lora_A", "lora_B", "lora_dropout")}
+    own = ("base_layer", "lora_A", "lora_B", "lora_dropout")
+    small._modules = {n: copy.deepcopy(m) for n, m in module._modules.items() if n not in own}  # their mode is set below: never the model's
     small._modules["base_layer"] = base
     a, b, drop = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
     for name, old in module.lora_A.items():

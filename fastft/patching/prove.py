@@ -10,7 +10,6 @@ Every input is drawn at several scales: an activation that clamps, or a gelu bes
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from fastft.patching.clone import clone
 from fastft.patching.truth import float64_truth
 from fastft_kernels.numerics import compare
 
@@ -85,7 +85,7 @@ def _agree(a: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> str:
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy with every floating parameter in `dtype`; buffers change only to float64."""
-    module = copy.deepcopy(module)
+    module = clone(module)
     for p in module.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
@@ -128,14 +128,14 @@ def prove(
     """
     worst: Proof | None = None
     cast = cast or cast_parameters
-    base = copy.deepcopy(stock)
+    base = clone(stock)
     for p in base.parameters():
         p.requires_grad_(p.is_floating_point())
     if reset is not None:
         reset(base)
     for d in dtypes or dict.fromkeys((torch.float32, dtype)):
         rounded = cast(base, d)
-        plain, fast = rounded, copy.deepcopy(rounded)
+        plain, fast = rounded, clone(rounded)
         plain64, fast64 = cast(rounded, torch.float64), cast(rounded, torch.float64)
         swap(fast)
         swap(fast64)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import nn
 
+from fastft.patching.clone import clone
 from fastft.patching.prove import Proof, cast_parameters, prove
 from fastft.patching.swap import KEY, stock_class
 from fastft.swaps.lora_state import LORA_LAYERS
@@ -93,8 +94,8 @@ def _small(module: nn.Module, generator: torch.Generator, device: torch.device) 
 def _dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """As `cast_parameters`; a quantised base becomes, in float64, the dense layer that it stands for, and is itself in lower ones."""
     if dtype != torch.float64:
-        return copy.deepcopy(module)
-    module = copy.deepcopy(module)
+        return clone(module)
+    module = clone(module)
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and _is_quantised_layer(child):

@@ -1,0 +1,24 @@
+"""A copy of a module to run proofs on: its own parameters, buffers and children; everything else (configurations, tables, functions)
+is shared with the original, which is faster than a deepcopy and leaves no trace on the classes of what is not copied."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+
+def clone(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """The copy; tied parameters and shared children stay tied and shared in it."""
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = module.__class__.__new__(module.__class__)
+    new.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            new.__dict__[name] = value.copy()
+    new.__dict__["_parameters"] = {n: None if p is None else copy.deepcopy(p, memo) for n, p in module._parameters.items()}
+    new.__dict__["_buffers"] = {n: None if b is None else copy.deepcopy(b, memo) for n, b in module._buffers.items()}
+    new.__dict__["_modules"] = {n: None if c is None else clone(c, memo) for n, c in module._modules.items()}
+    return new

@@ -37,6 +37,22 @@ def demo(
     raise typer.Exit(run(Options(model=model, dataset=dataset, out=out, steps=steps, seed=seed, four_bit=four_bit)))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    context: typer.Context,
+    module: Annotated[bool, typer.Option("-m", help="TARGET is a module, as in `python -m`.")] = False,
+) -> None:
+    """Run a training script unchanged, its models patched: `fastft run train.py --lr 1e-4`, `fastft run -m package.train`, or an
+    installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit code is the script's."""
+    from fastft.tools.run import run_module, run_program, run_script
+
+    if not context.args:
+        raise typer.BadParameter("want a script, -m MODULE, or -- and an installed command")
+    target, *args = context.args
+    start = run_module if module else run_program if sys.argv[1:3] == ["run", "--"] else run_script
+    raise typer.Exit(start(target, args))
+
+
 def main() -> None:
     """Entry point: an error that fastft raises on purpose is one line and exit code 2, not a traceback."""
     from fastft.errors import FastftError

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from fastft.patching.kinds import Candidate, Context, Kind
@@ -61,7 +63,20 @@ def record_of(model: nn.Module) -> Record | None:
 
 def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
     """Swap on every module of `model` what a kind recognises and proves. Modules that carry a kind's swap already are left alone."""
-    base = innermost(model)
+    with ExitStack() as plain:  # a patch inside somebody's autocast or no_grad proves what it would prove outside
+        plain.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            plain.enter_context(torch.autocast(device, enabled=False))
+        new = record_of(model) is None
+        try:
+            return _apply(innermost(model), kinds)
+        except BaseException:  # out of memory, an interrupt: a model is patched or stock, never half
+            if new:
+                undo(model)
+            raise
+
+
+def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
     record = base.__dict__.setdefault(RECORD, Record())
     wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
     seen = observe(base, lambda fn: any(w(fn) for w in wants))

@@ -53,6 +53,25 @@ def run(
     raise typer.Exit(start(target, args))
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, as save_pretrained writes it.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    check: Annotated[bool, typer.Option(help="Reload the result and compare its logits with base + adapter.")] = True,
+) -> None:
+    """Write base + adapter as a plain 16-bit checkpoint, shard by shard, and check it."""
+    import torch
+
+    from fastft.tools.merge import merge as run
+
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
+    result = run(adapter, out, base=base, dtype=getattr(torch, dtype), check=check)
+    print(f"{out}: {result or 'not checked'}")
+
+
 def main() -> None:
     """Entry point: an error that fastft raises on purpose is one line and exit code 2, not a traceback."""
     from fastft.errors import FastftError

@@ -1,0 +1,94 @@
+"""fastft merge: the folder is base + adapter to 16-bit rounding, loads in plain transformers, and nothing half-written is left."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from fastft.errors import AdapterError, ModelNotFoundError
+from fastft.tools import merge as m
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+def trained(base, folder, **settings):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}, {"modules_to_save": ["lm_head"]}]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_is_base_plus_adapter(base, tmp_path, settings, dtype):
+    adapter = trained(base, tmp_path / "adapter", **settings)
+    check = m.merge(adapter, tmp_path / "out", dtype=dtype)
+    assert check.ok and check.error <= check.rounding * 1.01 + 1e-6 and check.adapter > 10 * check.error
+    assert len(m.shards(tmp_path / "out")) == len(m.shards(base)) > 1 and not (tmp_path / "out.partial").exists()
+    ids = torch.arange(8)[None]
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.dtype == dtype
+    for n, p in exact.named_parameters():
+        assert torch.equal(p.to(dtype), merged.get_parameter(n)), n
+    assert merged(input_ids=ids).logits.shape == (1, 8, 128)
+
+
+def test_a_4bit_base_is_expanded(base, tmp_path):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.float32)
+    quantised.save_pretrained(tmp_path / "base4")
+    adapter = trained(base, tmp_path / "adapter")
+    check = m.merge(adapter, tmp_path / "out", base=str(tmp_path / "base4"))
+    assert check.ok and check.adapter > 10 * check.error
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_lost_adapter_fails_and_leaves_nothing(base, tmp_path, monkeypatch):
+    adapter = trained(base, tmp_path / "adapter")
+    monkeypatch.setattr(m.Delta, "add_to", lambda self, weight, dtype, transposed: weight.to(dtype))
+    with pytest.raises(m.MergeError, match="not base \\+ adapter"):
+        m.merge(adapter, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_interrupt_leaves_nothing_that_looks_complete(base, tmp_path, monkeypatch):
+    adapter = trained(base, tmp_path / "adapter")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(m, "check_merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        m.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_says_what_was_wanted(base, tmp_path):
+    adapter = trained(base, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        m.merge(tmp_path, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        m.merge(adapter, adapter)
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        m.merge(adapter, tmp_path / "out", base=str(tmp_path))
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="another base"):
+        m.merge(adapter, tmp_path / "out", base=str(tmp_path / "other"), check=False)
+    with pytest.raises(AdapterError, match="merge_and_unload"):
+        m.merge(trained(base, tmp_path / "dora", use_dora=True), tmp_path / "out")

@@ -1,27 +1,33 @@
 """Observe: run the stock model once on a few tokens and note, per module, what it received and returned.
 
-The run is a forward under fake tensors: the real code on the real modules, no arithmetic and no memory, so that an 8B model takes
-about a second. Identity is what matters here: linears that are given *the same tensor object* form a group. Nothing that is recorded
-needs a backward pass (gradients are the proofs' business), so none is run. Where fake tensors cannot follow (code that reads a value on
-the host), a small model is run for real instead; what was reached before an exception is kept, and the exception is in the report.
+The run is a forward on the meta device: the real code on the real modules, no arithmetic and no memory, so that an 8B model takes well
+under a second. Parameters and buffers are exchanged for meta tensors meanwhile, and adapter and quantised layers answer with an empty
+tensor of their output's shape. Identity is what matters here: linears that are given *the same tensor object* form a group. Nothing
+that is recorded needs a backward pass (gradients are the proofs' business), so none is run.
+
+Code that reads a value on the host (a router that counts its tokens) cannot run on the meta device. A small model, or one on a GPU, is
+then run for real; in a large one the module that failed is taken to return what its input looks like, and the run is repeated. What the
+text inputs do not reach (a vision tower) is run by itself, on inputs read off its signature and configuration.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import Fast, install, obstacle, uninstall
 
 TOKENS = (2, 8)
-REAL_RUN_LIMIT = 1 << 30  # parameters' bytes up to which a model that fake tensors cannot follow is run for real on a CPU
+REAL_RUN_LIMIT = 1 << 30  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
+STAND_INS = 8  # classes of modules that may be stood in for before the observation is given up
 
 
 @dataclass
@@ -97,7 +103,74 @@ def _attributes_kept(model: nn.Module):
             m._parameters.update(parameters)
 
 
-def _record(model: nn.Module, seen: Observation, stack: ExitStack) -> None:
+def _exchange_tensors(model: nn.Module, real: bool) -> None:
+    """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones stay tied). Real:
+    buffers become copies, as a forward may write into them."""
+    known: dict[int, torch.Tensor] = {}
+
+    def exchanged(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in known:
+            if real:
+                known[id(t)] = t.detach().clone()
+            else:
+                empty = torch.empty(t.shape, dtype=t.dtype, device="meta")
+                known[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+        return known[id(t)]
+
+    for m in model.modules():
+        if not real:
+            m._parameters.update({n: exchanged(p) for n, p in m._parameters.items() if p is not None})
+            m.__dict__.update({k: exchanged(v) for k, v in m.__dict__.items() if isinstance(v, torch.Tensor)})
+        m._buffers.update({n: exchanged(b) for n, b in m._buffers.items() if b is not None})
+
+
+class _Empty:
+    """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside is called."""
+
+    ORDER = -100
+
+    def forward(self, x, *args, **kwargs):
+        weight = getattr(getattr(self, "base_layer", self), "weight", None)
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1 else x.dtype
+        return x.new_empty((*x.shape[:-1], self.out_features), dtype=dtype)
+
+
+class _LikeInput:
+    """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating input."""
+
+    ORDER = -100
+
+    def forward(self, *args, **kwargs):
+        first = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
+        if first is None:
+            raise RuntimeError(f"a {type(self).__name__} without a floating-point input")
+        return torch.empty_like(first)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """A linear layer that is more than its product: an adapter around one, or one with a quantised weight."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    weight = module._parameters.get("weight")
+    return hasattr(module, "base_layer") or (weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()))
+
+
+def _stand_in(model: nn.Module, failing: set[type], stack: ExitStack) -> set[nn.Module]:
+    """Opaque linears and modules of the failing classes answer for themselves; returned: the modules inside them."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside or obstacle(module):
+            continue
+        mixin = _LikeInput if _stock(module) in failing else _Empty if _is_opaque(module) else None
+        if mixin is not None:
+            inside.update(m for m in module.modules() if m is not module)
+            install(module, "stand-in", mixin, None)
+            stack.callback(uninstall, module, "stand-in")
+    return inside
+
+
+def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> list:
+    """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was raised."""
     running: list[tuple[nn.Module, Call]] = []
     counter = itertools.count()
 
@@ -114,17 +187,19 @@ def _record(model: nn.Module, seen: Observation, stack: ExitStack) -> None:
                 call.output = output
                 break
 
-    for module in model.modules():
+    for module in modules:
         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after).remove)
+    return running
 
 
-def _tap(model: nn.Module, seen: Observation, wanted: Callable[[Callable], bool], stack: ExitStack) -> None:
+def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable], bool], stack: ExitStack) -> None:
     """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the instance."""
-    for module in model.modules():
-        if obstacle(module) or isinstance(module, Fast):
+    by_class = functools.cache(lambda cls: {n: f for n, f in global_calls(cls.forward).items() if wanted(f)})
+    for module in modules:
+        if isinstance(module, Fast) or obstacle(module):
             continue
-        functions = {n: f for n, f in global_calls(type(module).forward).items() if wanted(f)}
+        functions = by_class(type(module))
         if not functions:
             continue
 
@@ -145,7 +220,7 @@ def _tap(model: nn.Module, seen: Observation, wanted: Callable[[Callable], bool]
         stack.callback(uninstall, module, "observe")
 
 
-def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+def _text_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     forward = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -154,8 +229,6 @@ def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     out = {}
     if "input_ids" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values()):
         out["input_ids"] = ids
-    elif getattr(model, "main_input_name", None) in forward:
-        raise TypeError(f"its main input is {model.main_input_name}, not input_ids")
     if "decoder_input_ids" in forward:
         out["decoder_input_ids"] = ids
     if "use_cache" in forward:
@@ -163,37 +236,116 @@ def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     return out
 
 
+def _first(config, *names: str, default: int) -> int:
+    found = next((v for n in names if (v := getattr(config, n, None))), default)
+    return int(found[-1] if isinstance(found, (tuple, list)) else found)
+
+
+def _tower_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """For a module that takes images or sound: pixel_values of the size it was built for, flattened patches with their grid, or mel
+    features. Raises TypeError where the signature shows none of these."""
+    forward = inspect.signature(model.forward).parameters
+    config, names = getattr(model, "config", None), list(forward)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    draw = lambda *shape: torch.zeros(shape, device=device).add_(0.1).to(dtype)
+    channels, patch = _first(config, "num_channels", "in_channels", "in_chans", default=3), _first(config, "patch_size", default=14)
+    grid = next((n for n in names if n.endswith("grid_thw")), None)
+    if grid is not None:
+        side = 2 * _first(config, "spatial_merge_size", "merge_size", default=2)
+        flat = channels * _first(config, "temporal_patch_size", default=1) * patch * patch
+        return {names[0]: draw(side * side, flat), grid: torch.tensor([[1, side, side]], device="cpu" if device.type == "meta" else device)}
+    if "pixel_values" in names:
+        side = _first(config, "image_size", default=4 * patch)
+        return {"pixel_values": draw(1, channels, side, side)}
+    if "input_features" in names:
+        return {"input_features": draw(1, _first(config, "num_mel_bins", default=80), 2 * _first(config, "max_source_positions", default=16))}
+    raise TypeError(f"its inputs are {names[:3]}")
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tuple[Observation, list[nn.Module]]:
+    """One run; (what was seen, the modules that were running when it broke off)."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if real else torch.device("meta")
+    seen = Observation(real=real)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(_attributes_kept(model))
+        inside = set() if real else _stand_in(model, failing, stack)
+        modules = [m for m in model.modules() if m not in inside]
+        _tap(modules, seen, wanted, stack)
+        running = _record(modules, seen, stack)
+        _exchange_tensors(model, real)
+        try:
+            inputs = make_inputs(model, device)
+            if not real:
+                stack.enter_context(device)
+            model(**inputs)
+        except Exception as e:
+            seen.error = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
+        return seen, [m for m, _ in running]
+
+
+def _best(model: nn.Module, make_inputs, wanted: Callable[[Callable], bool]) -> Observation:
+    """The meta run where it reaches the end; else a real one where that is allowed; else meta runs with stand-ins."""
+    model.train()
+    seen, running = _attempt(model, make_inputs, wanted, False, set())
+    if seen.error:  # layers dropped at random are a question to the host in training only
+        model.eval()
+        seen, running = _attempt(model, make_inputs, wanted, False, set())
+    first = next((p for p in model.parameters()), None)
+    kind = first.device.type if first is not None else "cpu"
+    if seen.error and kind != "meta" and (kind != "cpu" or _bytes(model) <= REAL_RUN_LIMIT):
+        real, _ = _attempt(model, make_inputs, wanted, True, set())
+        if not real.error or len(real.calls) >= len(seen.calls):
+            return real
+    failing: set[type] = set()
+    best = seen
+    while seen.error and running and running[-1] is not model and len(failing) < STAND_INS:
+        culprit = next((m for m in reversed(running) if _stock(m) not in failing), model)
+        if culprit is model:
+            break
+        failing.add(_stock(culprit))
+        seen, running = _attempt(model, make_inputs, wanted, False, failing)
+        if not seen.error or len(seen.calls) > len(best.calls):
+            best = seen
+    return best
+
+
+def _stock(module: nn.Module) -> type:
+    return next(c for c in type(module).__mro__ if not issubclass(c, (Fast, _LikeInput, _Empty)) and issubclass(c, nn.Module))
+
+
+def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module]:
+    """The outermost modules that can run by themselves (a configuration and a main input of their own) and did not run."""
+    inside: set[nn.Module] = set()
+    for m in model.modules():
+        if m is model or m in inside or m in seen.calls:
+            continue
+        if hasattr(m, "config") and hasattr(m, "main_input_name") and hasattr(m, "get_input_embeddings"):
+            inside.update(m.modules())
+            yield m
+
+
 def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: False) -> Observation:
-    """Run `model` once in training mode on a few tokens; afterwards the model, its random state and its hooks are as before.
+    """Run `model` on a few tokens, in training mode where it can; afterwards the model, its random state and its hooks are as before.
 
     wanted: which of the free functions that forwards call by a global name are recorded too.
     """
-    seen = Observation()
-    first = next((p for p in model.parameters()), None)
-    device = first.device if first is not None else torch.device("cpu")
     modes = [(m, m.training) for m in model.modules()]
     try:
-        model.train()
-        for real in (False, True):
-            if real:
-                size = sum(p.numel() * p.element_size() for p in model.parameters())
-                if device.type == "meta" or (device.type == "cpu" and size > REAL_RUN_LIMIT):
-                    break
-            attempt = Observation(real=real)
-            with ExitStack() as stack:
-                stack.enter_context(torch.random.fork_rng(devices=[device] if real and device.type == "cuda" else []))
-                stack.enter_context(_attributes_kept(model))
-                if not real:
-                    stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-                _tap(model, attempt, wanted, stack)
-                _record(model, attempt, stack)
-                try:
-                    model(**_inputs(model, device))
-                    return attempt
-                except Exception as e:
-                    attempt.error = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
-            if not seen.calls or len(attempt.calls) >= len(seen.calls):
-                seen = attempt
+        seen = _best(model, _text_inputs, wanted)
+        for tower in _unreached_towers(model, seen):
+            part = _best(tower, _tower_inputs, wanted)
+            if part.error:
+                continue  # its modules stay unobserved: recognisers say what that means for them
+            for module, calls in part.calls.items():
+                seen.calls.setdefault(module, calls)
+            for key, calls in part.functions.items():
+                seen.functions.setdefault(key, calls)
     finally:
         for m, mode in modes:
             m.training = mode

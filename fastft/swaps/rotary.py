@@ -19,22 +19,27 @@ from fastft.patching.observe import FunctionCall
 from fastft.patching.prove import Proof, prove
 from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import install, stock_class
+from fastft.patching.truth import float64_truth
 from fastft_kernels.rope import LAYOUTS, rope, rope_single
 
 KIND = "rotary"
+TABLES = ("cos", "sin")
+COMPLEX = ("freqs_cis", "freqs_ci")
+GUESSES = (((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8)), ((3, 2, 8), (3, 2, 8), (3, 8)))  # q, k, tables: where no call was observed
 
 
 @dataclass(frozen=True)
 class Variant:
     """layout, sign: as in `fastft_kernels.rope`. rotated: names of the parameters that are rotated. axis: of the heads, where the
-    function has no `unsqueeze_dim` of its own. single: one tensor comes back, not a tuple. promotes: wider
-    tables give a wider result."""
+    function has no `unsqueeze_dim` of its own. single: one tensor comes back, not a tuple. tables: the names of cos and sin, or of one
+    complex table. promotes: wider tables give a wider result."""
 
     layout: str
     sign: int
     rotated: tuple[str, ...]
     axis: int | None
     single: bool
+    tables: tuple[str, ...] = TABLES
     promotes: bool = False
 
     @property
@@ -47,20 +52,20 @@ def is_rotary(fn: Callable) -> bool:
         names = inspect.signature(fn).parameters
     except (TypeError, ValueError):
         return False
-    return "cos" in names and "sin" in names and len(names) >= 3
+    return (len(names) >= 3 and all(t in names for t in TABLES)) or (len(names) >= 2 and any(t in names for t in COMPLEX))
 
 
 def make_fast(stock: Callable, variant: Variant) -> Callable:
     """The function that takes stock's place: same signature, one launch; hands back to stock what the kernel does not take."""
     parameters = inspect.signature(stock).parameters
     names = tuple(parameters)
-    known = {*variant.rotated, "cos", "sin", "unsqueeze_dim"}
+    known = {*variant.rotated, *variant.tables, "unsqueeze_dim"}
     default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else variant.axis
 
     def fast(*args, **kwargs):
         given = dict(zip(names, args))
         given.update(kwargs)
-        xs, cos, sin = [given.get(n) for n in variant.rotated], given.get("cos"), given.get("sin")
+        xs, (cos, sin) = [given.get(n) for n in variant.rotated], _cos_sin([given.get(n) for n in variant.tables])
         extra = any(v is not None for k, v in given.items() if k not in known)
         if not extra and _are_tensors(*xs, cos, sin):
             out = torch.promote_types(xs[0].dtype, cos.dtype) if variant.promotes else None
@@ -81,8 +86,25 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
     return fast
 
 
+def _cos_sin(tables: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A complex table holds both."""
+    if len(tables) == 2:
+        return tables[0], tables[1]
+    t = tables[0]
+    return (t.real, t.imag) if isinstance(t, torch.Tensor) and t.is_complex() else (None, None)
+
+
 def _are_tensors(*values: object) -> bool:
     return all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+def _is_input(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _tabled(drawn: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+    """What was drawn, as the complex numbers that the function wants there."""
+    return torch.view_as_complex(drawn.contiguous() if drawn.dtype == torch.float64 else drawn.float()) if observed.is_complex() else drawn
 
 
 class _Function(nn.Module):
@@ -94,7 +116,7 @@ class _Function(nn.Module):
 
     def forward(self, *tensors: torch.Tensor):
         rest = iter(tensors)
-        take = lambda v: next(rest) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        take = lambda v: _tabled(next(rest), v) if _is_input(v) else v
         args = [take(v) for v in self.args]
         return self.fn(*args, **{k: take(v) for k, v in self.kwargs.items()})
 
@@ -115,6 +137,8 @@ class Rotary:
     def __init__(self):
         self._mixins: dict = {}
         self._variants: dict = {}
+        self._elsewhere: dict | None = None
+        self._guesses: dict[Callable, FunctionCall | None] = {}
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         forward = stock_class(module).forward
@@ -124,15 +148,17 @@ class Rotary:
         found: dict[str, tuple[Callable, Variant, FunctionCall]] = {}
         reasons = []
         for name, fn in functions.items():
-            calls = context.seen.functions.get((module, name))
-            if not calls:
+            call, note = self._call(module, name, fn, context)
+            if call is None:
                 reasons.append(f"{name} was not reached by the observation")
                 continue
-            variant = self._variant(fn, calls[0])
+            variant = self._variant(fn, call)
             if isinstance(variant, str):
                 reasons.append(f"{name}: {variant}")
-            else:
-                found[name] = (fn, variant, calls[0])
+                continue
+            found[name] = (fn, variant, call)
+            if note:
+                reasons.append(f"{name}: {note}")
         if not found:
             return "; ".join(reasons)
         key = (stock_class(module), tuple((n, ById(f), v, _signature(c)) for n, (f, v, c) in found.items()))
@@ -159,11 +185,43 @@ class Rotary:
             return str(e)
         return Candidate(", ".join(v.kernel for _, v, _ in found.values()), key, proof, apply, "; ".join(reasons))
 
+    def _call(self, module: nn.Module, name: str, fn: Callable, context: Context) -> tuple[FunctionCall | None, str]:
+        """The module's own call; else one of another module of its class; else one that was made up, and a note that says so."""
+        if calls := context.seen.functions.get((module, name)):
+            return calls[0], ""
+        if self._elsewhere is None:
+            self._elsewhere = {(stock_class(m), n): c[0] for (m, n), c in reversed(context.seen.functions.items())}
+        if call := self._elsewhere.get((stock_class(module), name)):
+            return call, ""
+        if fn not in self._guesses:
+            self._guesses[fn] = _guess(fn)
+        return self._guesses[fn], "proven on shapes of its own, as the observation did not reach it"
+
     def _variant(self, fn: Callable, call: FunctionCall) -> Variant | str:
         key = (ById(fn), _signature(call))
         if key not in self._variants:
             self._variants[key] = _recognise(fn, call)
         return self._variants[key]
+
+
+def _guess(fn: Callable) -> FunctionCall | None:
+    """A call with the shapes of an attention's q and k, if the function takes it and gives q and k back in their shapes."""
+    parameters = inspect.signature(fn).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
+    if not all(t in parameters for t in TABLES) or len(required) > 4:
+        return None
+    rotated = [n for n in required if n not in TABLES] or [n for n in list(parameters)[:2] if n not in TABLES]
+    for *xs, table in GUESSES:
+        shapes = {**dict(zip(rotated, xs)), **dict.fromkeys(TABLES, table)}
+        kwargs = {n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in shapes.items()}
+        try:
+            out = fn(**kwargs)
+        except Exception:  # it wants other shapes: nothing is learned from which error it raises
+            continue
+        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        if [o.shape for o in outs] == [kwargs[n].shape for n in rotated]:
+            return FunctionCall((), kwargs, None)
+    return None
 
 
 def _signature(call: FunctionCall) -> tuple:
@@ -175,10 +233,11 @@ def _draw(call: FunctionCall, generator: torch.Generator, scale: float, names: t
     """Random float64 tensors of the observed shapes; tables (cos, sin) take no gradient and are not scaled."""
     out = []
     for name, v in [*zip(names, call.args), *call.kwargs.items()]:
-        if not (isinstance(v, torch.Tensor) and v.is_floating_point()):
+        if not _is_input(v):
             continue
-        t = torch.randn(v.shape, generator=generator, dtype=torch.float64)
-        if name in ("cos", "sin"):
+        shape = (*v.shape, 2) if v.is_complex() else v.shape
+        t = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if name in TABLES or v.is_complex():
             t.constant = True
         else:
             t = t * scale
@@ -190,20 +249,23 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
     parameters = inspect.signature(fn).parameters
     names = tuple(parameters)
     given = {**dict(zip(names, call.args)), **call.kwargs}
-    rotated = tuple(n for n, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in ("cos", "sin"))
+    tables = tuple(n for n, v in given.items() if isinstance(v, torch.Tensor) and v.is_complex()) or TABLES
+    rotated = tuple(n for n, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in tables)
+    if (len(tables) > 1 and tables != TABLES) or any(t not in given for t in tables):
+        return f"its tables are {', '.join(tables)}"
     if len(rotated) not in (1, 2):
         return f"rotates {len(rotated)} tensors"
     axis = given.get("unsqueeze_dim", parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else None)
     module = _Function(fn, call)
     tensors = _draw(call, torch.Generator().manual_seed(3), 1.0, names)
-    with torch.no_grad():
+    with torch.no_grad(), float64_truth():
         truth = module(*tensors)
     single = isinstance(truth, torch.Tensor)
     truths = [truth] if single else list(truth)
     for layout in LAYOUTS:
         for sign in (1, -1):
             for a in (1, 2, -2, None) if axis is None else (axis,):
-                variant = Variant(layout, sign, rotated, a, single)
+                variant = Variant(layout, sign, rotated, a, single, tables)
                 fast = make_fast(fn, variant)
                 try:
                     with torch.no_grad():

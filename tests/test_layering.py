@@ -1,0 +1,208 @@
+"""Imports go one way, cli -> tools -> model -> swaps -> patching -> fastft_kernels, without circles; kernels know torch and
+Triton alone; and importing does nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    "fastft_kernels",
+    "fastft.errors",
+    "fastft.patching",
+    "fastft.swaps",
+    "fastft.model",
+    "fastft.tools",
+    "fastft.cli",
+    "fastft.__main__",
+]
+SOURCES = sorted([*ROOT.glob("fastft/**/*.py"), *ROOT.glob("fastft_kernels/**/*.py")])
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(p): p for p in SOURCES}
+
+
+def imports(tree: ast.AST, module: str, is_package: bool, only_top: bool) -> set[str]:
+    """Every dotted name that `module` imports (its TYPE_CHECKING blocks apart); only_top leaves out imports inside functions."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if only_top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            found.update(a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+            found.add(base)
+            found.update(f"{base}.{a.name}" for a in node.names if f"{base}.{a.name}" in MODULES)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def graph(only_top: bool) -> dict[str, set[str]]:
+    return {
+        name: imports(ast.parse(path.read_text()), name, path.name == "__init__.py", only_top) - {name}
+        for name, path in MODULES.items()
+    }
+
+
+def layer(module: str) -> int | None:
+    for i, prefix in enumerate(ORDER):
+        if module == prefix or module.startswith(prefix + "."):
+            return i
+    return None
+
+
+def backwards(edges: dict[str, set[str]]) -> list[str]:
+    return [f"{a} -> {b}" for a, bs in edges.items() for b in bs if None not in (layer(a), layer(b)) and layer(b) > layer(a)]
+
+
+def a_circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """One circle of imports, if there is any (a package counts as what its __init__ imports)."""
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done or node not in edges:
+            return None
+        for other in sorted(edges[node]):
+            if circle := walk(other, [*path, node]):
+                return circle
+        done.add(node)
+        return None
+
+    for node in edges:
+        if circle := walk(node, []):
+            return circle
+    return None
+
+
+def test_every_module_is_in_a_layer():
+    assert [m for m in MODULES if layer(m) is None] == ["fastft"]
+    assert len(MODULES) > 20
+
+
+def test_imports_go_one_way():
+    assert backwards(graph(only_top=False)) == []
+    assert backwards({"fastft.patching.x": {"fastft.model.api"}, "fastft_kernels.y": {"fastft.errors"}}) == [
+        "fastft.patching.x -> fastft.model.api",
+        "fastft_kernels.y -> fastft.errors",
+    ]
+
+
+def test_no_circles():
+    assert a_circle(graph(only_top=False)) is None
+    assert a_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+
+
+def test_kernels_know_torch_and_triton_alone():
+    allowed = {"torch", "triton", "fastft_kernels", *sys.stdlib_module_names}
+    for name, names in graph(only_top=False).items():
+        if name.startswith("fastft_kernels"):
+            assert {n.split(".")[0] for n in names} <= allowed, name
+
+
+@pytest.mark.parametrize("banned", ["inspect.getsource", "inspect.getsourcelines", "linecache.getline"])
+def test_no_source_text_is_read(banned):
+    for path in SOURCES:
+        assert banned not in path.read_text(), path
+
+
+def test_no_exec_and_no_environment_switch():
+    """No exec or eval of text, and no variable of our own is read from the environment (the launcher's ranks are)."""
+    ranks = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "TRITON_INTERPRET"}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("exec", "eval"), name
+            read = None
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
+                read = node.args[0]
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+                read = node.slice
+            if read is not None:
+                assert isinstance(read, ast.Constant), (name, ast.unparse(node))
+                assert read.value in ranks, (name, ast.unparse(node))
+
+
+def test_files_are_read_in_one_sitting():
+    assert [str(p) for p in SOURCES if len(p.read_text().splitlines()) >= 500] == []
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_fastft_imports_nothing():
+    loaded = json.loads(python("import fastft, sys, json; print(json.dumps(sorted(sys.modules)))"))
+    heavy = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "triton", "fastft_kernels", "rich", "typer"}
+    assert heavy & {m.split(".")[0] for m in loaded} == set()
+
+
+STATE = """
+import gc, json, os, sys, types, warnings
+warnings.simplefilter("ignore")
+import torch, transformers, peft, trl, accelerate
+import trl.trainer.sft_trainer, transformers.models.llama.modeling_llama, peft.tuners.lora.model
+
+def state():
+    watched = ("torch", "transformers", "peft", "trl", "accelerate")
+    out = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in watched and isinstance(module, types.ModuleType):
+            out[name] = {k: id(v) for k, v in vars(module).items()}
+            for cls in [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]:
+                out[f"{name}:{cls.__qualname__}"] = {k: id(v) for k, v in vars(cls).items() if not k.startswith(("__", "_abc_"))}
+    return out
+
+def rest():
+    return {"seed": torch.random.get_rng_state().tolist(), "grad": torch.is_grad_enabled(), "threads": torch.get_num_threads(),
+            "env": dict(os.environ)}
+
+before, others = state(), rest()
+PLANTED
+import fastft, pkgutil, importlib, fastft_kernels
+for package in (fastft, fastft_kernels):
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+after = state()
+changed = [f"{m}.{k}" for m in before for k in before[m] if after[m].get(k) != before[m][k]]
+changed += [f"{m}.{k}" for m in before if ":" in m for k in after[m].keys() - before[m].keys()]  # modules may load more lazily
+changed += [k for k, v in rest().items() if v != others[k]]
+print(json.dumps(changed))
+"""
+
+
+def test_importing_every_module_changes_nothing():
+    """Modules and classes of other libraries keep every attribute that they had; so do random stream, threads and environment."""
+    assert json.loads(python(STATE.replace("PLANTED", ""))) == []
+
+
+def test_a_change_is_seen():
+    plant = "torch.nn.Linear.forward = torch.nn.Linear.fast = lambda self, x: x; torch.rand(1); peft.get_peft_model = None"
+    assert json.loads(python(STATE.replace("PLANTED", plant))) == [
+        "torch.nn.modules.linear:Linear.forward",
+        "peft.get_peft_model",
+        "torch.nn.modules.linear:Linear.fast",
+        "seed",
+    ]

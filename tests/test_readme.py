@@ -1,0 +1,84 @@
+"""What the README shows is what runs: its Python blocks in order, its two commands, its diff."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture
+def hub_model_in_a_folder(tmp_path, monkeypatch):
+    """A tiny random model and tokenizer in the relative folder that the README's Hub name reads as; the test runs there."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from fastft.tools.demo_model import train_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    (name,) = re.findall(r'^name = "([^"]+)"', "".join(blocks("python")), flags=re.M)
+    tokenizer = train_tokenizer(["The capital of France is Paris."], 300)
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    return tmp_path
+
+
+def test_python_blocks_run(hub_model_in_a_folder):
+    """All in one process, as a reader would paste them; only the training arguments are told that there may be no GPU."""
+    code = "\n".join(blocks("python"))
+    assert code.count("SFTConfig(") == 1
+    if not torch.cuda.is_available():
+        code = code.replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=hub_model_in_a_folder, env=dict(os.environ)
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "modules swapped" in run.stdout
+    assert (hub_model_in_a_folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_diff_is_three_lines_at_most_and_its_code_exists():
+    (diff,) = blocks("diff")
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    assert 0 < len(added) <= 3
+    for line in added:
+        compile(line, "README", "exec")
+    assert any("FastModel.from_pretrained(" in line for line in added)
+
+
+def test_two_commands_each_set_up_a_fresh_machine():
+    run, test = (b.strip() for b in blocks("bash"))
+    for command in (run, test):
+        assert "\n" not in command
+        assert command.startswith("pip install torch==")
+        assert "pip install -e" in command
+    assert run.endswith("&& fastft demo")
+    assert test.endswith("&& python -m pytest")
+
+
+def test_ci_runs_the_readmes_test_command_as_it_stands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    out = subprocess.run(["bash", str(ROOT / ".ci" / "run"), "--show"], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == blocks("bash")[1].strip()
+
+
+def test_folders_that_are_named_exist():
+    for name in re.findall(r"`((?:fastft|tests|benchmarks|docs|\.ci)[\w./-]*)`", README):
+        if name.startswith("fastft-demo"):
+            continue
+        assert (ROOT / name).exists() or name in ("fastft.patch",), name

@@ -1,0 +1,218 @@
+"""The demo end to end at a tenth of its size; its judge on curves with a planted defect; its corpus and data sets."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fastft import errors
+from fastft.cli import app, main
+from fastft.tools import demo as demo_module
+from fastft.tools import demo_checks, demo_corpus, demo_run
+from fastft.tools.demo import Options, demo
+from fastft.tools.demo_model import Size
+from fastft.tools.demo_run import Run
+
+SMALL = Size(vocab=400, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, steps=8, batch=4, tokens=32)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return demo_corpus.stdlib_pairs()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One small demo: exit code, folder, what it printed."""
+    out = tmp_path_factory.mktemp("demo")
+    console = Console(width=120, record=True, quiet=False)
+    code = demo(Options(out=out, steps=6, size=SMALL, held_out=16, pairs=300, least_drop=0.01), console)
+    return code, out, console.export_text()
+
+
+@pytest.mark.oldest
+def test_demo_holds_and_leaves_its_evidence(done):
+    code, out, text = done
+    figures = json.loads((out / "demo.json").read_text())
+    assert code == 0, [c for c in figures["checks"] if not c["ok"]]
+    assert {c["name"] for c in figures["checks"]} == {
+        "modules were swapped",
+        "adapter starts from stock's bits",
+        "loss curves agree",
+        "held-out loss drops",
+        "adapter reloads in plain transformers + PEFT",
+        "unpatched model is stock again",
+    }
+    assert figures["report"]["swapped"]
+    stock, fast = figures["runs"]["stock"], figures["runs"]["fastft"]
+    assert len(stock["losses"]) == len(fast["losses"]) == 6
+    assert 0 < fast["saved_bytes_one_step"] < stock["saved_bytes_one_step"]
+    assert fast["held_out_loss"] < figures["held_out_loss_before"]
+    assert figures["sample"]["prompt"].startswith("### Instruction")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    for shown in (
+        "held-out loss before",
+        "median step",
+        "saved for backward",
+        "before:",
+        "after:",
+        "pre-training",
+    ):
+        assert shown in text
+
+
+def test_exit_code_is_one_when_a_promise_is_broken(done, tmp_path, monkeypatch):
+    _, first, _ = done
+    figures = json.loads((first / "demo.json").read_text())
+    monkeypatch.setattr(demo_module, "_compare", lambda *a: figures)
+    options = Options(model=str(first / "model"), out=tmp_path, steps=2, held_out=8, pairs=40)
+    console = Console(width=120, record=True)
+    assert demo(options, console) == 0
+    figures["checks"][2]["ok"] = False
+    assert demo(options, console) == 1
+    assert "NOT all of it held" in console.export_text()
+
+
+def test_the_drop_that_is_asked_for():
+    assert demo_checks.check_drop(5.0, 3.9, 0.2).ok
+    assert not demo_checks.check_drop(5.0, 4.1, 0.2).ok
+    assert not demo_checks.check_drop(5.0, 5.0, 0.0).ok
+    assert not demo_checks.check_drop(5.0, float("nan"), 0.0).ok
+
+
+def curve(*losses):
+    return Run("x", list(losses))
+
+
+def test_judge_of_curves():
+    truth = curve(*torch.linspace(6, 4, 30, dtype=torch.float64).tolist())
+    noisy = lambda seed, size: curve(
+        *(x + size * float(e) for x, e in zip(truth.losses, torch.randn(30, generator=torch.Generator().manual_seed(seed))))
+    )
+    stock, reordered = noisy(0, 2e-6), noisy(1, 2e-6)
+    assert demo_checks.judge_curves(noisy(2, 2e-6), stock, reordered, truth)
+    assert not demo_checks.judge_curves(noisy(2, 2e-5), stock, reordered, truth)
+    slower = curve(*(x * (1 + 1e-5) for x in truth.losses))  # a learning rate that is off by a little
+    assert not demo_checks.judge_curves(slower, stock, reordered, truth)
+    assert demo_checks.judge_curves(noisy(2, 2e-6), stock, reordered, None)
+    assert not demo_checks.judge_curves(noisy(2, 2e-5), stock, reordered, None)
+    assert not demo_checks.judge_curves(curve(*truth.losses[:-1]), stock, reordered, truth)
+    assert not demo_checks.judge_curves(curve(*truth.losses[:-1], float("nan")), stock, reordered, truth)
+    assert not demo_checks.judge_curves(curve(), curve(), curve(), curve())
+
+
+def test_checks_see_a_wrong_model(done):
+    """A trained adapter that is off by one part in a thousand fails the reload, the start and the undo."""
+    from fastft import FastModel, unpatch
+
+    _, out, _ = done
+    rows = [{"prompt": "def f(x)", "completion": "Return x."}]
+    job = demo_run.Job(str(out / "model"), Dataset.from_list(rows), Dataset.from_list(rows), out, steps=2)
+    model = FastModel.from_pretrained(out / "adapter")
+    ids = torch.arange(24).view(2, 12)
+    trained = demo_checks.trainable(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1.001)
+    assert not demo_checks.check_reload(job, out / "adapter", demo_checks.logits(model, ids), ids).ok
+    assert not demo_checks.check_start(demo_checks.trainable(model), trained).ok
+    assert not demo_checks.check_undo(job, model, trained, ids).ok  # still patched, and another adapter
+    unpatch(model)
+    assert not demo_checks.check_undo(job, model, trained, ids).ok
+    assert demo_checks.check_undo(job, model, demo_checks.trainable(model), ids).ok
+
+
+def test_saved_bytes_counts_storages_once():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(4))
+
+    class Trainer:
+        model = Two()
+
+        def get_train_dataloader(self):
+            return [torch.ones(8)]
+
+        def _prepare_inputs(self, x):
+            return x
+
+        def compute_loss(self, model, x):
+            y = x.view(2, 4) * model.w  # keeps x: 32 bytes; w is the model's own
+            return (y.exp() + y.view(8).exp().view(2, 4)).sum()  # keeps two results: 2 x 32 bytes
+
+    assert demo_run.saved_bytes(Trainer()) == 96
+
+
+# --- data
+
+
+def test_corpus_is_thousands_of_real_pairs(pairs):
+    assert len(pairs) > 3000
+    assert len({p.doc for p in pairs}) == len(pairs)
+    dumps = next(p for p in pairs if p.name == "json.dumps")
+    assert "sort_keys" in dumps.signature
+    assert dumps.summary.startswith("Serialize")
+    assert not any(" at 0x" in p.signature for p in pairs)
+    train, held_out = demo_corpus.split(pairs, 100, seed=3)
+    assert len(held_out) == 100
+    assert not {p.doc for p in train} & {p.doc for p in held_out}
+    assert demo_corpus.split(pairs, 100, seed=3) == (train, held_out)
+    assert demo_corpus.split(pairs, 100, seed=4) != (train, held_out)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"text": "some text"}, {"text"}),
+        ({"prompt": "a", "completion": "b"}, {"prompt", "completion"}),
+        ({"instruction": "add", "input": "1 2", "output": "3"}, {"prompt", "completion"}),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, {"messages"}),
+    ],
+    ids=lambda x: "-".join(sorted(x)),
+)
+def test_a_users_file(row, columns, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(12)))
+    train, held_out = demo_corpus.user_dataset(str(path), 5, 0)
+    assert len(train) == 9
+    assert len(held_out) == 3
+    assert set(train.column_names) == columns
+    if "instruction" in row:
+        assert train[0]["prompt"] == "### Instruction\nadd\n1 2\n### Response\n"
+
+
+def test_a_file_that_is_no_data_set(tmp_path):
+    bad = {
+        "data.xyz": ("hello", "ending in"),
+        "columns.jsonl": ('{"a": 1}\n' * 9, r"has the columns \['a'\]"),
+        "short.jsonl": ('{"text": "x"}\n', "1 rows"),
+    }
+    for name, (text, said) in bad.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(errors.DatasetError, match=said):
+            demo_corpus.user_dataset(str(tmp_path / name), 2, 0)
+    with pytest.raises(errors.DatasetError, match="neither a file here"):
+        demo_corpus.user_dataset("nobody/such-data", 2, 0)
+
+
+# --- the command
+
+
+def test_command_line(capsys, monkeypatch, tmp_path):
+    shown = CliRunner().invoke(app, ["demo", "--help"])
+    assert shown.exit_code == 0
+    for option in ("--model", "--dataset", "--out", "--steps", "--seed", "--4bit"):
+        assert option in shown.output
+    monkeypatch.setattr("sys.argv", ["fastft", "demo", "--dataset", str(tmp_path / "no.jsonl"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastft: --dataset")
+    assert said.count("\n") == 1

@@ -18,6 +18,7 @@ _WHERE = {
     "report": "fastft.model.api",
     "PatchReport": "fastft.patching.report",
     "StrictError": "fastft.patching.patcher",
+    "verify": "fastft.tools.verify",
     "FastftError": "fastft.errors",
 }
 __all__ = list(_WHERE)
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from fastft.model.loading import FastModel
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
+    from fastft.tools.verify import verify
 
 
 def __getattr__(name: str):
+    if name == "testing":
+        return importlib.import_module("fastft.testing")
     if name not in _WHERE:
         raise AttributeError(f"module 'fastft' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

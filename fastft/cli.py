@@ -54,6 +54,28 @@ def run(
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A checkpoint: name or folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4.")] = False,
+    lora: Annotated[bool, typer.Option(help="With a LoRA adapter on all linear layers; --no-lora verifies full fine-tuning.")] = True,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything fails."""
+    import json
+
+    from rich.console import Console
+
+    from fastft.tools.verify import verify_checkpoint
+
+    result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch)
+    print(json.dumps(result.to_dict(), indent=2)) if as_json else Console().print(result)
+    raise typer.Exit(0 if result else 1)
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder, as save_pretrained writes it.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],

@@ -91,7 +91,7 @@ def _small(module: nn.Module, generator: torch.Generator, device: torch.device) 
     return small
 
 
-def _dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """As `cast_parameters`; a quantised base becomes, in float64, the dense layer that it stands for, and is itself in lower ones."""
     if dtype != torch.float64:
         return clone(module)
@@ -128,7 +128,7 @@ def prove_group(members: Sequence[nn.Module], group_swap) -> Proof:
     base = _base(members[0])
     quantised = any(_is_quantised(_base(m)) for m in members)
     dtype = (getattr(base, "compute_dtype", None) or torch.float32) if quantised else base.weight.dtype
-    settings = dict(dtypes=(dtype,), cast=_dense_in_float64) if quantised else dict(dtypes=None)
+    settings = dict(dtypes=(dtype,), cast=dense_in_float64) if quantised else dict(dtypes=None)
     swap = lambda m: group_swap(list(m.layers))
     return prove(stock, swap, inputs, dtype=dtype, **settings)
 

@@ -40,6 +40,7 @@ FWD_TILES = (
 )
 # A backward holds twice as much in registers: wider rows are looped over.
 BWD_TILES = FWD_TILES[:-1]
+WIDE_BLOCK = 8192  # columns a step of such a loop
 PARTIALS = 256  # programs that sum a parameter's gradient: two per multiprocessor or more on what people train on
 
 
@@ -64,11 +65,11 @@ class RowLaunch:
 
 
 def row_launch(n: int, tiles: Sequence[RowTile]) -> RowLaunch:
-    """Look up the launch for rows of n columns: the first tile that is wide enough, else a loop with the last one's width."""
+    """Look up the launch for rows of n columns: the first tile that is wide enough, else a loop with the last one's warps."""
     for tile in tiles:
         if n <= tile.width:
             return RowLaunch(tile.block_m, max(1 << max(n - 1, 0).bit_length(), 2), tile.num_warps, False)
-    return RowLaunch(1, tiles[-1].width, tiles[-1].num_warps, True)
+    return RowLaunch(1, min(tiles[-1].width, WIDE_BLOCK), tiles[-1].num_warps, True)
 
 
 def count_rows(x: torch.Tensor) -> int:

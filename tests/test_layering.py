@@ -17,6 +17,7 @@ ORDER = [
     "fastft.swaps",
     "fastft.model",
     "fastft.tools",
+    "fastft.testing",
     "fastft.cli",
     "fastft.__main__",
 ]

@@ -1,0 +1,388 @@
+"""Every architecture: is the patched model the stock model, and what of it is swapped?
+
+    python -m benchmarks.models --write docs/MODELS.md            the table, from tiny models of this file's own making
+    python -m benchmarks.models --builder FILE --jobs 2 --log L   the same over another set (FILE: MODEL_TYPES, build, batch, loss_of)
+
+One architecture is a tiny random model in float32. For full fine-tuning and again with LoRA on all its linears: the loss and every
+gradient of the patched copy against the stock copy, judged by `fastft_kernels.numerics.compare` beside a float64 run of stock; greedy
+generation with a cache, token by token; and after `unpatch` classes, __dict__ keys, state_dict and loss as before, bit for bit.
+Results are appended to the log as JSON lines, one per architecture, as they come in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch import nn
+
+KINDS = ("norm", "rotary", "mlp", "linear group", "lm head")
+NEW_TOKENS = 8
+
+
+def load_builder(path: str | None):
+    if path is None:
+        from benchmarks import tiny
+
+        return tiny
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(model: nn.Module, inputs: dict, loss_of, seed: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
+    """({"loss": loss}, gradients by parameter name), from the same random state every time."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = loss_of(model(**inputs))
+    loss.backward()
+    grads = {n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach().clone()}, grads
+
+
+def in_float64(inputs: dict) -> dict:
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    """A float64 copy, buffers and plain tensor attributes included."""
+    model = copy.deepcopy(model).double()
+    for m in model.modules():
+        for k, v in list(m.__dict__.items()):
+            if isinstance(v, torch.Tensor) and v.is_floating_point():
+                m.__dict__[k] = v.double()
+    return model
+
+
+def perturbed(model: nn.Module, seed: int) -> nn.Module:
+    """Every parameter moved by up to half a unit in its last place: what float32 itself leaves open."""
+    model, g = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and p.dtype == torch.float32:
+                p.mul_(1 + (torch.rand(p.shape, generator=g) - 0.5) * torch.finfo(p.dtype).eps)
+    return model
+
+
+def judge(stock: nn.Module, ours: tuple[dict, dict], eager: tuple[dict, dict], inputs: dict, loss_of) -> dict:
+    """Worst verdict over the loss and all gradients. Stock's error is the worst of three evaluations that equal stock's but for the
+    last bit of the parameters: one draw of rounding errors is no bound for another."""
+    from fastft.patching.truth import float64_truth
+
+    how = "float64"
+    try:
+        with float64_truth():
+            truth = run(doubled(stock), in_float64(inputs), loss_of)
+    except Exception as e:
+        how = f"float32, as float64 does not run: {type(e).__name__}"
+        truth = tuple({k: None if v is None else v.double() for k, v in d.items()} for d in eager)
+    others = [run(perturbed(stock, s), inputs, loss_of) for s in (1, 2)]
+    bad, worst, checked = [], 0.0, 0
+    for i in (0, 1):
+        if set(ours[i]) != set(truth[i]):
+            bad.append(f"keys differ: {sorted(set(ours[i]) ^ set(truth[i]))[:3]}")
+            continue
+        for name, t in truth[i].items():
+            o, e = ours[i][name], eager[i][name]
+            if o is None or e is None:
+                if (o is None) != (e is None):
+                    bad.append(f"{name}: a gradient is missing on one side")
+                continue
+            checked += 1
+            verdict = _verdict(o, t, [e, *(x[i][name] for x in others)], name)
+            if isinstance(verdict, str):
+                bad.append(verdict)
+            else:
+                worst = max(worst, verdict)
+    return {"truth": how, "checked": checked, "worst": worst, "bad": bad}
+
+
+def _verdict(ours, truth, eagers, name: str) -> str | float:
+    """Ratio of our error to the allowed one, or the failed verdict. A gradient that is zero but for rounding (a key's bias under a
+    softmax) has no scale of its own: there stock's own errors are the scale."""
+    from fastft_kernels.numerics import compare
+
+    verdicts = [compare(ours, truth, e, name) for e in eagers if e is not None]
+    best = max(verdicts, key=lambda v: (v.ok, v.eager_error))
+    if not best.ok:
+        return str(best)
+    return best.error / (2 * best.eager_error + best.ulp) if best.ulp else 0.0
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {n: (type(m), tuple(sorted(m.__dict__)), tuple(m._buffers), m.training) for n, m in model.named_modules()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) or bool((torch.isnan(a[k]) & torch.isnan(b[k])).any()) for k in a)
+
+
+def one_way(stock: nn.Module, inputs: dict, loss_of, train: bool = True) -> dict:
+    """Patch, judge, unpatch on copies of `stock`; what the report said."""
+    import fastft
+
+    eager = run(stock, inputs, loss_of)
+    again = run(stock, inputs, loss_of)
+    deterministic = torch.equal(eager[0]["loss"], again[0]["loss"])
+    model = copy.deepcopy(stock)
+    before, bits = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    start = time.perf_counter()
+    fastft.patch(model)
+    seconds = time.perf_counter() - start
+    out: dict = {"seconds": round(seconds, 2), "deterministic": deterministic, "problems": []}
+    if not torch.equal(rng, torch.get_rng_state()):
+        out["problems"].append("patch moved the random state")
+    ours = run(model, inputs, loss_of)
+    out |= judge(stock, ours, eager, inputs, loss_of)
+    report = fastft.report(model)
+    out["report"] = report.to_dict()
+    fastft.unpatch(model)
+    after = snapshot(model)
+    odd = [n for n in before if before[n] != after.get(n)]
+    if odd:
+        out["problems"].append(f"unpatch left {odd[:3]}: {before[odd[0]]} -> {after.get(odd[0])}")
+    if not same_bits(bits, model.state_dict()):
+        out["problems"].append("unpatch: state_dict differs")
+    if deterministic and not same_bits(eager[0], run(model, inputs, loss_of)[0]):
+        out["problems"].append("unpatch: the loss differs in its bits")
+    return out
+
+
+def generates(stock: nn.Module, inputs: dict) -> str:
+    """Empty when the patched model generates stock's tokens, a reason where stock itself does not generate, else what differs."""
+    import fastft
+
+    if not hasattr(stock, "generate") or "input_ids" not in inputs:
+        return "stock does not generate"
+    keep = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache")}
+    settings = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True)
+
+    def tokens(model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model.eval().generate(**keep, **settings)
+
+    try:
+        expected = tokens(copy.deepcopy(stock))
+    except Exception as e:
+        return f"stock does not generate: {type(e).__name__}"
+    model = fastft.patch(copy.deepcopy(stock))
+    got = tokens(model)
+    if isinstance(expected, torch.Tensor) and torch.equal(expected, got):
+        return ""
+    return "other tokens than stock" if isinstance(expected, torch.Tensor) else ""
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def check(key: str, builder) -> dict:
+    """All checks of one architecture. Exceptions are results, with their last frames."""
+    row: dict = {"key": key}
+    try:
+        model = builder.build(key, 0)
+        inputs = builder.batch(model)
+        run(model, inputs, builder.loss_of)
+    except Exception as e:
+        return row | {"skipped": f"{type(e).__name__}: {str(e)[:200]}"}
+    row["class"] = type(model).__name__
+    for way in ("full", "lora"):
+        try:
+            stock = copy.deepcopy(model)
+            if way == "lora":
+                try:
+                    stock = with_lora(stock)
+                    run(stock, inputs, builder.loss_of)
+                except Exception as e:
+                    row[way] = {"stock": f"stock PEFT: {type(e).__name__}: {str(e)[:150]}"}
+                    continue
+            row[way] = one_way(stock, inputs, builder.loss_of)
+        except Exception:
+            row[way] = {"exception": traceback.format_exc()[-1500:]}
+    try:
+        row["generate"] = generates(model, inputs)
+    except Exception:
+        row["generate"] = "exception: " + traceback.format_exc()[-1500:]
+    row["present"] = present(model)
+    return row
+
+
+def present(model: nn.Module) -> dict[str, int]:
+    """How many modules have what each kind looks for, by other means than the recognisers': names, as this is a table."""
+    from fastft.patching.rebind import global_calls
+    from fastft.swaps.rotary import is_rotary
+
+    count: dict[str, int] = defaultdict(int)
+    for module in model.modules():
+        name = type(module).__name__.lower()
+        leaf = not any(True for _ in module.children())
+        count["norm"] += leaf and "norm" in name and "batchnorm" not in name
+        count["rotary"] += any("rotary" in n or "rope" in n for n, f in global_calls(type(module).forward).items() if is_rotary(f) or "apply" in n)
+        count["mlp"] += not leaf and any(s in name for s in ("mlp", "feedforward", "ffn")) and "moe" not in name and "experts" not in name
+    count["linear group"] = int(any(type(m) is nn.Linear for m in model.modules()))
+    count["lm head"] = int(getattr(model, "get_output_embeddings", lambda: None)() is not None)
+    return dict(count)
+
+
+def worker(keys: list[str], builder_path: str | None, log: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    builder = load_builder(builder_path)
+    for key in keys:
+        start = time.perf_counter()
+        row = check(key, builder) | {"wall": round(time.perf_counter() - start, 1)}
+        with open(log, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def verdict(row: dict) -> str:
+    """One word or the first thing that is wrong."""
+    if "skipped" in row:
+        return f"not built: {row['skipped']}"
+    for way in ("full", "lora"):
+        r = row[way]
+        if "exception" in r:
+            return f"{way}: EXCEPTION {r['exception'].strip().splitlines()[-1]}"
+        if r.get("problems"):
+            return f"{way}: {r['problems'][0]}"
+        if r.get("bad") and r["deterministic"]:
+            return f"{way}: WRONG ({len(r['bad'])}) {r['bad'][0]}"
+    if row["generate"] and not row["generate"].startswith("stock"):
+        return f"generate: {row['generate'].strip().splitlines()[-1]}"
+    return "ok"
+
+
+def rows_of(row: dict, way: str) -> list[dict]:
+    report = row.get(way, {}).get("report", {})
+    return [r | {"swapped": True} for r in report.get("swapped", ())] + [r | {"swapped": False} for r in report.get("stock", ())]
+
+
+def coverage(results: list[dict]) -> dict[str, tuple[int, int, int, list[str]]]:
+    """Per kind: (models that have it, models in which something of it is swapped, models in which all of it is, models without)."""
+    out = {}
+    for kind in KINDS:
+        have = some = every = 0
+        missing = []
+        for row in results:
+            if "skipped" in row:
+                continue
+            mine = [r for way in ("full", "lora") for r in rows_of(row, way) if r["kind"] == kind]
+            if not mine and not row.get("present", {}).get(kind):
+                continue
+            have += 1
+            some += any(r["swapped"] for r in mine)
+            every += bool(mine) and all(r["swapped"] for r in mine)
+            if not any(r["swapped"] for r in mine):
+                missing.append(row["key"])
+        out[kind] = (have, some, every, missing)
+    return out
+
+
+def summary(results: list[dict]) -> str:
+    lines = []
+    verdicts = {r["key"]: verdict(r) for r in results}
+    good = sum(v == "ok" for v in verdicts.values())
+    built = sum(not v.startswith("not built") for v in verdicts.values())
+    lines.append(f"{good} of {built} built models right ({len(results) - built} not built)")
+    lines += [f"  {k}: {v[:220]}" for k, v in verdicts.items() if v != "ok"]
+    for kind, (have, some, every, missing) in coverage(results).items():
+        share = f"{100 * some / have:.1f}%" if have else "-"
+        lines.append(f"{kind}: in {have}, swapped in {some} ({share}), wholly in {every}; without: {' '.join(missing)}")
+    return "\n".join(lines)
+
+
+def table(results: list[dict]) -> str:
+    """docs/MODELS.md."""
+    import transformers
+
+    import peft
+
+    lines = [
+        "# Architectures",
+        "",
+        f"Generated by `python -m benchmarks.models --write docs/MODELS.md` with transformers {transformers.__version__}, "
+        f"peft {peft.__version__}, torch {torch.__version__.partition('+')[0]}: tiny random models in float32, with LoRA on all linears.",
+        "A number is how many modules are swapped, of how many were looked at. `right`: loss and every gradient pass the judge, for full",
+        "fine-tuning and with LoRA; greedy generation gives stock's tokens; `unpatch` restores every bit.",
+        "",
+        "| architecture | right | " + " | ".join(KINDS) + " | stays stock, and why |",
+        "|---|---|" + "---|" * (len(KINDS) + 1),
+    ]
+    for row in sorted(results, key=lambda r: r["key"]):
+        if "skipped" in row:
+            continue
+        way = "lora" if rows_of(row, "lora") else "full"
+        cells, why = [], []
+        for kind in KINDS:
+            mine = [r for r in rows_of(row, way) if r["kind"] == kind]
+            total, done = sum(r["count"] for r in mine), sum(r["count"] for r in mine if r["swapped"])
+            cells.append(f"{done}/{total}" if total else "")
+        for r in rows_of(row, way):
+            if not r["swapped"]:
+                why.append(f"{r['kind']} {r['group']}: {r['reason']}")
+        said = verdict(row)
+        lines.append(f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(why))[:300].replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def read(log: str) -> list[dict]:
+    latest = {}
+    for line in Path(log).read_text().splitlines():
+        row = json.loads(line)
+        latest[row["key"]] = row
+    return list(latest.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--builder", help="a Python file with MODEL_TYPES, build(key, seed), batch(model), loss_of(output)")
+    parser.add_argument("--only", nargs="*", help="these architectures")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--log", default="models.jsonl", help="JSON lines, appended to; the latest line of an architecture counts")
+    parser.add_argument("--summary", action="store_true", help="only sum up what the log holds")
+    parser.add_argument("--write", help="write the table here")
+    args = parser.parse_args()
+    if not args.summary:
+        keys = args.only or list(load_builder(args.builder).MODEL_TYPES)
+        if args.jobs == 1:
+            worker(keys, args.builder, args.log)
+        else:
+            import multiprocessing
+
+            context = multiprocessing.get_context("spawn")
+            workers = [context.Process(target=worker, args=(keys[i :: args.jobs], args.builder, args.log)) for i in range(args.jobs)]
+            for w in workers:
+                w.start()
+            for w in workers:
+                w.join()
+    results = read(args.log)
+    print(summary(results))
+    if args.write:
+        Path(args.write).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.write).write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

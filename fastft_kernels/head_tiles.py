@@ -316,6 +316,11 @@ def check_inputs(name: str, hidden, weight, target, bias) -> None:
         raise ValueError(f"{name}: want one device, got {hidden.device}, {weight.device}, {target.device}")
 
 
+def check_tile(name: str, tile: tuple[int, int] | None) -> None:
+    if tile is not None and not (tile[0] >= 1 and 1 <= tile[1] <= VOCAB_TILE):
+        raise ValueError(f"{name}: want a tile of (1 or more tokens, 1 to {VOCAB_TILE} columns), got {tile}")
+
+
 def flat_target(name: str, target: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
     """(n,) targets, -1 where ignored. On a CPU indices are checked; elsewhere that would wait for the device."""
     flat = target.reshape(-1)

@@ -28,6 +28,7 @@ from fastft_kernels.head_tiles import (
     addmm32,
     bias_part,
     check_inputs,
+    check_tile,
     even_tile,
     flat_target,
     float16_range,
@@ -244,6 +245,7 @@ def linear_cross_entropy(
     Raises TypeError, ValueError for dtypes, shapes and arguments; IndexError as `linear_logprob`."""
     name = "linear_cross_entropy"
     check_inputs(name, hidden, weight, target, bias)
+    check_tile(name, tile)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: want reduction in {REDUCTIONS}, got {reduction!r}")
     if num_items_in_batch is not None and reduction != "mean":

@@ -30,6 +30,7 @@ from fastft_kernels.head_tiles import (
     Head,
     Stats,
     check_inputs,
+    check_tile,
     flat_target,
     gradient_tiles,
     inverse_sum,
@@ -179,6 +180,7 @@ def linear_logprob(
     accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
     Raises TypeError, ValueError for dtypes and shapes."""
     check_inputs("linear_logprob", hidden, weight, target, bias)
+    check_tile("linear_logprob", tile)
     if not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"linear_logprob: want outputs among {OUTPUTS}, got {tuple(outputs)}")
     outputs = tuple(outputs)

@@ -112,7 +112,7 @@ def _transform(x, scale, softcap, inv_t, HAS_CAP: tl.constexpr):
         c = (4.0 * q) / ((1.0 + q) * (1.0 + q)) * (scale * inv_t)
     else:
         z = y * inv_t
-        c = y * 0.0 + scale * inv_t
+        c = tl.zeros_like(y) + scale * inv_t  # not y * 0: y may be infinite
     return z, c
 
 

@@ -1,0 +1,114 @@
+"""The same trainer run three ways from one seed: stock, fastft, and stock in float64 (the truth). What comes back: the loss of every
+step as `training_step` returned it, and the final adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
+
+import fastft
+from fastft.patching.truth import float64_truth
+from fastft_kernels.numerics import Verdict, compare
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from their old oak tree near the river bend".split()
+TEXTS = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(6 + i % 5)) for i in range(24)]
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    t = Tokenizer(models.BPE(unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel()
+    t.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<pad>", "<s>", "</s>"], show_progress=False))
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left", chat_template=template
+    )
+
+
+def checkpoint(folder: Path, classifier: bool = False) -> Path:
+    """A tiny model on disk, the same bits every time."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=len(tokenizer()), pad_token_id=1, bos_token_id=2, eos_token_id=3, **({"num_labels": 1} if classifier else {}), **SIZES)
+        (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = False, lora: bool = True, **settings):
+    """way: "stock", "fastft" or "truth"."""
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    quantised = {}
+    if four_bit:
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        )
+    set_seed(0)
+    model = auto.from_pretrained(folder, dtype=torch.float32, **quantised)
+    if four_bit and way == "truth":
+        model = model.dequantize()
+    if lora:
+        task = "SEQ_CLS" if classifier else "CAUSAL_LM"
+        set_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], task_type=task, **settings))
+        g = torch.Generator().manual_seed(1)
+        for n, p in sorted(model.named_parameters()):
+            if "lora_B" in n:
+                p.data.copy_(torch.randn(p.shape, generator=g) * 0.05)
+    if way == "truth":
+        model = model.double()
+    return fastft.patch(model) if way == "fastft" else model
+
+
+def pairs() -> Dataset:
+    return Dataset.from_list([{"prompt": TEXTS[i], "completion": " " + TEXTS[(i + 5) % 24]} for i in range(24)])
+
+
+def preferences() -> Dataset:
+    return Dataset.from_list([{"prompt": TEXTS[i], "chosen": " " + TEXTS[(i + 5) % 24], "rejected": " " + TEXTS[(i + 11) % 24]} for i in range(24)])
+
+
+def arguments(config: type, out: Path, steps: int, **settings):
+    """SGD: Adam divides by the gradient's own size, and so shows rounding where a gradient is nearly zero."""
+    common = dict(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, bf16=False, fp16=False, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        dataloader_num_workers=0, seed=0,
+    )  # fmt: skip
+    return config(**{**common, **settings})
+
+
+def run(make: Callable[[str], object], way: str) -> dict[str, torch.Tensor]:
+    """make(way) -> a trainer. Returns every step's loss and the parameters that trained."""
+    with warnings.catch_warnings(), float64_truth() if way == "truth" else contextlib.nullcontext():
+        warnings.simplefilter("ignore")
+        set_seed(0)
+        trainer = make(way)
+        losses, step = [], trainer.training_step
+
+        def watched(*args, **kwargs):
+            losses.append(step(*args, **kwargs).detach().clone())
+            return losses[-1]
+
+        trainer.training_step = watched
+        trainer.train()
+    found = {f"loss {i}": x for i, x in enumerate(losses)}
+    found |= {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {k: v.double() if way == "truth" else v for k, v in found.items()}
+
+
+def judged(make: Callable[[str], object]) -> Verdict:
+    truth, stock, ours = (run(make, way) for way in ("truth", "stock", "fastft"))
+    assert len([k for k in ours if k.startswith("loss")]) > 1
+    assert any(not torch.equal(ours[k], ours["loss 0"]) for k in ours if k.startswith("loss")), "nothing was learnt"
+    return compare(ours, truth, stock)

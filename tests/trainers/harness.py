@@ -1,5 +1,5 @@
 """The same trainer run three ways from one seed: stock, fastft, and stock in float64 (the truth). What comes back: the loss of every
-step as `training_step` returned it, and the final adapter."""
+step as `training_step` returned it, one curve, and the final adapter."""
 
 from __future__ import annotations
 
@@ -102,13 +102,12 @@ def run(make: Callable[[str], object], way: str) -> dict[str, torch.Tensor]:
 
         trainer.training_step = watched
         trainer.train()
-    found = {f"loss {i}": x for i, x in enumerate(losses)}
+    found = {"losses": torch.stack(losses)}  # judged as a curve: a single number may be exact by luck
     found |= {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {k: v.double() if way == "truth" else v for k, v in found.items()}
 
 
 def judged(make: Callable[[str], object]) -> Verdict:
     truth, stock, ours = (run(make, way) for way in ("truth", "stock", "fastft"))
-    assert len([k for k in ours if k.startswith("loss")]) > 1
-    assert any(not torch.equal(ours[k], ours["loss 0"]) for k in ours if k.startswith("loss")), "nothing was learnt"
+    assert len(ours["losses"].unique()) > 1, "nothing was learnt"
     return compare(ours, truth, stock)

@@ -167,14 +167,16 @@ def _train(job: Job, model: Any, name: str, console: Console, **how: Any) -> Run
 
 
 def _references(job: Job, console: Console) -> tuple[Run, Run | None]:
-    """Stock with the rows of every batch reversed; and, for the demo's own model in float32, stock in float64."""
-    from fastft.patching.truth import float64_truth
-
-    reordered = _train(job, runs.load_stock(job), "stock, rows reordered", console, rows=lambda r: r[::-1], measure=False)
-    if not job.small or job.four_bit:
+    """Stock in another order of summation, and stock in a higher precision (None where that does not fit into the GPU)."""
+    reordered = _train(job, runs.load_stock(job), "stock, reordered", console, reordered=True, measure=False)
+    precision = str(runs.truth_dtype(job)).removeprefix("torch.")
+    try:
+        return reordered, _train(
+            job, runs.load_stock(job, exact=True), f"stock in {precision}", console, exact=True, measure=False
+        )
+    except torch.OutOfMemoryError:
+        console.print(f"stock in {precision} does not fit: the curves are judged by the distance of two stock runs instead")
         return reordered, None
-    model = runs.load_stock(job).double()
-    return reordered, _train(job, model, "stock in float64", console, under=float64_truth(), measure=False)
 
 
 def _probe(job: Job, tokenizer: Any) -> torch.Tensor:

@@ -22,8 +22,8 @@ def plot(path: Path, fast: Run, stock: Run, reordered: Run, truth: Run | None, t
     above.set_ylabel("training loss")
     above.set_title(title)
     above.legend(frameon=False)
-    base, of = (truth, "float64") if truth is not None else (stock, "stock")
-    others = [(reordered, "#999999", "stock, rows reordered", "--"), (fast, "#0b6e4f", "fastft", "-")]
+    base, of = (truth, truth.name) if truth is not None else (stock, "stock")
+    others = [(reordered, "#999999", reordered.name, "--"), (fast, "#0b6e4f", "fastft", "-")]
     if truth is not None:
         others.insert(0, (stock, "#999999", "stock", "-"))
     for run, color, label, style in others:

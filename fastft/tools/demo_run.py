@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fastft.patching.truth import float64_truth
+
 
 @dataclass(frozen=True)
 class Job:
@@ -36,6 +38,13 @@ class Job:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What TRL trains in on this machine: its own default where there is a GPU; nothing for the demo's own model."""
+        if self.small or self.device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @dataclass
@@ -82,8 +91,9 @@ def load_fast(job: Job):
     return FastModel.from_pretrained(job.model, load_in_4bit=job.four_bit)
 
 
-def load_stock(job: Job, *, adapter: bool = True):
-    """The same model without a line of fastft, from the same seed, as a stock script loads it."""
+def load_stock(job: Job, *, adapter: bool = True, exact: bool = False):
+    """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same weights, bit for bit,
+    in the dtype of `truth_dtype`."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -98,17 +108,37 @@ def load_stock(job: Job, *, adapter: bool = True):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float16,
+            bnb_4bit_compute_dtype=torch.float32 if exact else torch.bfloat16 if bf16 else torch.float16,
         )
+        if exact:
+            kwargs["dtype"] = torch.float32
     torch.manual_seed(job.seed)
     model = loader.from_pretrained(job.model, **kwargs)
     if not adapter:
         return model
-    task = "CAUSAL_LM"
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    return model.to(truth_dtype(job)) if exact and not job.four_bit else model
 
 
-def make_trainer(job: Job, model, tokenizer, *, on_step: Callable[[int], None] | None = None, timings: list[float] | None = None):
+def truth_dtype(job: Job) -> torch.dtype:
+    """float64 for a run that is float32 throughout, else float32: against 16 bit it is as good as exact, and fits."""
+    from transformers import AutoConfig
+
+    stored = AutoConfig.from_pretrained(job.model).dtype
+    whole = job.autocast is None and not job.four_bit and stored in (None, torch.float32, "float32")
+    return torch.float64 if whole else torch.float32
+
+
+def make_trainer(
+    job: Job,
+    model,
+    tokenizer,
+    *,
+    exact: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    timings: list[float] | None = None,
+):
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -134,8 +164,8 @@ def make_trainer(job: Job, model, tokenizer, *, on_step: Callable[[int], None] |
             "completion_only_loss": False,
         }
     else:
-        bf16 = job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        ours = {"bf16": bf16, "fp16": job.device.type == "cuda" and not bf16, "learning_rate": 2e-4, "max_length": 1024}
+        auto = None if exact else job.autocast
+        ours = {"bf16": auto == torch.bfloat16, "fp16": auto == torch.float16, "learning_rate": 2e-4, "max_length": 1024}
     args = SFTConfig(
         output_dir=str(job.out / "trainer"),
         max_steps=job.steps,
@@ -167,18 +197,25 @@ def train(
     model,
     name: str,
     *,
-    rows: Callable[[list], list] | None = None,
-    under: Any = None,
+    reordered: bool = False,
+    exact: bool = False,
     measure: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> Run:
-    """Train `model` for job.steps steps. `rows` reorders the rows within every batch (the same mathematics, another order of
-    summation); `under` is a context for the training alone; `measure` adds held-out loss and bytes saved for backward."""
+    """Train `model` for job.steps steps. `reordered`: the rows of every batch reversed and padded further, which is the same
+    mathematics in another order of summation; `exact`: in the dtype of `truth_dtype` throughout, for a model loaded so; `measure`
+    adds held-out loss and bytes saved for backward."""
     run = Run(name)
-    trainer = make_trainer(job, model, load_tokenizer(job), on_step=on_step, timings=run.step_seconds)
-    if rows is not None:
+    trainer = make_trainer(job, model, load_tokenizer(job), exact=exact, on_step=on_step, timings=run.step_seconds)
+    if reordered:
         collate = trainer.data_collator
-        trainer.data_collator = lambda batch: collate(rows(batch))
+        if hasattr(collate, "pad_to_multiple_of"):
+            collate.pad_to_multiple_of = 64
+        trainer.data_collator = lambda batch: collate(batch[::-1])
+    if exact and job.four_bit:  # TRL has rounded the adapter as QLoRA does; from these same bits it is trained in full here
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
     step = trainer.training_step
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -190,7 +227,7 @@ def train(
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with under or nullcontext():
+    with float64_truth() if exact and truth_dtype(job) == torch.float64 else nullcontext():
         trainer.train()
     run.seconds = time.perf_counter() - start
     if job.device.type == "cuda":

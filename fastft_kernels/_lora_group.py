@@ -158,10 +158,14 @@ def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
         out.addmm_(a, b, beta=0, alpha=alpha)
 
 
-def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """total + a b in `dtype`, in place; a new matrix if total is None. a, b in `dtype` or narrower."""
+def add_product(
+    total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, alpha: float = 1.0
+) -> torch.Tensor:
+    """total + alpha a b in `dtype`, in place; a b as a new matrix if total is None. a, b in `dtype` or narrower."""
     if total is not None and dtype == a.dtype:
-        return total.addmm_(a, b)
+        if a.device.type == "cpu" and a.shape[0] < 4:  # CPU libraries add so few rows term by term: 1.7 times the rounding error
+            return total.add_(torch.mm(a, b), alpha=alpha)
+        return total.addmm_(a, b, alpha=alpha)
     ab = torch.mm(a, b, out_dtype=dtype) if _widens(a, dtype) else torch.mm(a, b)
     return ab.to(dtype) if total is None else total.add_(ab)
 
@@ -183,7 +187,7 @@ def forward(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[list[
     for p in g.projections:
         y, late = _base(g, p, t, xc, add)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):
-            y.addmm_(joined[:, a.column : a.column + a.rank], B.t(), alpha=a.scaling)
+            add_product(y, joined[:, a.column : a.column + a.rank], B.t(), add, a.scaling)
         for a in late:
             y.add_(t[a.bias], alpha=a.scaling)
         done += len(p.adapters)
@@ -256,7 +260,8 @@ class Backward:
     def input_gradient(self, want: bool, dtype: torch.dtype) -> torch.Tensor | None:
         """dx [T, in] in `dtype` if it is wanted; prepares dxA for the parameters' gradients either way."""
         g, t, dx = self.g, self.t, None
-        total = wider(dtype, g.compute)  # a float32 dx of half-precision products is summed in float32, as stock's is
+        total = wider(dtype, g.compute)  # a float32 dx of half-precision products is summed in float32, as stock's is,
+        total = wider(total, g.lora) if self.adapters else total  # and so is one to which float32 adapters add
         add = g.lora if total == g.lora else g.compute
         dropped = any(a.p > 0 for a, _ in self.adapters)
         As = []

@@ -5,8 +5,8 @@
 `draw_mask` consumes the default generator exactly as torch.nn.functional.dropout does on an input of the same shape, dtype and
 device, so a run with it sees the masks of a stock run. Before the draw, `capture` notes where the stream stands: a copy of the
 generator on a CPU (5 KB whatever the tensor's size), two integers on CUDA, read without synchronising. `draw_mask` with that
-state repeats the mask from there and leaves the default stream as it was. Where a stream cannot be rewound (under torch.compile, inside
-a CUDA graph capture, on other devices) `capture` answers None, and the caller keeps the mask: one byte an element.
+state repeats the mask from there and leaves the default stream as it was. Where a stream cannot be rewound (under torch.compile,
+inside a CUDA graph capture, on other devices) `capture` answers None, and the caller keeps the mask: one byte an element.
 
 The factor k belongs in the product that consumes x * mask: that tensor is then exact in any dtype.
 """

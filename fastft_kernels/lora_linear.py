@@ -107,7 +107,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.g, ctx.recompute, ctx.draws, ctx.counts = g, recompute, kept.draws, (len(parameters), len(xs), len(kept_xA))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        ys = tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        # no views, to autograd: who called may write into the result
+        ys = tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
         if not want:
             ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not trainable(g, needs, i)))
         return ys

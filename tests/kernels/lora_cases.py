@@ -89,13 +89,20 @@ def adapt(model: nn.Module, names: Sequence[str], case: Case, dtype: torch.dtype
             for name, p in module.named_parameters():
                 if "lora_" in name:
                     p.data = p.data.float() if case.mode != "plain" else p.data.to(dtype)
-                    p.data.normal_(std=0.3 if "lora_A" in name else 0.5)
                     p.requires_grad_(True)
     if case.trainable_base:
         for name, p in model.named_parameters():
             if "lora_" not in name and p.is_floating_point():
                 p.requires_grad_(True)
     return model
+
+
+def randomise(model: nn.Module) -> None:
+    """Every floating parameter anew: A and W keep the size of their input, B and biases are half of that."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not hasattr(p, "quant_state"):
+            with torch.no_grad():
+                p.normal_(std=p.shape[-1] ** -0.5 * (0.5 if "lora_B" in name or p.dim() == 1 else 1.0))
 
 
 def projection_of(layer: nn.Module, training: bool = True) -> Projection:
@@ -156,8 +163,40 @@ class Truth:
         return y
 
 
+def pooled(once: Callable[[], tuple[dict, dict, dict]], draws: int) -> tuple[dict, dict, dict]:
+    """(ours, truth, eager) of several draws, each tensor of the one beside the same tensor of the others.
+
+    The largest error of a small tensor is chance; over several draws it says which of two computations is the more exact.
+    """
+    runs = [once() for _ in range(draws)]
+    return tuple({k: torch.stack([run[i][k] for run in runs]) for k in runs[0][i]} for i in range(3))
+
+
 def gradients(ys: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """y and the gradients, by name, detached."""
     grads = torch.autograd.grad(ys, inputs, [dy.to(y.dtype) for y, dy in zip(ys, dys)])
     out = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     return out | {f"d{i}": g for i, g in enumerate(grads)}
+
+
+def quantised_4bit(quant_type: str, nested: bool, compute: torch.dtype, blocksize: int = 64) -> Callable[[nn.Linear], nn.Module]:
+    """Makes a bitsandbytes Linear4bit, computing in `compute`, of a linear."""
+    import bitsandbytes as bnb
+
+    def convert(linear: nn.Linear) -> nn.Module:
+        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute, nested, quant_type)
+        weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type, blocksize=blocksize)
+        layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
+        return layer
+
+    return convert
+
+
+def quantised_8bit(linear: nn.Linear) -> nn.Module:
+    """A bitsandbytes Linear8bitLt of a linear."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+    weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
+    return layer

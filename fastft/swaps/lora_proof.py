@@ -104,7 +104,7 @@ def dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _is_quantised_layer(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "weight", None), "quant_state")
+    return hasattr(module._parameters.get("weight"), "quant_state")  # a LoRA layer shows its base's weight as a property
 
 
 def _dense(layer: nn.Module) -> nn.Module:

@@ -7,9 +7,10 @@ from fastft.patching.kinds import Kind
 
 def kinds() -> tuple[Kind, ...]:
     """Fresh recognisers: what they remember belongs to one patch."""
+    from fastft.swaps.head import Heads
     from fastft.swaps.linears import LinearGroups
     from fastft.swaps.mlp import MLPs
     from fastft.swaps.norms import Norms
     from fastft.swaps.rotary import Rotary
 
-    return (Norms(), Rotary(), MLPs(), LinearGroups())
+    return (Norms(), Rotary(), MLPs(), LinearGroups(), Heads())

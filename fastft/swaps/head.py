@@ -1,0 +1,152 @@
+"""The LM head: in training it returns deferred logits (`deferred`) in place of the product with the vocabulary.
+
+The head is whatever `get_output_embeddings()` answers with, when that is an nn.Linear. What happens to its output is not asked beforehand:
+scalars, casts and slices are recorded as they come, a loss or a log-probability is computed without the logits, everything else makes them
+as stock does, and is counted. Weight and bias are read at the call. Outside of training (and for the single positions of generation) the
+head is stock's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastft.patching.kinds import Candidate, Context
+from fastft.patching.prove import Proof, prove
+from fastft.patching.swap import KEY, install, stock_class
+from fastft.swaps.deferred import Deferred, defer
+
+KIND = "head"
+PROOF_VOCAB, PROOF_WIDTH, PROOF_TOKENS = 257, 512, 8
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Head:
+    """model: the innermost model whose head this is; None in a copy of the head alone."""
+
+    model: weakref.ref | None
+
+    def __deepcopy__(self, memo):
+        model = self.model and self.model()
+        copied = memo.get(id(model)) if model is not None else None
+        return Head(weakref.ref(copied) if copied is not None else None)
+
+
+class FastHead:
+    """Mixin of the output embedding."""
+
+    ORDER = 40
+
+    def forward(self, *args, **kwargs):
+        slot = self.__dict__[KEY]
+        if not self.training or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return super().forward(*args, **kwargs)
+        why = _unusual(self, args, kwargs)
+        if why is None:
+            x = args[0]
+            if torch.is_grad_enabled() or (x.dim() > 1 and x.shape[-2] > 1):
+                return defer(x, self.weight, self.bias, slot.fallbacks)
+        else:
+            slot.fallbacks[f"head: {why}"] += 1
+        return super().forward(*args, **kwargs)
+
+
+def _unusual(head: nn.Module, args: tuple, kwargs: dict) -> str | None:
+    if len(args) != 1 or kwargs:
+        return "called with more than its input"
+    x, weight, bias = args[0], head._parameters.get("weight"), head._parameters.get("bias")
+    for t, what in ((x, "input"), (weight, "weight"), (bias, "bias")):
+        if t is None and what == "bias":
+            continue
+        if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, torch._subclasses.FakeTensor):
+            return f"its {what} is a {type(t).__name__}"
+        if t.dtype not in _DTYPES or t.device.type == "meta":
+            return f"its {what} is {t.dtype} on {t.device.type}"
+        if hasattr(t, "ds_id"):
+            return f"its {what} is sharded by ZeRO-3"
+        if t.device != x.device:
+            return f"its {what} is on another device than its input"
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        return "its weight is sharded, or of another width than its input"
+    if not torch.is_autocast_enabled(x.device.type) and not x.dtype == weight.dtype == (weight if bias is None else bias).dtype:
+        return f"its input is {x.dtype}, its weight {weight.dtype}"
+    if any(head.__dict__.get(h) for h in _HOOKS):
+        return "it carries a backward hook"
+    return None
+
+
+class _Losses(nn.Module):
+    """A small head under each of the operations that are recorded, and what is asked of the logits in training."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+        if hidden.dtype != self.head.weight.dtype:
+            hidden = hidden.to(self.head.weight.dtype)
+        flat = self.head(hidden).float()[:, :-1, :].contiguous()
+        capped = torch.tanh(self.head(hidden) * 0.75 / 5.0) * 5.0 / 0.9
+        mean = F.cross_entropy(flat.view(-1, flat.shape[-1]), target[:, 1:].reshape(-1))
+        total = F.cross_entropy(capped.float().view(-1, flat.shape[-1]), target.reshape(-1), reduction="sum", label_smoothing=0.1)
+        log_p = F.log_softmax(capped.float(), -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return [x * 1.0 for x in (mean, total, log_p)]
+
+
+class Heads:
+    name = KIND
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        top, found = context.shared.get(KIND) or context.shared.setdefault(KIND, _find(context))
+        if module is top and top not in found:
+            return _why_not(module)
+        if module not in found:
+            return None
+        if stock_class(module) is not nn.Linear:
+            return _why_not(module)
+        model = weakref.ref(context.model)
+        key = (module.in_features, module.bias is not None, module.weight.dtype, module.weight.device.type)
+        return Candidate(
+            "linear_cross_entropy, linear_logprob on deferred logits", key, lambda: _prove(module), lambda m: install(m, KIND, FastHead, Head(model))
+        )
+
+
+def _find(context: Context) -> tuple[nn.Module | None, set[nn.Module]]:
+    """(the output embedding, the linear layers that may compute it: itself, or the copies inside PEFT's modules_to_save)."""
+    get = getattr(context.model, "get_output_embeddings", None)
+    top = get() if get is not None else None
+    if not isinstance(top, nn.Module):
+        return None, set()
+    saved = getattr(top, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict) and hasattr(top, "original_module"):
+        return top, {top.original_module, *saved.values()}
+    return top, {top} if stock_class(top) is nn.Linear else set()
+
+
+def _why_not(module: nn.Module) -> str:
+    if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+        return "an adapter on the head"
+    return f"the output embedding is a {stock_class(module).__name__}"
+
+
+def _prove(module: nn.Module) -> Proof:
+    device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")
+    width = min(module.in_features, PROOF_WIDTH)
+    g = torch.Generator().manual_seed(5)
+    small = nn.Linear(width, PROOF_VOCAB, bias=module.bias is not None)
+    small.weight.data = torch.randn(small.weight.shape, generator=g) * width**-0.5
+    target = torch.randint(0, PROOF_VOCAB, (2, PROOF_TOKENS), generator=g)
+    target[0, 2] = target[1, 5] = -100
+    target = target.to(device)
+    inputs = lambda g, scale: [(torch.randn(2, PROOF_TOKENS, width, generator=g, dtype=torch.float64) * scale).to(device), target]
+    swap = lambda m: install(m.head, KIND, FastHead, Head(None))
+    return prove(_Losses(small).to(device), swap, inputs, dtype=module.weight.dtype, scales=(1.0, 10.0))
+
+
+__all__ = ["KIND", "Deferred", "FastHead", "Heads"]

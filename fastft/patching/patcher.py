@@ -128,9 +128,13 @@ def build_report(model: nn.Module) -> PatchReport:
     if record is None:
         raise ValueError(f"report: this {type(base).__name__} is not patched; call fastft.patch(model) first")
     groups: dict[tuple, list[Outcome]] = defaultdict(list)
+    now = dict(base.named_modules())
     for o in record.outcomes.values():
-        p = o.proof if o.kernel else None
-        groups[o.kind, o.group, o.kernel, o.reason, p].append(o)
+        kernel, reason = o.kernel, o.reason
+        if kernel and not ((module := now.get(o.name)) is not None and is_fast(module, o.kind)):
+            there = "nothing" if module is None else f"a {stock_class(module).__name__}"
+            kernel, reason = "", f"replaced since the patch; {there} stands there: it joins at the next forward, or when patched again"
+        groups[o.kind, o.group, kernel, reason, o.proof if kernel else None].append(o)
     rows = [
         Row(kind, group, len(os), kernel, *((p.error, p.stock_error, p.dtype) if p else ()), reason=reason, example=os[0].name)
         for (kind, group, kernel, reason, p), os in groups.items()

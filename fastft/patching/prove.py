@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastft.patching.clone import clone
 from fastft.patching.truth import float64_truth
@@ -36,6 +37,21 @@ class Proof:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside somebody's forward (autocast, no_grad, inference mode, a checkpoint's or an offloader's hooks on saved tensors, fake
+    tensors) a proof runs as it would outside, and leaves the random stream where it stood."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.random.fork_rng())
+        yield
 
 
 def _flatten(out) -> list[torch.Tensor]:

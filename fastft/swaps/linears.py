@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-
 from transformers import PreTrainedModel
 
 from fastft.patching.kinds import Candidate, Context
-from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class
+from fastft.patching.patcher import Outcome, Record, proof_of, record_of
+from fastft.patching.prove import undisturbed
+from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
-from fastft.swaps.lora_state import BASES, Inexpressible, describe, is_unit, trains
+from fastft.swaps.lora_state import Inexpressible, describe, is_unit, refusal, trains, would_repack
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
 
@@ -38,7 +39,7 @@ class Group:
     version: int = 0
 
     def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        if self.x is not x or self.version != x._version:
+        if self.x is not x or self.version != _version(x):
             self.clear()
             return None
         y = self.left.pop(id(module), None)
@@ -53,11 +54,11 @@ class Group:
     def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
         own = describe(module)
-        if not trains(own):
+        if not trains(own) and not would_repack(module, x):
             return None
         run = [(module, own)]
         compiling = torch.compiler.is_compiling()  # the compiler sees each product and schedules for itself
-        for later in () if compiling else self.members[self.members.index(module) + 1 :]:
+        for later in () if compiling else self._after(module):
             try:
                 p = describe(later)
             except Inexpressible:
@@ -67,8 +68,13 @@ class Group:
         ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **dtypes(module, x, own))
         if len(run) > 1:
             self.left = {id(m): y for (m, _), y in zip(run[1:], ys[1:])}
-            self.x, self.version = x, x._version
+            self.x, self.version = x, _version(x)
         return ys[0]
+
+    def _after(self, module: nn.Module) -> list[nn.Module]:
+        """The members that are called after `module` and run here: not those that stay stock."""
+        at = next((i for i, m in enumerate(self.members) if m is module), len(self.members))
+        return [m for m in self.members[at + 1 :] if is_fast(m, KIND)]
 
     def __deepcopy__(self, memo):
         new = Group([])
@@ -90,9 +96,14 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     return {"compute_dtype": compute, "adapter_dtype": adapter, "out_dtype": x.dtype}
 
 
+def _version(x: torch.Tensor) -> int:
+    """Counts in-place changes; a tensor of inference mode has no counter, and is then trusted for the length of its holder's call."""
+    return 0 if x.is_inference() else x._version
+
+
 def _instance_hooks(module: nn.Module) -> bool:
-    """A pre-hook may change the input, so that a result computed from the group's input would be wrong."""
-    return bool(module.__dict__.get("_forward_pre_hooks"))
+    """A hook may change the input, or (backward hooks) gives the module another tensor object: it then computes for itself."""
+    return any(module.__dict__.get(h) for h in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 
 class FastLinear:
@@ -134,25 +145,61 @@ def _unusual(args: tuple, kwargs: dict) -> str | None:
 
 @dataclass
 class Held:
-    """What a holder keeps: its groups, and per group the members' names below the holder."""
+    """What a holder keeps: its groups, and per group the members' names below the holder; name: the holder's in the patched model,
+    whose record hears of members that join later."""
 
+    record: Record
+    name: str
     groups: list[tuple[Group, tuple[str, ...]]] = field(default_factory=list)
 
     def adopt(self, holder: nn.Module) -> None:
         """A member was wrapped or replaced since (an adapter was put on, or taken off): the module that stands there now joins."""
         for group, paths in self.groups:
+            new = []
             for i, path in enumerate(paths):
-                now = holder.get_submodule(path) if "." in path else holder._modules.get(path)
-                before = group.members[i]
-                if now is before or now is None or not is_unit(now) or obstacle(now):
+                now = _below(holder, path)
+                if now is None or now is group.members[i]:
                     continue
-                if not is_fast(now, KIND):
-                    install(now, KIND, FastLinear, group)
+                _release(group.members[i], group)
                 group.members[i] = now
+                new.append((now, f"{self.name}.{path}" if self.name else path))
+            if new:
+                self._join(group, new)
+
+    def _join(self, group: Group, new: list[tuple[nn.Module, str]]) -> None:
+        """Prove the group as it is now, once for all that are alike, and say in the record what came of it."""
+        candidate = _candidate(group)
+        proof = None
+        for module, name in new:
+            outcome = self.record.outcomes[KIND, name] = Outcome(KIND, stock_class(module).__name__, name)
+            outcome.reason = refusal(module) or obstacle(module)
+            if outcome.reason:
+                continue
+            if proof is None:
+                with undisturbed():
+                    proof = proof_of(KIND, candidate)
+            outcome.proof, outcome.reason = proof, proof.reason
+            if proof.ok:
+                outcome.kernel = candidate.kernel
+                if not is_fast(module, KIND):
+                    install(module, KIND, FastLinear, group)
 
     def clear(self) -> None:
         for group, _ in self.groups:
             group.clear()
+
+
+def _below(holder: nn.Module, path: str) -> nn.Module | None:
+    for part in path.split("."):
+        if (holder := holder._modules.get(part)) is None:
+            return None
+    return holder
+
+
+def _release(module: nn.Module, group: Group) -> None:
+    """A former member, now inside its successor or gone, is stock again."""
+    if is_fast(module, KIND) and slot_of(module).state(KIND) is group:
+        uninstall(module, KIND)
 
 
 class Holder:
@@ -193,9 +240,8 @@ class LinearGroups:
         if module not in self._groups:
             return None
         holder, group, paths = self._groups[module]
-        base = module.base_layer if hasattr(module, "base_layer") else module
-        if stock_class(base) not in BASES:
-            return f"its base layer is a {type(base).__name__}"
+        if why_not := refusal(module):
+            return why_not
 
         def apply(m: nn.Module) -> None:
             install(m, KIND, FastLinear, group)
@@ -203,13 +249,21 @@ class LinearGroups:
                 return
             slot = slot_of(holder)
             if slot is None or HOLDER not in slot.parts:
-                install(holder, HOLDER, holder_mixin(stock_class(holder)), Held())
+                install(holder, HOLDER, holder_mixin(stock_class(holder)), Held(record_of(context.model), context.names[holder]))
             held: Held = slot_of(holder).state(HOLDER)
             if all(g is not group for g, _ in held.groups):
                 held.groups.append((group, paths))
 
-        key = group_key(group.members)
-        return Candidate(f"lora_linear(group of {len(group.members)})", key, lambda: prove_group(group.members, _swap_siblings), apply)
+        candidate = _candidate(group)
+        candidate.apply = apply
+        return candidate
+
+
+def _candidate(group: Group) -> Candidate:
+    """The proof of the members that the group function can express."""
+    fit = [m for m in group.members if is_unit(m) and not refusal(m)]
+    apply = lambda m: install(m, KIND, FastLinear, group)
+    return Candidate(f"lora_linear(group of {len(fit)})", group_key(fit), lambda: prove_group(fit, _swap_siblings), apply)
 
 
 def _swap_siblings(layers: list[nn.Module]) -> None:

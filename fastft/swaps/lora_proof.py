@@ -43,7 +43,8 @@ def _member_key(module: nn.Module) -> Hashable:
     base = _base(module)
     key = (stock_class(module), stock_class(base), base.bias is not None, base.weight.dtype, base.weight.device.type)
     if _is_quantised(base):
-        key += (getattr(base.weight, "quant_type", ""), getattr(base.weight, "blocksize", 0), getattr(base, "compute_dtype", None))
+        names = ("quant_type", "blocksize", "compress_statistics", "quant_storage")
+        key += (*(getattr(base.weight, n, None) for n in names), getattr(base, "compute_dtype", None))
     if stock_class(module) in LORA_LAYERS:
         key += tuple((n, a.weight.dtype, a.weight.shape[0], module.lora_B[n].bias is not None, module.scaling[n]) for n, a in module.lora_A.items())
         key += (tuple(module.active_adapters), module.disable_adapters)
@@ -88,6 +89,7 @@ def _small(module: nn.Module, generator: torch.Generator, device: torch.device) 
         for p in (*a[name].parameters(), *b[name].parameters()):
             p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     small.lora_A, small.lora_B, small.lora_dropout = a, b, drop
+    small.merged_adapters, small._disable_adapters = [], False  # what is proven is what runs once they are unmerged and on
     return small
 
 

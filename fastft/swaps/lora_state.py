@@ -49,11 +49,14 @@ def _is_4bit(module: nn.Module) -> bool:
     return stock_class(module) is _BNB.get("Linear4bit")
 
 
-def _plain(p: torch.Tensor | None, what: str) -> None:
-    if p is not None and (p.device.type == "meta" or not isinstance(p, (nn.Parameter, torch._subclasses.FakeTensor)) and type(p) is not torch.Tensor):
+def _plain(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
+    """A parameter whose values are all here and are what they seem: no DTensor, no torchao subclass, no shard, no meta tensor."""
+    if p is None:
+        return
+    if p.device.type == "meta" or not (type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, torch._subclasses.FakeTensor)):
         raise Inexpressible(f"{what} is a {type(p).__name__} on {p.device.type}")
-    if p is not None and type(p).__name__ in ("DTensor",):
-        raise Inexpressible(f"{what} is sharded")
+    if p.dim() != dim:
+        raise Inexpressible(f"{what} is sharded or gathered elsewhere")
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -66,7 +69,7 @@ def base_weight(base: nn.Module) -> FrozenWeight:
     weight = base.weight
     if stock_class(base) is nn.Linear:
         _plain(weight, "the base weight")
-        if weight.dim() != 2 or weight.shape[0] != base.out_features:
+        if weight.shape != (base.out_features, base.in_features):
             raise Inexpressible("the base weight is sharded or gathered elsewhere")
         return as_weight(weight)
     if _is_4bit(base):
@@ -113,6 +116,7 @@ def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
             raise Inexpressible(f"dropout is a {type(drop).__name__}")
         _plain(a.weight, "lora_A")
         _plain(b.weight, "lora_B")
+        _plain(b.bias, "the bias of lora_B", 1)
         scaling = layer.scaling[name]
         if isinstance(scaling, torch.Tensor):
             raise Inexpressible("the scaling is a tensor")
@@ -139,8 +143,32 @@ def describe(module: nn.Module) -> Projection:
 
 
 def _bias(base: nn.Module) -> torch.Tensor | None:
-    _plain(base.bias, "the bias")
+    _plain(base.bias, "the bias", 1)
     return base.bias
+
+
+def refusal(module: nn.Module) -> str:
+    """Why this module, as it is built, is never a member: what a switch of adapters or a removed hook does not change. Empty if it may be."""
+    if not is_unit(module):
+        return f"a {stock_class(module).__name__} is no linear layer known here"
+    layer = stock_class(module) in LORA_LAYERS
+    base = module.base_layer if layer else module
+    if stock_class(base) not in BASES:
+        return f"its base layer is a {stock_class(base).__name__}"
+    if stock_class(base) is _BNB.get("Linear8bitLt"):
+        return "8-bit base: its products quantise the input"
+    if layer and getattr(module, "fan_in_fan_out", False):
+        return "fan_in_fan_out"
+    names = [n for n in module.active_adapters if n in module.lora_variant] if layer else []
+    return f"{type(module.lora_variant[names[0]]).__name__}: a variant of LoRA" if names else ""
+
+
+def would_repack(module: nn.Module, x: torch.Tensor) -> bool:
+    """Would stock's forward rewrite this 4-bit weight for CPU inference? Training after that has no input gradient: compute it here."""
+    base = module.base_layer if stock_class(module) in LORA_LAYERS else module
+    if not _is_4bit(base) or x.device.type != "cpu" or base.training or x.requires_grad:
+        return False
+    return bool(getattr(base, "support_avx512bf16_for_cpu", False))
 
 
 def trains(p: Projection) -> bool:

@@ -71,7 +71,8 @@ class _LoraMLP(torch.autograd.Function):
         ctx.counts = (len(xs), len(middle), len(saved1))
         ctx.spec, ctx.recompute, ctx.draws = spec, recompute, (kept1.draws, kept2.draws)
         ctx.x_shape, ctx.x_dtype, ctx.inside = x.shape, x.dtype, inside
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # no view, to autograd: who called may write into the result
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

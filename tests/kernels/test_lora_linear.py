@@ -283,6 +283,13 @@ def test_unused_outputs(dropout, device):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_outputs_may_be_written_into(device):
+    x, projections, inputs = setup_group(device)
+    want = torch.autograd.grad(sum((2 * y).square().sum() for y in lora_linear(x, projections)), inputs)
+    got = torch.autograd.grad(sum(y.mul_(2).square().sum() for y in lora_linear(x, projections)), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_outputs_that_need_no_gradient_say_so(device):
     x, projections, _ = setup_group(device)
     for t in (projections[1].adapters[0].A, projections[1].adapters[0].B):

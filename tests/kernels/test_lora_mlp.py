@@ -224,6 +224,13 @@ def test_recipe_replaces_x(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_the_output_may_be_written_into(device):
+    x, parts, inputs = setup_mlp(device)
+    want = torch.autograd.grad((2 * lora_mlp(x, *parts)).square().sum(), inputs)
+    got = torch.autograd.grad(lora_mlp(x, *parts).mul_(2).square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_glu_options(device):
     x, parts, inputs = setup_mlp(device)
     got = torch.autograd.grad(loss_of(x, parts, activation="swiglu_oai", limit=0.7, up_offset=1.0), inputs)

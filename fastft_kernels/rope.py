@@ -130,11 +130,11 @@ def rope_ref(x, cos, sin, layout: Layout, sign: float, transposed: bool, y: torc
 def _load_pairs(x, h, x_h, x_d, mask, HALF: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, IN: tl.constexpr):
     """(first, second) members of the pairs of BLOCK_H heads, fp32.  # [BLOCK_H, BLOCK_P] each"""
     if IN:  # one contiguous read, taken apart in registers
-        c = tl.arange(0, 2 * BLOCK_P)[None, :]
+        c = tl.arange(0, 2 * BLOCK_P)[None, :].to(tl.int64)
         both = tl.load(x + h * x_h + c * x_d, mask=mask & (c < 2 * HALF), other=0.0).to(tl.float32)
         x1, x2 = tl.split(tl.reshape(both, (BLOCK_H, BLOCK_P, 2)))
     else:
-        c = tl.arange(0, BLOCK_P)[None, :]
+        c = tl.arange(0, BLOCK_P)[None, :].to(tl.int64)
         x1 = tl.load(x + h * x_h + c * x_d, mask=mask & (c < HALF), other=0.0).to(tl.float32)
         x2 = tl.load(x + h * x_h + (c + HALF) * x_d, mask=mask & (c < HALF), other=0.0).to(tl.float32)
     return x1, x2
@@ -158,14 +158,14 @@ def _rotate(
     y2 = (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty)
     to = y + rotated * y_d + h * y_h
     if OUT:
-        c = tl.arange(0, 2 * BLOCK_P)[None, :]
+        c = tl.arange(0, 2 * BLOCK_P)[None, :].to(tl.int64)
         tl.store(to + c * y_d, tl.reshape(tl.join(y1, y2), (BLOCK_H, 2 * BLOCK_P)), mask=mask & (c < 2 * HALF))
     else:
-        c = tl.arange(0, BLOCK_P)[None, :]
+        c = tl.arange(0, BLOCK_P)[None, :].to(tl.int64)
         tl.store(to + c * y_d, y1, mask=mask & (c < HALF))
         tl.store(to + (c + HALF) * y_d, y2, mask=mask & (c < HALF))
     if REST > 0:
-        c = tl.arange(0, BLOCK_R)[None, :]
+        c = tl.arange(0, BLOCK_R)[None, :].to(tl.int64)
         passed = tl.load(x + rest * x_d + h * x_h + c * x_d, mask=mask & (c < REST), other=0.0)
         tl.store(y + rest * y_d + h * y_h + c * y_d, passed.to(y_ptr.dtype.element_ty), mask=mask & (c < REST))
 
@@ -190,7 +190,7 @@ def _rope_kernel(
     token, block = pid // blocks, pid % blocks
     b, s = (token // length).to(tl.int64), (token % length).to(tl.int64)
 
-    p = tl.arange(0, BLOCK_P)[None, :]  # [1, BLOCK_P]
+    p = tl.arange(0, BLOCK_P)[None, :].to(tl.int64)  # [1, BLOCK_P]
     i1 = p
     i2 = p
     if COLUMNS == 1:
@@ -326,8 +326,7 @@ _SETTINGS = "Tensor cos, Tensor sin, str layout, int? axis, float sign, bool tra
 
 
 @op(
-    f"rope(Tensor q, Tensor k, {_SETTINGS}, ScalarType? q_dtype, ScalarType? k_dtype, int[]? q_order, int[]? k_order)"
-    " -> (Tensor, Tensor)",
+    f"rope(Tensor q, Tensor k, {_SETTINGS}, ScalarType? q_dtype, ScalarType? k_dtype, int[]? q_order, int[]? k_order) -> (Tensor, Tensor)",
     lambda q, k, cos, sin, layout, axis, sign, transposed, q_dtype, k_dtype, q_order, k_order: (
         _empty(q, q_dtype, q_order),
         _empty(k, k_dtype, k_order),

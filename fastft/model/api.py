@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from fastft.patching.patcher import apply_kinds, build_report, strict_check, undo
-from fastft.patching.report import PatchReport
-from fastft.swaps import kinds
+from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
+from fastft.patching.report import PatchReport, Row
+from fastft.swaps import kinds, trl_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,17 +31,23 @@ def patch(model: Model, *, strict: bool = False) -> Model:
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(cuda)):  # the user's random stream stands where it stood: proofs draw from a copy
         apply_kinds(model, kinds())
+        base = innermost(model)
+        trl_head.watch(model, base)
+        trl_head.bind(base)
     if strict:
         try:
-            strict_check(build_report(model))
+            strict_check(report(model))
         except Exception:
-            undo(model)
+            unpatch(model)
             raise
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Restore every swapped instance exactly: class, __dict__, outputs bit for bit. Returns the same instance."""
+    base = innermost(model)
+    trl_head.release(base)
+    trl_head.unwatch(model, base)
     undo(model)
     return model
 
@@ -58,4 +65,10 @@ def patched(model: Model, *, strict: bool = False) -> Iterator[Model]:
 def report(model: nn.Module) -> PatchReport:
     """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not
     patched."""
-    return build_report(model)
+    found = build_report(model)
+    proof = trl_head.bind(innermost(model))
+    if proof is None:
+        return found
+    numbers = (proof.error, proof.stock_error, proof.dtype)
+    row = Row(trl_head.KIND, "TRL's forward", 1, trl_head.KERNEL if proof.ok else "", *numbers, reason=proof.reason)
+    return replace(found, rows=(*found.swapped, *([row] if proof.ok else []), *found.stock, *([] if proof.ok else [row])))

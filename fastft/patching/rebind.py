@@ -35,6 +35,11 @@ def _copy(fn: types.FunctionType, globals_: dict, closure) -> types.FunctionType
     return new
 
 
+def over_globals(fn: types.FunctionType, names: Mapping[str, object]) -> types.FunctionType:
+    """A copy of fn itself, whatever it claims to wrap, in which the global names given mean the objects given."""
+    return _copy(fn, {**fn.__globals__, **names}, fn.__closure__)
+
+
 def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
     """A copy of fn in which the global names given mean the objects given. Raises TypeError for what is no Python function, or is
     wrapped by a decorator that does not keep the inner function in its closure."""

@@ -160,6 +160,7 @@ def make_trainer(
             "bf16": False,
             "gradient_checkpointing": False,
             "learning_rate": 5e-3,
+            "warmup_steps": max(1, job.steps // 10),  # Adam's first step alone would turn rounding of tiny gradients into moves
             "max_length": 192,
             "completion_only_loss": False,
         }

@@ -118,6 +118,7 @@ def _dense(layer: nn.Module) -> nn.Module:
     dense.weight.requires_grad_(False)
     if layer.bias is not None:
         dense.bias.data = layer.bias.data.double()
+        dense.bias.requires_grad_(layer.bias.requires_grad)
     return dense
 
 

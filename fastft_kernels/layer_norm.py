@@ -46,9 +46,11 @@ def layer_norm_ref(
 
 
 def _affine_ref(n, weight, bias, out_dtype):
-    if weight is not None:
+    if weight is not None and bias is not None:
+        n = torch.addcmul(bias.to(n.dtype), n, weight.to(n.dtype))
+    elif weight is not None:
         n = n * weight.to(n.dtype)
-    if bias is not None:
+    elif bias is not None:
         n = n + bias.to(n.dtype)
     return n.to(out_dtype)
 

@@ -163,6 +163,18 @@ def _detach(func):
     return detach
 
 
+def _clone(args, kwargs):
+    x = args[0]
+    if not isinstance(x, DeferredLogits):
+        return NotImplemented
+    call = (T.clone, args, kwargs)
+    if torch.is_grad_enabled() or not x.requires_grad:
+        return _logits(x.product, x.form, x.dtype, call)
+    node = Node(*call, x.product.family, (x.product, x.form), None, True)
+    node.apart = True
+    return DeferredLogits.make(node, x.shape, x.dtype, x.product)
+
+
 # ------------------------------------------------------------------------------------------------------------------- positions
 
 
@@ -309,7 +321,9 @@ def _mean(func):
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
         if not _is(x) or set(kwargs) - {"dim", "keepdim"} or not (dim is None or (isinstance(dim, int) and is_last(dim, x))):
             return NotImplemented
-        by_row = x.product.mean()
+        if x.product.tanh and x.product.requires_grad and torch.is_grad_enabled():
+            return NotImplemented
+        by_row = x.product.tied(x.product.mean())
         out = by_row.mean() if dim is None else by_row.reshape((*x.shape[:-1], 1) if keep else x.shape[:-1])
         return out.to(_dtype_of(func, x))
 
@@ -356,14 +370,14 @@ def _loss(func, form: str):
             return NotImplemented
         out = x.product.cross_entropy(target, reduction, given.get("ignore_index", -100), smoothing)
         zeros = torch.zeros(1, dtype=torch.int64, device=x.device)
-        return out.to(_dtype_of(func, x, zeros))
+        return x.product.tied(out).to(_dtype_of(func, x, zeros))
 
     return loss
 
 
 def _table() -> dict:
     n = torch.nn.functional
-    table = {T.__getitem__: _getitem, T.contiguous: _as_it_is}
+    table = {T.__getitem__: _getitem, T.contiguous: _as_it_is, T.clone: _clone, torch.clone: _clone}
     table |= {f: _times(f) for f in (T.mul, T.__mul__, T.__rmul__, torch.mul, torch.multiply, T.multiply)}
     table |= {f: _over(f) for f in (T.div, T.__truediv__, torch.div, torch.true_divide, T.true_divide, T.divide, torch.divide)}
     table |= {f: _tanh(f) for f in (T.tanh, torch.tanh, n.tanh)}

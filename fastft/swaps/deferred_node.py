@@ -10,6 +10,7 @@ with a grad_fn that leads to the head's input and parameters; a gradient that ar
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -39,7 +40,8 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 
 class Node:
-    """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from."""
+    """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from.
+    apart: it was cloned without a graph (see `_adopt`)."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, family: Family, meaning, alone: Callable[[], torch.Tensor] | None, big: bool):
         strip = lambda d: d.node
@@ -49,23 +51,30 @@ class Node:
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
         self.cached: torch.Tensor | None = None
+        self.apart = False
+        self.token: torch.Tensor | None = None
+        family.waiting = [r for r in family.waiting if (n := r()) is not None and n.cached is None]
+        family.waiting.append(weakref.ref(self))
 
     def settled(self) -> bool:
         """Does the value exist, or that of a node it is made from (which may have been written to since)?"""
         return self.cached is not None or any(n.settled() for n in self.before)
 
-    def value(self, why: str = "") -> torch.Tensor:
+    def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
+        """in_place: someone is about to write, so views must be stock's views."""
         if self.cached is None:
             settled = self.settled()
             if self.big and not settled:
                 self.family.check()
                 self.family.count(why)
             with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
-                if self.alone is not None and not settled:
+                if self.alone is not None and not settled and not (in_place and self.big):
                     self.cached = self.alone()
                 else:
-                    args, kwargs = tree_map_only(Node, lambda n: n.value(why), (self.args, self.kwargs))
+                    args, kwargs = tree_map_only(Node, lambda n: n.value(why, in_place), (self.args, self.kwargs))
                     self.cached = self.func(*args, **kwargs)
+            if self.token is not None:
+                self.cached = Tie.apply(self.cached.detach(), self.token, True)
         return self.cached
 
 
@@ -80,15 +89,63 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, make: Callable[[], torch.Tensor], node: Node, *inputs):
+        ctx.set_materialize_grads(False)
         ctx.node, ctx.inputs = node, inputs
         return make()
 
     @staticmethod
     def backward(ctx, g):
+        if g is None:
+            return (None,) * (2 + len(ctx.inputs))
         wanted = [t for t, need in zip(ctx.inputs, ctx.needs_input_grad[2:]) if need]
         value = ctx.node.value("a gradient from outside")
         found = iter(torch.autograd.grad(value, wanted, g, retain_graph=True, allow_unused=True))
         return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
+
+
+class Token(torch.autograd.Function):
+    """A tensor of the wrapper's shape without memory, and an edge to the wrapper's graph."""
+
+    @staticmethod
+    def forward(ctx, wrapper):
+        ctx.set_materialize_grads(False)
+        return torch.zeros((), dtype=wrapper.dtype, device=wrapper.device).expand(wrapper.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Tie(torch.autograd.Function):
+    """x, with a second edge, to a token: no gradient flows there, but the functions behind it run. whole: all of it flows there."""
+
+    @staticmethod
+    def forward(ctx, x, token, whole: bool):
+        ctx.whole = whole
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None if ctx.whole else g, g if ctx.whole else None, None
+
+
+def _tie(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return Tie.apply(x, token, False)
+
+
+def _adopt(d: Deferred) -> None:
+    """An autograd function (DDP's sink, through which all outputs pass) cloned deferred logits, and so has its place in their graph: it
+    must run when a result of the clone is differentiated, and be given the gradient of what is made of the clone."""
+    node, node.apart = d.node, False
+    product, *rest = node.meaning
+    with torch._C.DisableTorchFunctionSubclass():
+        if not d.requires_grad:
+            product = product.detached()
+        else:
+            with torch.enable_grad():
+                node.token = Token.apply(d)
+            product = product.tied_to(functools.partial(_tie, token=node.token))
+    node.meaning = (product, *rest)
 
 
 class Deferred(torch.Tensor):
@@ -119,6 +176,9 @@ class Deferred(torch.Tensor):
         kwargs = kwargs or {}
         deferred = _deferred(args) or _deferred(tuple(kwargs.values()))
         settled = any(d.node.settled() for d in deferred)
+        for d in deferred:
+            if d.node.apart and func not in ASKS:
+                _adopt(d)
         if not settled:
             if func in ASKS:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -128,9 +188,9 @@ class Deferred(torch.Tensor):
                     return out
         name = getattr(func, "__name__", str(func))
         if _writes(func, kwargs):
-            for waiting in [r() for d in deferred for r in d.node.family.waiting]:
-                if waiting is not None:
-                    waiting.value(name)
+            for node in [r() for d in deferred for r in d.node.family.waiting]:
+                if node is not None:
+                    node.value(name, in_place=True)
         args, kwargs = tree_map_only(Deferred, lambda d: d.node.value(name), (tuple(args), kwargs))
         return func(*args, **kwargs)
 
@@ -146,12 +206,6 @@ def _deferred(x) -> list[Deferred]:
     if isinstance(x, Deferred):
         return [x]
     return [d for v in x for d in _deferred(v)] if isinstance(x, (tuple, list)) else []
-
-
-def waits(node: Node) -> None:
-    """The node's value must be computed before anyone writes to the logits."""
-    node.family.waiting = [r for r in node.family.waiting if r() is not None and r().cached is None]
-    node.family.waiting.append(weakref.ref(node))
 
 
 def is_last(dim: int, x: torch.Tensor) -> bool:

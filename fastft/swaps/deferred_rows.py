@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastft.swaps.deferred_node import Deferred, Node, argument, waits
+from fastft.swaps.deferred_node import Deferred, Node, argument
 from fastft.swaps.head_product import Product
 
 T = torch.Tensor
@@ -36,14 +36,12 @@ def rows(product: Product, kind: str, shape, dtype: torch.dtype, call: tuple, in
     meaning = Meaning(product, kind, index, negative)
     node = Node(*call, product.family, meaning, None, False)
     node.alone = lambda: _compute(node, meaning, tuple(shape), dtype)
-    out = DeferredRows.make(node, shape, dtype, product)
-    waits(node)
-    return out
+    return DeferredRows.make(node, shape, dtype, product)
 
 
 def _compute(node: Node, m: Meaning, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.set_grad_enabled(m.product.requires_grad):
-        x = _flat(node, m)
+        x = m.product.tied(_flat(node, m))
         return (-x if m.negative else x).to(dtype).reshape(shape)
 
 
@@ -63,14 +61,14 @@ def _flat(node: Node, m: Meaning) -> torch.Tensor:
     other = _waiting_entropy(node, p)
     log_p, entropy = p.log_probs(m.index, entropy=other is not None)
     if other is not None:
-        other.cache["entropy", None] = entropy if other is p else entropy.detach()
+        other.cache["entropy", None] = entropy if other.requires_grad else entropy.detach()
     return log_p
 
 
 def _waiting_entropy(node: Node, p: Product) -> Product | None:
     """The entropy of the same logits is wanted as well, perhaps without gradient."""
     for other in [r() for r in node.family.waiting]:
-        if other is None or other is node or other.cached is not None or other.meaning.kind != "entropy":
+        if other is None or other is node or other.cached is not None or getattr(other.meaning, "kind", "") != "entropy":
             continue
         q = other.meaning.product
         if p.same(q) or p.detached().same(q):

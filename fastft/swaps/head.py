@@ -18,7 +18,8 @@ from torch import nn
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.prove import Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
-from fastft.swaps.deferred import Deferred, defer
+from fastft.swaps import trl_head
+from fastft.swaps.deferred import defer
 
 KIND = "head"
 PROOF_VOCAB, PROOF_WIDTH, PROOF_TOKENS = 257, 512, 8
@@ -42,6 +43,14 @@ class FastHead:
     """Mixin of the output embedding."""
 
     ORDER = 40
+
+    def train(self, mode: bool = True):
+        """A trainer says this before every step: the moment to see a forward that TRL has bound on the model since."""
+        state: Head = self.__dict__[KEY].state(KIND)
+        model = state.model and state.model()
+        if model is not None:
+            trl_head.bind(model)
+        return super().train(mode)
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__[KEY]
@@ -147,6 +156,3 @@ def _prove(module: nn.Module) -> Proof:
     inputs = lambda g, scale: [(torch.randn(2, PROOF_TOKENS, width, generator=g, dtype=torch.float64) * scale).to(device), target]
     swap = lambda m: install(m.head, KIND, FastHead, Head(None))
     return prove(_Losses(small).to(device), swap, inputs, dtype=module.weight.dtype, scales=(1.0, 10.0))
-
-
-__all__ = ["KIND", "Deferred", "FastHead", "Heads"]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fastft_kernels.head_tiles import TOKEN_TILE, VOCAB_TILE, even_tile, no_autocast, operand, project, spans
 from fastft_kernels.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.linear_logprob import linear_logprob
+from fastft_kernels.linear_logsumexp import linear_logsumexp
 
 NO_INDEX_IGNORED = -(1 << 62)
 
@@ -36,7 +37,7 @@ def autocast_as(state: tuple[str, bool, torch.dtype]):
 
 @dataclass(eq=False, repr=False)
 class Family:
-    """What all logits of one call of the head share. waiting: weak references to results by token that are not computed yet."""
+    """What all logits of one call of the head share. waiting: weak references to the nodes whose values do not exist yet."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -68,7 +69,7 @@ class Family:
 @dataclass(frozen=True, eq=False, repr=False)
 class Product:
     """hidden (*rows, H); weight (V, H); bias (V,) or None; a, b, tanh: see above. part: (whole, first, last) rows of another Product.
-    steps: the scalar operations in stock's order, to apply to the product itself."""
+    steps: the scalar operations in stock's order, to apply to the product itself. tie: a function that gives results a further edge."""
 
     family: Family
     hidden: torch.Tensor
@@ -81,6 +82,7 @@ class Product:
     part: tuple[Product, int, int] | None = None
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
     cache: dict = field(default_factory=dict)
+    tie: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def rows(self) -> torch.Size:
@@ -120,8 +122,14 @@ class Product:
             return self
         if "detached" not in self.cache:
             bias = None if self.bias is None else self.bias.detach()
-            self.cache["detached"] = replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache={})
+            self.cache["detached"] = replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache={}, tie=None)
         return self.cache["detached"]
+
+    def tied_to(self, tie: Callable[[torch.Tensor], torch.Tensor]) -> Product:
+        return replace(self, part=None, cache={}, tie=tie)
+
+    def tied(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.tie is None or not x.requires_grad else self.tie(x)
 
     def same(self, other: Product) -> bool:
         """Do both stand for the same values (they may differ in casts)?"""
@@ -175,8 +183,8 @@ class Product:
         return torch.tanh(x) * self.b if self.tanh else x
 
     def log_sum_exp(self) -> torch.Tensor:
-        zeros = torch.zeros(self.rows.numel(), dtype=torch.int64, device=self.hidden.device)
-        return self.selected(zeros) - self.log_probs(zeros)[0]
+        hidden, weight, settings = self._operands()
+        return linear_logsumexp(hidden, weight, **settings)
 
     def mean(self) -> torch.Tensor:
         """Mean of z over the vocabulary by row; without a cap it is one product with the mean of the weight's rows."""

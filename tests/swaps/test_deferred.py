@@ -1,0 +1,309 @@
+"""Deferred logits answer as the logits would: judged against stock's operations in float32, with a float64 run as the truth, gradients
+included; and no tensor of tokens x vocabulary exists meanwhile. Everything else gets the logits, exactly stock's."""
+
+import copy
+import io
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
+
+from fastft.patching.truth import float64_truth
+from fastft.swaps.deferred import DeferredLogits, defer
+from fastft.swaps.deferred_node import Deferred
+from fastft.swaps.deferred_rows import DeferredRows
+from fastft_kernels.numerics import compare
+
+B, L, H, V = 3, 7, 20, 131
+LABELS = torch.randint(0, V, (B, L), generator=torch.Generator().manual_seed(1))
+MASKED = LABELS.masked_fill(LABELS % 4 == 0, -100)
+KEEP = torch.arange(B * L).view(B, L) % 3 > 0
+
+
+def hf_loss(z):
+    z = z.float()
+    labels = F.pad(MASKED, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(z.view(-1, V), labels.view(-1), ignore_index=-100, reduction="sum") / torch.tensor(9)
+
+
+def shifted(z):
+    return torch.nn.CrossEntropyLoss()(z[..., :-1, :].contiguous().view(-1, V), MASKED[..., 1:].reshape(-1))
+
+
+def older_trl(z):
+    p, z = torch.softmax(z, dim=-1), z
+    return torch.logsumexp(z, dim=-1) - torch.sum(p * z, dim=-1)
+
+
+def halves(z):
+    first, second = z.split([1, 2], dim=0)
+    return selective_log_softmax(first, LABELS[:1]), selective_log_softmax(second, LABELS[1:])
+
+
+PATTERNS = {
+    "hf loss": hf_loss,
+    "shifted": shifted,
+    "soft-cap": lambda z: hf_loss(torch.tanh(z / 3.0) * 3.0),
+    "negative cap": lambda z: shifted((z * -0.5).tanh() / 0.2),
+    "scale": lambda z: hf_loss(z / 2.5),
+    "scale, 0-dim": lambda z: hf_loss(torch.tensor(0.3) * z),
+    "cap, temperature": lambda z: selective_log_softmax(torch.tanh(z / 3.0) * 3.0 / 0.7, LABELS),
+    "smoothing": lambda z: F.cross_entropy(z.view(-1, V), MASKED.view(-1), label_smoothing=0.1),
+    "none": lambda z: F.cross_entropy(z.flatten(0, 1), MASKED.flatten(), reduction="none"),
+    "nll": lambda z: F.nll_loss(z.log_softmax(-1).view(-1, V), MASKED.view(-1)),
+    "mask": lambda z: F.cross_entropy(z[KEEP], LABELS[KEEP]),
+    "index": lambda z: F.cross_entropy(z[torch.tensor([0, 2]), torch.tensor([1, 5])], LABELS[:2, 0]),
+    "one sample": lambda z: F.cross_entropy(z[1], LABELS[1]),
+    "last": lambda z: F.cross_entropy(z[:, -1, :], LABELS[:, -1]),
+    "one token": lambda z: F.cross_entropy(z[0, 0], LABELS[0, 0]),
+    "log_softmax, gather": lambda z: torch.gather(F.log_softmax(z[:, :-1], dim=-1), 2, LABELS[:, 1:].unsqueeze(2)).squeeze(2),
+    "gather - lse": lambda z: z.gather(-1, LABELS.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1),
+    "selected alone": lambda z: z.gather(-1, LABELS.unsqueeze(-1)) * 2.0,
+    "z-loss": lambda z: z.logsumexp(dim=-1, keepdim=True).square(),
+    "selective": lambda z: selective_log_softmax(z, LABELS),
+    "selective, temperature": lambda z: selective_log_softmax(z, LABELS, temperature=0.6, row_mask=KEEP),
+    "chunks": halves,
+    "entropy": lambda z: entropy_from_logits(z, chunk_size=5),
+    "entropy, softmax": older_trl,
+    "both": lambda z: selective_log_softmax_and_entropy(z, LABELS),
+    "mean": lambda z: z.mean(-1),
+    "mean of all": lambda z: (z * 1.5).mean(),
+    "capped mean": lambda z: ((torch.tanh(z.detach() / 3.0) * 3.0).mean(dim=-1), z[0].mean()),
+}
+
+
+def draw(bias, grads=(True, True, True), dtype=torch.float32):
+    g = torch.Generator().manual_seed(2)
+    h, w, b = torch.randn(B, L, H, generator=g), torch.randn(V, H, generator=g) * H**-0.5, torch.randn(V, generator=g)
+    tensors = [h.to(dtype), w.to(dtype), b.to(dtype) if bias else None]
+    return [t if t is None else t.requires_grad_(grad) for t, grad in zip(tensors, grads)]
+
+
+def results(pattern, head, leaves):
+    out = pattern(head(*leaves))
+    out = [x for x in (out if isinstance(out, tuple) else (out,))]
+    ups = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3 + i)).to(x.dtype) for i, x in enumerate(out)]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(sum((x * u).sum() for x, u in zip(out, ups)), wanted, allow_unused=True)
+    return [(x + 0.0).detach() for x in out] + list(grads)
+
+
+def whole(verdict_of, truth, eager):
+    """Single numbers are judged together with the rest, each by its own size: one of stock's may be exact by luck."""
+    flat = lambda r: torch.cat([(x / float(t.abs().max())).flatten() for x, t in zip(r, truth)])
+    return compare(flat(verdict_of), flat(truth), flat(eager))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_answers(name, bias, trained):
+    grads = (True, trained, trained)
+    with float64_truth():
+        truth = results(PATTERNS[name], F.linear, draw(bias, grads, torch.float64))
+    eager = results(PATTERNS[name], F.linear, draw(bias, grads))
+    count = Counter()
+    ours = results(PATTERNS[name], lambda *t: defer(*t, count), draw(bias, grads))
+    assert not count, count
+    verdict = whole(ours, truth, eager)
+    assert verdict, str(verdict)
+    assert [x.dtype for x in ours] == [x.dtype for x in eager]
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation returns, views of the weight apart."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.largest = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and not isinstance(t, Deferred) and t.device.type != "meta" and t.data_ptr() != self.weight:
+                self.largest = max(self.largest, t.numel())
+        return out
+
+
+def test_the_logits_never_exist(monkeypatch):
+    """In tiles of few columns, as a vocabulary of many columns has them."""
+    from fastft_kernels import head_tiles
+    from fastft.swaps import head_product
+
+    monkeypatch.setattr(head_tiles, "VOCAB_TILE", 32)
+    monkeypatch.setattr(head_product, "VOCAB_TILE", 32)
+    ours = lambda *t: defer(*t, Counter())
+    for name, pattern in {**PATTERNS, "argmax": lambda z: (z.mean(), z.argmax(-1).float())}.items():
+        if name in ("selected alone", "index"):
+            continue
+        leaves = draw(False, (True, False, False))
+        with Sizes(leaves[1]) as seen:
+            results(pattern, ours, leaves)
+        assert seen.largest < B * (L - 1) * V // 2, name
+        with Sizes(leaves[1]) as seen:
+            results(pattern, F.linear, leaves)
+        assert seen.largest >= V, name
+
+
+def test_one_product_where_parts_belong_together():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    unit = 2 * B * L * H * V
+
+    def products(pattern, grad):
+        h, w, _ = draw(False, (True, False, False))
+        with FlopCounterMode(display=False) as count, torch.set_grad_enabled(grad):
+            out = pattern(defer(h, w, None, Counter()))
+            out = sum((x * 1.0).sum() for x in (out if isinstance(out, tuple) else (out,)))
+            if grad:
+                out.backward()
+        return count.get_total_flops() / unit
+
+    for name in ("hf loss", "log_softmax, gather", "selective", "gather - lse"):
+        assert products(PATTERNS[name], True) <= 2.01 and products(PATTERNS[name], False) <= 1.01, name
+    both = lambda z: selective_log_softmax_and_entropy(z, LABELS, entropy_requires_grad=False)
+    assert products(both, True) <= 2.01 and products(both, False) <= 1.01
+    assert products(lambda z: z.mean(), False) < 0.2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_everything_else_is_stock_to_the_bit_and_counted(trained):
+    def odd(z):
+        z = torch.tanh(z / 3.0) * 3.0
+        z = z.float()[:, 1:]
+        return z.softmax(-1).pow(2).sum(-1), z.topk(3).values, z[..., 5], F.kl_div(z.log_softmax(-1), z.detach().softmax(-1), reduction="batchmean"), z.max(-1).values
+
+    leaves = draw(True, (True, trained, trained))
+    eager = results(odd, F.linear, leaves)
+    count = Counter()
+    ours = results(odd, lambda *t: defer(*t, count), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager)) and sum(count.values()) == 1
+
+
+def test_writes_reach_all_views_as_in_stock():
+    def writing(z):
+        before, half, copied, wide = z.logsumexp(-1), z / 2.0, z.clone(), z.double().float()
+        tail = z[:, 1:]
+        z[:, :, 3:9] = -5.0
+        tail.mul_(2.0)
+        z /= 1.5
+        before = torch.cat([before, half[..., 0], copied[..., 4], wide[:, :, 5]])
+        return before, F.cross_entropy(z.view(-1, V), LABELS.view(-1)), tail.argmax(-1).float(), z.logsumexp(-1)
+
+    h, w, _ = draw(False)
+    eager = writing(F.linear(h, w))
+    ours = writing(defer(h, w, None, Counter()))
+    assert torch.allclose(ours[0], eager[0]) and all(torch.equal(a, b) for a, b in zip(ours[1:], eager[1:]))
+
+
+def test_argmax():
+    h, w, b = draw(True)
+    z = F.linear(h, w, b)
+    d = defer(h, w, b, count := Counter())
+    for f in (lambda z: z.argmax(-1), lambda z: (z * -1.0).argmax(dim=-1, keepdim=True), lambda z: torch.tanh(z / 40.0)[:, :-1].argmax(2)):
+        assert torch.equal(f(d), f(z))
+    assert not count
+
+
+def test_no_grad_slices_first():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    h, w, _ = draw(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        d = defer(h, w, None, Counter())
+        last = d[:, -1, :].to(copy=True, dtype=torch.float32).softmax(-1) * 1.0
+    assert flops.get_total_flops() == 2 * B * H * V and not last.requires_grad
+    assert torch.equal(last, F.linear(h[:, -1], w).softmax(-1))
+
+
+def test_it_is_a_tensor():
+    h, w, _ = draw(False)
+    z, d = F.linear(h, w), defer(h, w, None, count := Counter())
+    assert isinstance(d, torch.Tensor) and torch.is_tensor(d)
+    assert (d.shape, d.dtype, d.device, d.requires_grad, d.size(-1), d.dim(), d.ndim, len(d), d.numel()) == (
+        z.shape, torch.float32, z.device, True, V, 3, 3, B, B * L * V,
+    )  # fmt: skip
+    assert d.grad_fn is not None and not d.is_leaf and not d.is_contiguous() and not d.detach().requires_grad
+    assert type(d.float()) is DeferredLogits and type(d.view(-1, V)) is DeferredLogits and type(d.logsumexp(-1)) is DeferredRows
+    assert not count
+    assert torch.equal(d.detach().cpu(), z) and torch.equal(torch.zeros_like(d) + d, z) and torch.equal(pickle.loads(pickle.dumps(d)), z)
+    assert torch.equal(copy.deepcopy(defer(h, w, None, count).detach()), z) and repr(d) == repr(d.node.value())
+    buffer = io.BytesIO()
+    torch.save(d.detach(), buffer)
+    buffer.seek(0)
+    assert type(torch.load(buffer)) is torch.Tensor
+    assert torch.equal(torch.stack([x for x in defer(h, w, None, count)]), z)
+    assert (defer(h, w, None, count).detach().numpy() == z.detach().numpy()).all()
+
+
+def test_a_gradient_that_comes_from_outside_python():
+    """C++ code that is given the wrapper finds a graph; what flows back into it reaches hidden and weight."""
+
+    class Foreign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    h, w, _ = draw(False)
+    run = lambda z: torch.autograd.grad((Foreign.apply(z) * LABELS.unsqueeze(-1)).sum(), (h, w))
+    for a, b in zip(run(defer(h, w, None, Counter())), run(F.linear(h, w))):
+        assert torch.equal(a, b)
+
+
+def test_weights_changed_since_are_an_error():
+    h, w, _ = draw(False)
+    d = defer(h, w, None, Counter())
+    with torch.no_grad():
+        w.add_(1.0)
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        d.argmax(-1)
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        d.sum()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_dtypes_are_stocks(low):
+    h, w, _ = draw(False, dtype=low)
+    for name in ("hf loss", "none", "selective", "entropy", "mean", "z-loss"):
+        ours, stock = PATTERNS[name](defer(h, w, None, Counter())), PATTERNS[name](F.linear(h, w))
+        assert ours.dtype == stock.dtype, name
+    h, w, _ = draw(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        d, z = defer(h, w, None, Counter()), F.linear(h, w)
+        assert d.dtype == z.dtype == torch.bfloat16
+        for name in ("hf loss", "none", "nll", "entropy"):
+            ours, stock = PATTERNS[name](d), PATTERNS[name](z)
+            assert ours.dtype == stock.dtype, name
+        flat = lambda z: z.float().sum()
+    assert torch.equal(flat(d), flat(z))  # made under the autocast of the head's call
+
+
+def test_bfloat16_is_nearer_to_the_truth_than_stock():
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in draw(False, dtype=torch.bfloat16)]
+    with float64_truth():
+        truth = results(PATTERNS["hf loss"], F.linear, wide)
+    eager = results(PATTERNS["hf loss"], F.linear, draw(False, dtype=torch.bfloat16))
+    ours = results(PATTERNS["hf loss"], lambda *t: defer(*t, Counter()), draw(False, dtype=torch.bfloat16))
+    assert compare(ours, truth, eager)
+
+
+def test_hidden_lives_as_long_as_the_logits():
+    import weakref
+
+    h, w, _ = draw(False, (True, False, False))
+    hidden = h * 1.0
+    gone = weakref.ref(hidden)
+    d = defer(hidden, w, None, Counter())
+    loss = hf_loss(d)
+    del hidden
+    assert gone() is not None
+    del d
+    assert gone() is None and loss.requires_grad

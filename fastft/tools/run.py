@@ -72,7 +72,8 @@ def _show(model: nn.Module) -> None:
 
         from fastft.model.api import report
 
-        Console().print(report(model))
+        console = Console()
+        (console if console.is_terminal else Console(width=130)).print(report(model))  # a log file folds no columns
 
 
 def run_patched(body: Callable[[], None]) -> int:

@@ -31,7 +31,7 @@ from torch import nn
 
 from fastft_kernels.numerics import compare
 
-KINDS = ("norm", "rotary", "mlp", "linear group", "lm head")
+KINDS = ("norm", "rotary", "mlp", "linear group", "head")
 NEW_TOKENS = 8
 PERTURBED = 6
 
@@ -240,7 +240,7 @@ def present(model: nn.Module) -> dict[str, int]:
         linears = sum(type(c) is nn.Linear for c in module.children())
         count["mlp"] += linears in (2, 3) and any(s in name for s in ("mlp", "feedforward", "ffn")) and "attention" not in name
     count["linear group"] = int(any(type(m) is nn.Linear for m in model.modules()))
-    count["lm head"] = int(getattr(model, "get_output_embeddings", lambda: None)() is not None)
+    count["head"] = int(getattr(model, "get_output_embeddings", lambda: None)() is not None)
     return dict(count)
 
 
@@ -339,8 +339,8 @@ def table(results: list[dict]) -> str:
         for r in rows_of(row, way):
             if not r["swapped"]:
                 why.append(f"{r['kind']} {r['group']}: {r['reason']}")
-        said = verdict(row)
-        lines.append(f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(why))[:300].replace('|', '/')} |")
+        said, reasons = verdict(row), "; ".join(dict.fromkeys(why))[:300].replace("|", "/")
+        lines.append(f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {' | '.join(cells)} | {reasons} |")
     return "\n".join(lines) + "\n"
 
 

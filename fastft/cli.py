@@ -76,6 +76,20 @@ def verify(
 
 
 @app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
+    full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
+) -> None:
+    """What would be swapped in a model, and why the rest stays stock: from its configuration alone, without its weights."""
+    from rich import print as show
+
+    from fastft.tools.report import report_from_config
+
+    show(report_from_config(model, lora=not full, trust_remote_code=trust_remote_code))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder, as save_pretrained writes it.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import Fast, install, obstacle, uninstall
@@ -122,6 +123,15 @@ def _exchange_tensors(model: nn.Module, real: bool) -> None:
             m._parameters.update({n: exchanged(p) for n, p in m._parameters.items() if p is not None})
             m.__dict__.update({k: exchanged(v) for k, v in m.__dict__.items() if isinstance(v, torch.Tensor)})
         m._buffers.update({n: exchanged(b) for n, b in m._buffers.items() if b is not None})
+
+
+class _Yes(TorchDispatchMode):
+    """A question to the host that is answered by yes or no (is nothing padded? is nothing packed?) is answered by yes on the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool and args[0].device.type == "meta":
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 class _Empty:
@@ -283,6 +293,7 @@ def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tupl
             inputs = make_inputs(model, device)
             if not real:
                 stack.enter_context(device)
+                stack.enter_context(_Yes())
             model(**inputs)
         except Exception as e:
             seen.error = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
@@ -291,11 +302,7 @@ def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tupl
 
 def _best(model: nn.Module, make_inputs, wanted: Callable[[Callable], bool]) -> Observation:
     """The meta run where it reaches the end; else a real one where that is allowed; else meta runs with stand-ins."""
-    model.train()
     seen, running = _attempt(model, make_inputs, wanted, False, set())
-    if seen.error:  # layers dropped at random are a question to the host in training only
-        model.eval()
-        seen, running = _attempt(model, make_inputs, wanted, False, set())
     first = next((p for p in model.parameters()), None)
     kind = first.device.type if first is not None else "cpu"
     if seen.error and kind != "meta" and (kind != "cpu" or _bytes(model) <= REAL_RUN_LIMIT):
@@ -331,12 +338,13 @@ def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module
 
 
 def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: False) -> Observation:
-    """Run `model` on a few tokens, in training mode where it can; afterwards the model, its random state and its hooks are as before.
+    """Run `model` in evaluation mode (nothing is dropped) on a few tokens; afterwards the model, its random state and its hooks are as before.
 
     wanted: which of the free functions that forwards call by a global name are recorded too.
     """
     modes = [(m, m.training) for m in model.modules()]
     try:
+        model.eval()
         seen = _best(model, _text_inputs, wanted)
         for tower in _unreached_towers(model, seen):
             part = _best(tower, _tower_inputs, wanted)

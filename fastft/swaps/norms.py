@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,7 +30,8 @@ MAX_WIDTH = 1 << 17
 
 @dataclass(frozen=True)
 class Formula:
-    """weight, bias: parameter names or None. eps: an attribute's name, or the value. out: "x", "promote", or a dtype."""
+    """weight, bias: parameter names or None. eps: an attribute's name, or the value. out: "x", "promote", or a dtype. mixed: the cast where
+    the weight's dtype is not the input's."""
 
     centred: bool
     weight: str | None
@@ -39,11 +40,13 @@ class Formula:
     offset: float = 0.0
     cast: str = "after"
     out: str | torch.dtype = "x"
+    mixed: str = "after"
 
     @property
     def kernel(self) -> str:
         if self.centred:
-            return f"layer_norm({'bias' if self.bias else 'no bias'})" if self.weight else "layer_norm(no weight)"
+            plus = "1 + w, " if self.offset else ""
+            return f"layer_norm({plus}{'bias' if self.bias else 'no bias'})" if self.weight else "layer_norm(no weight)"
         if not self.weight:
             return "rms_norm(no weight)"
         return f"rms_norm({'1 + w, ' if self.offset else ''}cast {self.cast})"
@@ -53,16 +56,24 @@ class Formula:
             return x.dtype if x.dtype == torch.float64 else self.out
         return torch.promote_types(x.dtype, w.dtype) if self.out == "promote" and w is not None else x.dtype
 
+    def cast_of(self, x: torch.Tensor, w: torch.Tensor | None) -> str:
+        return self.cast if w is None or w.dtype == x.dtype else self.mixed
+
+    def weight_of(self, module: nn.Module) -> torch.Tensor | None:
+        """The weight, with the offset that the layer norm kernel does not add itself."""
+        w = getattr(module, self.weight) if self.weight else None
+        return w + self.offset if w is not None and self.centred and self.offset else w
+
     def eps_of(self, module: nn.Module) -> float:
         return self.eps if isinstance(self.eps, float) else getattr(module, self.eps)
 
     def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The formula alone, without recipe: what recognition compares."""
-        w = getattr(module, self.weight) if self.weight else None
+        w = self.weight_of(module)
         if self.centred:
             b = getattr(module, self.bias) if self.bias else None
             return layer_norm(x, w, b, self.eps_of(module), out_dtype=self.out_dtype(x, w))
-        return rms_norm(x, w, self.eps_of(module), offset=self.offset, cast=self.cast, out_dtype=self.out_dtype(x, w))
+        return rms_norm(x, w, self.eps_of(module), offset=self.offset, cast=self.cast_of(x, w), out_dtype=self.out_dtype(x, w))
 
 
 class FastNorm:
@@ -82,13 +93,15 @@ class FastNorm:
             return super().forward(*args, **kwargs)
         eps, out = f.eps_of(self), f.out_dtype(x, weight)
         if f.centred:
+            weight = f.weight_of(self)
             y, mean, rstd = layer_norm_with_stats(x, weight, bias, eps, out_dtype=out)
             if y.requires_grad:
                 attach(y, _recipe((x, mean, rstd, weight, bias), layer_norm_recompute, out_dtype=out))
             return y
-        y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=f.cast, out_dtype=out)
+        cast = f.cast_of(x, weight)
+        y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=cast, out_dtype=out)
         if y.requires_grad:
-            attach(y, _recipe((x, rstd, weight), rms_norm_recompute, offset=f.offset, cast=f.cast, out_dtype=out))
+            attach(y, _recipe((x, rstd, weight), rms_norm_recompute, offset=f.offset, cast=cast, out_dtype=out))
         return y
 
 
@@ -171,7 +184,7 @@ def _formula(module: nn.Module, probe: nn.Module, x: torch.Tensor, y: torch.Tens
             for centred in (False, True):
                 if bias and not centred:
                     continue
-                for offset in (0.0, 1.0) if weight and not centred else (0.0,):
+                for offset in (0.0, 1.0) if weight else (0.0,):
                     f = Formula(centred, weight, bias, eps, offset)
                     with torch.no_grad():
                         if (f(probe, x) - y).abs().max() <= FORMULA_EPS * y.abs().max():
@@ -179,11 +192,10 @@ def _formula(module: nn.Module, probe: nn.Module, x: torch.Tensor, y: torch.Tens
     return None
 
 
-def _dtypes(module: nn.Module, f: Formula) -> Formula | str:
+def _dtypes(module: nn.Module, f: Formula, width: int) -> Formula | str:
     """Cast and result dtype, read off the stock module's answers in mixed precision."""
     g = torch.Generator().manual_seed(5)
     low = torch.bfloat16
-    width = getattr(module, f.weight).numel() if f.weight else 64
     x = torch.randn(16, width, generator=g).to(low)
     probe = _copy_on_cpu(module)
     values = {n: (torch.randn(p.shape, generator=g) * 0.3 + 0.5).to(low) for n, p in probe.named_parameters()}
@@ -205,14 +217,22 @@ def _dtypes(module: nn.Module, f: Formula) -> Formula | str:
         out = torch.float32
     else:
         return f"returns {both.dtype} for bfloat16"
-    f = Formula(f.centred, f.weight, f.bias, f.eps, f.offset, "after", out)
+    f = replace(f, out=out)
     if f.centred or f.weight is None:
         return f
+
+    def cast(expected: torch.Tensor) -> str:
+        forms = [replace(f, cast=c, mixed=c) for c in ("before", "after")]
+        with torch.no_grad():
+            wrong = [float((c(probe, x).double() - expected.double()).abs().sum()) for c in forms]
+        return "before" if wrong[0] < wrong[1] else "after"
+
     answer(low, x)
-    forms = [Formula(f.centred, f.weight, f.bias, f.eps, f.offset, cast, out) for cast in ("before", "after")]
-    with torch.no_grad():
-        wrong = [int((c(probe, x) != both).sum()) for c in forms]
-    return forms[0] if wrong[0] < wrong[1] else forms[1]
+    f = replace(f, cast=(same := cast(both)), mixed=same)
+    if mixed is both:
+        return f
+    answer(torch.float32, x)
+    return replace(f, mixed=cast(mixed))
 
 
 def _prove_mixed(module: nn.Module, f: Formula) -> str:
@@ -269,7 +289,7 @@ class Norms:
         if probed is None:
             return None
         formula = _formula(module, *probed, names)
-        return "no norm formula known here gives its output" if formula is None else _dtypes(module, formula)
+        return "no norm formula known here gives its output" if formula is None else _dtypes(module, formula, width)
 
     @staticmethod
     def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype) -> Proof:

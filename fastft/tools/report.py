@@ -1,0 +1,50 @@
+"""`fastft report`: what would be swapped in a model, from its configuration alone.
+
+The model is built on the meta device, so that it costs no memory; structure is observed there, and every proof runs on small real
+tensors on the CPU. Nothing but the configuration is read or downloaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastft.errors import ModelNotFoundError
+from fastft.model.api import patch, report
+from fastft.patching.report import PatchReport
+
+
+def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_code: bool = False) -> PatchReport:
+    """The report of the model that `name_or_path`'s configuration describes, with LoRA on all its linears (or without).
+
+    Raises ModelNotFoundError where there is no configuration, or no class for it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelNotFoundError(f"no configuration at {name_or_path!r}: {first}") from e
+    model = _on_meta(config, trust_remote_code)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        with torch.device("meta"):
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    return report(patch(model))
+
+
+def _on_meta(config, trust_remote_code: bool) -> torch.nn.Module:
+    """The class that the configuration names, else the first auto class that knows it."""
+    import transformers
+
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    named = next((c for n in config.architectures or () if (c := getattr(transformers, n, None)) is not None), None)
+    with torch.device("meta"):
+        if named is not None:
+            return named._from_config(config, dtype=dtype)
+        for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
+            cls = getattr(transformers, auto)
+            if type(config) in cls._model_mapping or (trust_remote_code and auto in getattr(config, "auto_map", {})):
+                return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    raise ModelNotFoundError(f"no model class for a {type(config).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import types
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -48,15 +49,17 @@ class Fast:
         return copyreg._reconstructor, (slot.stock, object, None), state  # the standard library alone unpickles it
 
 
-_CLASSES: dict[tuple[type, ...], type] = {}
+# Weak: a class lives as long as an instance of it does. A mixin made for one call (the observation's) may hold the whole model.
+_CLASSES: weakref.WeakValueDictionary[tuple[type, ...], type] = weakref.WeakValueDictionary()
 
 
 def _dynamic(stock: type, mixins: tuple[type, ...]) -> type:
     key = (stock, *mixins)
-    if key not in _CLASSES:
+    cls = _CLASSES.get(key)
+    if cls is None:
         body = {"__module__": stock.__module__, "__qualname__": f"Fast{stock.__qualname__}", "__doc__": stock.__doc__}
-        _CLASSES[key] = type(f"Fast{stock.__name__}", (*mixins, Fast, stock), body)
-    return _CLASSES[key]
+        cls = _CLASSES[key] = type(f"Fast{stock.__name__}", (*mixins, Fast, stock), body)
+    return cls
 
 
 def slot_of(module: nn.Module) -> Slot | None:

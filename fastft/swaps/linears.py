@@ -8,8 +8,10 @@ raises: an early-stopped recomputation, an exception, a generation loop leave no
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -31,12 +33,14 @@ HOLDER = "linear group holder"
 
 @dataclass
 class Group:
-    """members: in the order of their calls. left: results that wait for a member; x: the tensor object they belong to."""
+    """members: in the order of their calls. left: results that wait for a member; x: the tensor object they belong to.
+    open: the holder is running; a member that is called by itself computes for itself, as nobody would clear away what it left."""
 
     members: list[nn.Module]
     left: dict[int, torch.Tensor] = field(default_factory=dict)
     x: torch.Tensor | None = None
     version: int = 0
+    open: bool = False
 
     def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         if self.x is not x or self.version != _version(x):
@@ -72,7 +76,9 @@ class Group:
         return ys[0]
 
     def _after(self, module: nn.Module) -> list[nn.Module]:
-        """The members that are called after `module` and run here: not those that stay stock."""
+        """The members that will be called after `module` and run here: not those that stay stock."""
+        if not self.open:
+            return []
         at = next((i for i, m in enumerate(self.members) if m is module), len(self.members))
         return [m for m in self.members[at + 1 :] if is_fast(m, KIND)]
 
@@ -89,7 +95,9 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     base = module.base_layer if hasattr(module, "base_layer") else module
-    if x.dtype == torch.float64 or stock_class(base) is torch.nn.Linear:
+    if stock_class(base) is nn.Linear and not autocast and base.weight.dtype != x.dtype:
+        raise Inexpressible(f"a {base.weight.dtype} base weight and a {x.dtype} input")  # stock's error is the answer
+    if x.dtype == torch.float64 or stock_class(base) is nn.Linear:
         return {"compute_dtype": autocast if x.dtype != torch.float64 else None}
     compute = autocast or (base.compute_dtype if getattr(base, "compute_type_is_set", False) else None) or x.dtype
     adapter = None if autocast or not own.adapters else own.adapters[0].A.dtype
@@ -184,9 +192,18 @@ class Held:
                 if not is_fast(module, KIND):
                     install(module, KIND, FastLinear, group)
 
-    def clear(self) -> None:
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What members leave for each other is gone when the holder's forward returns or raises."""
+        before = [group.open for group, _ in self.groups]
         for group, _ in self.groups:
-            group.clear()
+            group.open = True
+        try:
+            yield
+        finally:
+            for (group, _), was in zip(self.groups, before):
+                group.open = was
+                group.clear()
 
 
 def _below(holder: nn.Module, path: str) -> nn.Module | None:
@@ -215,12 +232,11 @@ def holder_mixin(cls: type) -> type:
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         held: Held = self.__dict__[KEY].state(HOLDER)
-        if not torch.compiler.is_compiling():
-            held.adopt(self)
-        try:
+        if torch.compiler.is_compiling():
             return super(mixin, self).forward(*args, **kwargs)
-        finally:
-            held.clear()
+        held.adopt(self)
+        with held.running():
+            return super(mixin, self).forward(*args, **kwargs)
 
     mixin = type("FastHolder", (Holder,), {"forward": forward})
     return mixin
@@ -267,7 +283,7 @@ def _candidate(group: Group) -> Candidate:
 
 
 def _swap_siblings(layers: list[nn.Module]) -> None:
-    group = Group(layers)
+    group = Group(layers, open=True)
     for layer in layers:
         install(layer, KIND, FastLinear, group)
 

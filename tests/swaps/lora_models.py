@@ -2,6 +2,7 @@
 
 Whole models are judged per kind of result: every tensor is divided by the largest true value in it, and all losses and outputs are one
 vector to the judge, all gradients another. So a defect in the smallest adapter shows, and a lucky rounding of stock in it does not fail us.
+Where 16-bit products round, luck is larger: four batches are then judged as one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from fastft_kernels.numerics import Verdict, compare
 
 VOCAB, HIDDEN, LAYERS = 48, 32, 2
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LOW_DRAWS = 4
 Results = dict[str, torch.Tensor]
+_DRAW = [0]  # the batch that `tokens` gives inside `run`
 
 
 def llama(dtype: torch.dtype = torch.float32, *, layers: int = LAYERS, seed: int = 0, **config) -> LlamaForCausalLM:
@@ -95,7 +98,7 @@ BASES = {"dense": dense, "nf4": nf4}
 
 
 def tokens(rows: int = 1, n: int = 8, seed: int = 7) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed + 100 * _DRAW[-1]))
 
 
 def gradients(model: nn.Module) -> Results:
@@ -121,15 +124,26 @@ def _seeded():
         yield
 
 
-def run(model: nn.Module, step: Callable[[nn.Module], Results], truth: bool = False) -> Results:
-    with _seeded(), float64_truth() if truth else contextlib.nullcontext():
-        return {k: v.detach().clone() for k, v in step(model).items()}
+def run(model: nn.Module, step: Callable[[nn.Module], Results], truth: bool = False, draws: int = 1) -> Results:
+    """The step's results. draws > 1: of so many batches, each on a copy of the model."""
+    out = {}
+    for i in range(draws):
+        _DRAW.append(i)
+        try:
+            with _seeded(), float64_truth() if truth else contextlib.nullcontext():
+                results = step(model if draws == 1 else copy.deepcopy(model))
+                out |= {f"{k}{f' ({i})' if i else ''}": v.detach().clone() for k, v in results.items()}
+        finally:
+            _DRAW.pop()
+    return out
 
 
 def _pooled(results: Results, truth: Results) -> tuple[torch.Tensor, torch.Tensor]:
-    """(each tensor over the largest true value in it, the same of the truth), as two vectors."""
-    scale = {k: float(t.abs().max()) or 1.0 for k, t in truth.items()}
-    flat = lambda r: torch.cat([(r[k].double() / scale[k]).reshape(-1) for k in truth])
+    """(each tensor over the largest true value in it, over all batches, the same of the truth), as two vectors."""
+    name, scale = lambda k: k.split(" (")[0], {}
+    for k, t in truth.items():
+        scale[name(k)] = max(scale.get(name(k), 0.0), float(t.abs().max()))
+    flat = lambda r: torch.cat([(r[k].double() / (scale[name(k)] or 1.0)).reshape(-1) for k in truth])
     return flat(results), flat(truth)
 
 
@@ -172,23 +186,29 @@ def both(
     *,
     after: Callable[[nn.Module], object] | None = None,
     fast: bool | None = True,
+    draws: int | None = None,
 ) -> nn.Module:
     """Run `step` on stock and on patched models from the same state and judge all results; returns the patched model.
 
     after: what the user does to the model once it is patched (to the stock one as well). fast: linear groups must have run without
-    one fallback; False where a call is meant to go the stock way; None where both may happen.
+    one fallback; False where a call is meant to go the stock way; None where both may happen. draws: of batches judged as one.
     """
     stock, ours = factory(), fastft.patch(factory())
     if after is not None:
         after(stock)
         after(ours)
     true = in_float64(stock)
-    eager = run(stock, step)
-    judge(run(ours, step), run(true, step, truth=True), eager)
+    if draws is None:
+        draws = LOW_DRAWS if any(p.dtype in (torch.bfloat16, torch.float16) for p in stock.parameters()) else 1
+    eager = run(stock, step, draws=draws)
+    judge(run(ours, step, draws=draws), run(true, step, truth=True, draws=draws), eager)
+    if draws > 1:
+        run(ours, step)
     went = fallbacks(ours)
     assert fast is None or bool(went) != fast, f"fallbacks: {went}"
     rows = [r for r in fastft.report(ours) if r.kind == "linear group"]
-    assert fast is not True or rows and all(r.is_swapped for r in rows), rows
+    left = [r for r in rows if not r.is_swapped and r.reason != "an adapter layer of another kind"]
+    assert fast is not True or rows and not left, left
     return ours
 
 

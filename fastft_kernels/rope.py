@@ -215,7 +215,7 @@ def _rope_kernel(
             q_ptr, yq_ptr, c1, s1, c2, s2, b, s, block * BLOCK_H, q_heads, q_b, q_s, q_h, q_d, yq_b, yq_s, yq_h, yq_d,
             HALF, Q_REST, TAIL, IN, OUT, BLOCK_H, BLOCK_P, BLOCK_QR,
         )  # fmt: skip
-    if k_ptr is not None:  # noqa: SIM102 (a condition of the compiler, not of the program)
+    if k_ptr is not None:
         if block >= q_blocks:
             _rotate(
                 k_ptr, yk_ptr, c1, s1, c2, s2, b, s, (block - q_blocks) * BLOCK_H, k_heads, k_b, k_s, k_h, k_d,

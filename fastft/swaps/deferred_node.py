@@ -47,7 +47,7 @@ class Node:
         strip = lambda d: d.node
         self.func, self.family, self.meaning, self.alone, self.big = func, family, meaning, alone, big
         self.args, self.kwargs = tree_map_only(Deferred, strip, args), tree_map_only(Deferred, strip, kwargs)
-        self.before = [a for a in _nodes(self.args)]
+        self.before = list(_nodes(self.args))
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
         self.cached: torch.Tensor | None = None

@@ -106,7 +106,7 @@ def _compare(job: Job, options: Options, console: Console) -> dict[str, Any]:
 
     tokenizer = runs.load_tokenizer(job)
     prompt = runs.prompt_of(job.held_out[0], tokenizer)
-    bare = runs.load_stock(job, adapter=False)
+    bare = runs.load_stock(job)  # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
     before = runs.held_out_loss(job, bare)
     said_before = runs.complete(bare, tokenizer, prompt)
     del bare

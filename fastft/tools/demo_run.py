@@ -91,7 +91,7 @@ def load_fast(job: Job):
     return FastModel.from_pretrained(job.model, load_in_4bit=job.four_bit)
 
 
-def load_stock(job: Job, *, adapter: bool = True, exact: bool = False):
+def load_stock(job: Job, *, exact: bool = False):
     """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same weights, bit for bit,
     in the dtype of `truth_dtype`."""
     import transformers
@@ -114,8 +114,6 @@ def load_stock(job: Job, *, adapter: bool = True, exact: bool = False):
             kwargs["dtype"] = torch.float32
     torch.manual_seed(job.seed)
     model = loader.from_pretrained(job.model, **kwargs)
-    if not adapter:
-        return model
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     return model.to(truth_dtype(job)) if exact and not job.four_bit else model

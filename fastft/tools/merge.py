@@ -98,7 +98,11 @@ def read_adapter(folder: Path) -> tuple[object, dict[str, Delta], dict[str, torc
             if ".lora_" in name:
                 raise AdapterError(f"merge: {key} is no part of plain LoRA: load it with PEFT and call merge_and_unload()")
             whole[name] = t
-    return config, {n: Delta(p[".lora_A.weight"], p[".lora_B.weight"], _scaling(config, n, p), p.get(".lora_B.bias")) for n, p in parts.items()}, whole
+    return (
+        config,
+        {n: Delta(p[".lora_A.weight"], p[".lora_B.weight"], _scaling(config, n, p), p.get(".lora_B.bias")) for n, p in parts.items()},
+        whole,
+    )
 
 
 def _scaling(config, name: str, parts: dict[str, torch.Tensor]) -> float:

@@ -59,7 +59,7 @@ class PatchOnFirstStep:
 
 
 def _is_root(module: nn.Module) -> bool:
-    from peft import PeftModel, PeftMixedModel
+    from peft import PeftMixedModel, PeftModel
     from transformers import PreTrainedModel
 
     return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel)) and any(p.requires_grad for p in module.parameters())

@@ -66,7 +66,13 @@ class Verification:
 
     def to_dict(self) -> dict:
         clean = lambda d: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}
-        return {"model": self.model, "dtype": self.dtype, "ok": bool(self), "lines": [clean(asdict(x)) for x in self.lines], "notes": list(self.notes)}
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "ok": bool(self),
+            "lines": [clean(asdict(x)) for x in self.lines],
+            "notes": list(self.notes),
+        }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"fastft verify: {self.model}, {self.dtype}: {'PASS' if self else 'FAIL'}", title_justify="left")

@@ -208,7 +208,7 @@ def both(
     assert fast is None or bool(went) != fast, f"fallbacks: {went}"
     rows = [r for r in fastft.report(ours) if r.kind == "linear group"]
     left = [r for r in rows if not r.is_swapped and r.reason != "an adapter layer of another kind"]
-    assert fast is not True or rows and not left, left
+    assert fast is not True or (rows and not left), left
     return ours
 
 

@@ -85,7 +85,7 @@ def draw(bias, grads=(True, True, True), dtype=torch.float32):
 
 def results(pattern, head, leaves):
     out = pattern(head(*leaves))
-    out = [x for x in (out if isinstance(out, tuple) else (out,))]
+    out = list(out if isinstance(out, tuple) else (out,))
     ups = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3 + i)).to(x.dtype) for i, x in enumerate(out)]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     grads = torch.autograd.grad(sum((x * u).sum() for x, u in zip(out, ups)), wanted, allow_unused=True)
@@ -131,8 +131,8 @@ class Sizes(TorchDispatchMode):
 
 def test_the_logits_never_exist(monkeypatch):
     """In tiles of few columns, as a vocabulary of many columns has them."""
-    from fastft_kernels import head_tiles
     from fastft.swaps import head_product
+    from fastft_kernels import head_tiles
 
     monkeypatch.setattr(head_tiles, "VOCAB_TILE", 32)
     monkeypatch.setattr(head_product, "VOCAB_TILE", 32)
@@ -236,7 +236,7 @@ def test_it_is_a_tensor():
     torch.save(d.detach(), buffer)
     buffer.seek(0)
     assert type(torch.load(buffer)) is torch.Tensor
-    assert torch.equal(torch.stack([x for x in defer(h, w, None, count)]), z)
+    assert torch.equal(torch.stack(list(defer(h, w, None, count))), z)
     assert (defer(h, w, None, count).detach().numpy() == z.detach().numpy()).all()
 
 

@@ -19,7 +19,31 @@ import fastft
 from fastft.patching.truth import float64_truth
 from fastft_kernels.numerics import Verdict, compare
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from their old oak tree near the river bend".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wise",
+    "owls",
+    "watch",
+    "from",
+    "their",
+    "old",
+    "oak",
+    "tree",
+    "near",
+    "the",
+    "river",
+    "bend",
+]
 TEXTS = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(6 + i % 5)) for i in range(24)]
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
 
@@ -39,7 +63,9 @@ def checkpoint(folder: Path, classifier: bool = False) -> Path:
     """A tiny model on disk, the same bits every time."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(tokenizer()), pad_token_id=1, bos_token_id=2, eos_token_id=3, **({"num_labels": 1} if classifier else {}), **SIZES)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer()), pad_token_id=1, bos_token_id=2, eos_token_id=3, **({"num_labels": 1} if classifier else {}), **SIZES
+        )
         (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     return folder
@@ -60,7 +86,10 @@ def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = F
     if lora:
         task = "SEQ_CLS" if classifier else "CAUSAL_LM"
         set_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], task_type=task, **settings))
+        model = get_peft_model(
+            model,
+            LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], task_type=task, **settings),
+        )
         g = torch.Generator().manual_seed(1)
         for n, p in sorted(model.named_parameters()):
             if "lora_B" in n:

@@ -66,7 +66,9 @@ def test_kto(folder, tmp_path, four_bit):
     def make(way):
         args = h.arguments(KTOConfig, tmp_path, STEPS, max_length=40)
         rows = [{"prompt": h.TEXTS[i], "completion": " " + h.TEXTS[(i + 5) % 24], "label": i % 2 == 0} for i in range(24)]
-        return KTOTrainer(model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer())
+        return KTOTrainer(
+            model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer()
+        )
 
     verdict = h.judged(make)
     assert verdict, str(verdict)

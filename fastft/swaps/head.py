@@ -18,8 +18,8 @@ from torch import nn
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.prove import Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
-from fastft.swaps import trl_head
 from fastft.swaps.deferred import defer
+from fastft.swaps.trl_head import bind as bind_trl_head
 
 KIND = "head"
 PROOF_VOCAB, PROOF_WIDTH, PROOF_TOKENS = 257, 512, 8
@@ -49,7 +49,7 @@ class FastHead:
         state: Head = self.__dict__[KEY].state(KIND)
         model = state.model and state.model()
         if model is not None:
-            trl_head.bind(model)
+            bind_trl_head(model)
         return super().train(mode)
 
     def forward(self, *args, **kwargs):

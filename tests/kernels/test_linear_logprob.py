@@ -162,6 +162,28 @@ def test_float16_range(device, size, trained, entropy):
     assert in_range[w < 1e-5].any() if size > 1 else w.max() * upstream > 65504
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_float16_keeps_small_and_large_gradients(device, trained, entropy):
+    """float16 knows neither the 1e-7 of a sure row nor the 1e5 of a scaled loss."""
+    hidden, weight, target = confident_rows(12 if INTERPRETED else 40, 64, 300, torch.float16, device)
+    upstream = torch.logspace(4.6, 0, len(target), device=device).flip(0)  # the surest rows get the largest
+    xs = [x.clone().requires_grad_(i == 0 or trained) for i, x in enumerate((hidden, weight))]
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    got = linear_logprob(*xs, target, tile=TILE, outputs=("log_probs", "entropy"))
+    want = eager(*wide, target)
+    pick = lambda o: o["entropy"] if entropy else o["log_probs"]
+    dx = torch.autograd.grad((pick(got._asdict()) * upstream).sum(), [x for x in xs if x.requires_grad])
+    dx64 = torch.autograd.grad((pick(want) * upstream).sum(), wide[: len(dx)])
+    for a, b in zip(dx, dx64):
+        assert torch.isfinite(a).all()
+        assert (a - b).norm() <= 1e-3 * b.norm()
+    in_range = dx64[0].abs().amax(1) > 100 * torch.finfo(torch.float16).tiny  # else float16 cannot hold the result
+    sure = (-torch.expm1(want["log_probs"]) < 1e-4) & in_range
+    assert sure.any()
+    assert ((dx[0] - dx64[0]).norm(dim=1) <= 4e-3 * dx64[0].norm(dim=1))[sure].all()
+
+
 # --------------------------------------------------------------------------------------------------------- products and bytes
 
 

@@ -21,10 +21,12 @@ from fastft.swaps.head_product import Family, Product, autocast_state
 
 T = torch.Tensor
 _DTYPES: dict = {}
+_SUMS = {"p log_p": ("entropy", True), "p z": ("expected", False), "log_p": ("sum of log_p", False), "-log_p": ("sum of log_p", True)}
 
 
 class DeferredLogits(Deferred):
-    """(*rows, V). `node.meaning` is (product, form): form "logits" z, "log_p" log_softmax(z), "p" softmax(z), "p log_p", "p z"."""
+    """(*rows, V). `node.meaning` is (product, form): form "logits" z, "log_p" log_softmax(z), "-log_p", "p" softmax(z),
+    "p log_p", "p z"."""
 
     @property
     def product(self) -> Product:
@@ -205,8 +207,6 @@ def _getitem(args, kwargs):
         if not isinstance(last, slice) or last.indices(x.shape[-1]) != (0, x.shape[-1], 1):
             return NotImplemented
         index = (*index[:-1], slice(None))
-    elif ellipsis == len(index) - 1 and index[-1] is not Ellipsis:
-        return NotImplemented
     if index and index[-1] is None and not takes_last and (ellipsis is not None or sum(used) == x.dim()):
         return NotImplemented  # a new last dimension
     hidden = x.product.hidden[index]
@@ -286,6 +286,13 @@ def _exp(func):
     return exp
 
 
+def _negative(func):
+    def negative(args, kwargs):
+        if not _is(args[0], "log_p"):
+            return NotImplemented
+        return _logits(args[0].product, "-log_p", args[0].dtype, (func, args, kwargs))
+
+    return negative
 
 
 def _logsumexp(func):
@@ -302,15 +309,15 @@ def _logsumexp(func):
 
 def _sum(func):
     def total(args, kwargs):
-        x, dim, keep = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "keepdim", False)
+        x, dim, keep, dtype = (argument(args, kwargs, i, n) for i, n in enumerate(("input", "dim", "keepdim", "dtype")))
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-        if not isinstance(x, DeferredLogits) or not isinstance(dim, int) or not is_last(dim, x) or set(kwargs) - {"dim", "keepdim"}:
+        if not isinstance(x, DeferredLogits) or not isinstance(dim, int) or not is_last(dim, x) or set(kwargs) - {"dim", "keepdim", "dtype"}:
             return NotImplemented
-        kind = {"p log_p": "entropy", "p z": "expected"}.get(x.form)
-        if kind is None:
+        kind, negative = _SUMS.get(x.form, ("", False))
+        if not kind or (kind == "sum of log_p" and x.product.tanh and x.requires_grad) or (dtype is not None and not dtype.is_floating_point):
             return NotImplemented
         shape = (*x.shape[:-1], 1) if keep else x.shape[:-1]
-        return rows(x.product, kind, shape, _dtype_of(func, x, dim=-1), (func, args, kwargs), negative=kind == "entropy")
+        return rows(x.product, kind, shape, dtype or _dtype_of(func, x, dim=-1), (func, args, kwargs), negative=negative)
 
     return total
 
@@ -344,12 +351,12 @@ def _argmax(func):
 def _gather(func):
     def gather(args, kwargs):
         x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-        kind = {"logits": "selected", "log_p": "log_prob"}.get(getattr(x, "form", ""))
+        kind = {"logits": "selected", "log_p": "log_prob", "-log_p": "log_prob"}.get(getattr(x, "form", ""))
         if kind is None or not isinstance(x, DeferredLogits) or dim is None or not is_last(dim, x) or set(kwargs) - {"dim", "index"}:
             return NotImplemented
         if type(index) is not T or index.dtype != torch.int64 or index.shape != (*x.shape[:-1], 1) or index.device != x.device:
             return NotImplemented
-        return rows(x.product, kind, index.shape, x.dtype, (func, args, kwargs), index.reshape(-1))
+        return rows(x.product, kind, index.shape, x.dtype, (func, args, kwargs), index.reshape(-1), x.form == "-log_p")
 
     return gather
 
@@ -389,6 +396,7 @@ def _table() -> dict:
     table |= {f: _parts(f) for f in (T.split, torch.split, T.chunk, torch.chunk, T.unbind, torch.unbind)}
     table |= {f: _softmax(f, "log_p") for f in (n.log_softmax, torch.log_softmax, T.log_softmax)}
     table |= {f: _softmax(f, "p") for f in (n.softmax, torch.softmax, T.softmax)}
+    table |= {f: _negative(f) for f in (T.neg, T.__neg__, torch.neg)}
     table |= {f: _exp(f) for f in (T.exp, torch.exp)}
     table |= {f: _logsumexp(f) for f in (T.logsumexp, torch.logsumexp)}
     table |= {f: _sum(f) for f in (T.sum, torch.sum)}

@@ -41,7 +41,7 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 class Node:
     """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from.
-    apart: it was cloned without a graph (see `_adopt`)."""
+    big: it is of the logits' size. view: a result by token in another shape. apart: cloned without a graph (see `_adopt`)."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, family: Family, meaning, alone: Callable[[], torch.Tensor] | None, big: bool):
         strip = lambda d: d.node
@@ -51,10 +51,17 @@ class Node:
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
         self.cached: torch.Tensor | None = None
-        self.apart = False
+        self.apart = self.view = False
         self.token: torch.Tensor | None = None
         family.waiting = [r for r in family.waiting if (n := r()) is not None and n.cached is None]
         family.waiting.append(weakref.ref(self))
+
+    def root(self) -> Node:
+        """The result by token whose memory this is a view of."""
+        return self.before[0].root() if self.view else self
+
+    def descends_from(self, other: Node) -> bool:
+        return self is other or any(n.descends_from(other) for n in self.before)
 
     def settled(self) -> bool:
         """Does the value exist, or that of a node it is made from (which may have been written to since)?"""
@@ -68,7 +75,7 @@ class Node:
                 self.family.check()
                 self.family.count(why)
             with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
-                if self.alone is not None and not settled and not (in_place and self.big):
+                if self.alone is not None and not settled and not (in_place and (self.big or self.view)):
                     self.cached = self.alone()
                 else:
                     args, kwargs = tree_map_only(Node, lambda n: n.value(why, in_place), (self.args, self.kwargs))
@@ -188,9 +195,7 @@ class Deferred(torch.Tensor):
                     return out
         name = getattr(func, "__name__", str(func))
         if _writes(func, kwargs):
-            for node in [r() for d in deferred for r in d.node.family.waiting]:
-                if node is not None:
-                    node.value(name, in_place=True)
+            _before_writing([x for x in (*args[:1], kwargs.get("out")) if isinstance(x, Deferred)], name)
         args, kwargs = tree_map_only(Deferred, lambda d: d.node.value(name), (tuple(args), kwargs))
         return func(*args, **kwargs)
 
@@ -200,6 +205,15 @@ class Deferred(torch.Tensor):
         value = lambda d: d.node.value(func.__name__).detach()
         args, kwargs = tree_map_only(Deferred, value, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _before_writing(targets: list[Deferred], name: str) -> None:
+    """Values that do not exist yet and are not views of the target must be those from before."""
+    for target in targets:
+        root = target.node.root()
+        for node in [r() for r in root.family.waiting]:
+            if node is not None and (root.big or node.descends_from(root)):
+                node.value(name, in_place=True)
 
 
 def _deferred(x) -> list[Deferred]:

@@ -18,7 +18,7 @@ T = torch.Tensor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Meaning:
-    """kind: "lse", "selected", "log_prob", "entropy", "expected" (sum of p z). index: of "selected" and "log_prob", one by row."""
+    """kind: "lse", "selected", "log_prob", "entropy", "expected" (sum of p z), "sum of log_p". index: of "selected" and "log_prob", one by row."""
 
     product: Product
     kind: str
@@ -52,7 +52,9 @@ def _flat(node: Node, m: Meaning) -> torch.Tensor:
     if m.kind == "lse":
         return p.log_sum_exp()
     if m.kind == "expected":
-        return p.log_sum_exp() - p.entropy()
+        return p.log_sum_exp().reshape(-1) - p.entropy()
+    if m.kind == "sum of log_p":
+        return (p.mean() - p.log_sum_exp().reshape(-1)) * p.vocab
     known = p.cache.pop((m.kind, None if m.index is None else id(m.index)), None)
     if known is not None:
         return known
@@ -86,7 +88,9 @@ def _relabelled(func, args, kwargs, x: DeferredRows, **changes):
     if not isinstance(probe, T) or probe.numel() != x.numel() or not probe.is_floating_point():
         return NotImplemented
     m = replace(x.node.meaning, **changes)
-    return rows(m.product, m.kind, probe.shape, probe.dtype, (func, args, kwargs), m.index, m.negative)
+    out = rows(m.product, m.kind, probe.shape, probe.dtype, (func, args, kwargs), m.index, m.negative)
+    out.node.view = func in _SHAPES
+    return out
 
 
 def _shape_only(func):

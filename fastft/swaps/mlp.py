@@ -31,8 +31,9 @@ _INTERPOSED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 @dataclass(frozen=True)
 class Shape:
-    """calls: names of the linear children in the order of their calls; the last is down. split: how one fused product is divided
-    ("chunk", "interleaved", or "" where gate and up are two children). swapped: up comes first."""
+    """calls: names of the linear children in the order of their calls; the last is down, unless `down` is False (the product itself is
+    returned). final: an activation after down. same_dtype: stock looks at the dtype of down's weight, and may cast. split: how one
+    fused product is divided ("chunk", "interleaved", or "" where gate and up are two children). swapped: up comes first."""
 
     calls: tuple[str, ...]
     activation: str
@@ -42,11 +43,15 @@ class Shape:
     limit: float | None = None
     alpha: float | None = None
     up_offset: float = 0.0
+    down: bool = True
+    final: str = ""
+    same_dtype: bool = False
     others: tuple[str, ...] = ()  # children that do not run in the fast forward: the activation, dropouts
 
     @property
     def kernel(self) -> str:
-        extra = "".join([f", limit {self.limit:g}" if self.limit else "", f", {self.split} gate_up" if self.split else ""])
+        parts = (self.limit and f"limit {self.limit:g}", self.split and f"{self.split} gate_up", self.final and f"then {self.final}")
+        extra = "".join(f", {part}" for part in parts if part)
         return f"{'glu' if self.gated else 'activation'}({self.activation}{extra})"
 
     def middle(self, *products: torch.Tensor) -> torch.Tensor:
@@ -84,11 +89,15 @@ class FastMLP:
             slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
             return super().forward(*args, **kwargs)
         modules = self._modules
-        products = [modules[n](args[0]) for n in shape.calls[:-1]]
+        first = shape.calls[:-1] if shape.down else shape.calls
+        products = [modules[n](args[0]) for n in first]
         h = shape.middle(*products)
         if h.requires_grad:
             attach(h, Recipe(tuple(p.detach() for p in products), shape.middle_again))
-        return modules[shape.calls[-1]](h)
+        if not shape.down:
+            return h
+        y = modules[shape.calls[-1]](h)
+        return activation(y, shape.final) if shape.final else y
 
 
 def _interposed(module: nn.Module, shape: Shape) -> str:
@@ -101,6 +110,10 @@ def _interposed(module: nn.Module, shape: Shape) -> str:
             return f"{n} carries a hook"
         if child.training and getattr(child, "p", 0.0) > 0.0:
             return f"{n} drops out"
+    if shape.same_dtype:
+        dtypes = [getattr(module._modules[n], "weight", None) for n in shape.calls]
+        if len({w.dtype if isinstance(w, torch.Tensor) else None for w in dtypes}) > 1:
+            return "its weights are of several dtypes"
     return ""
 
 
@@ -112,6 +125,13 @@ class StandIn(nn.Module):
         draw = lambda *shape: nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
         self.A, self.B, self.bias = draw(n_in, 8), draw(8, n_out), draw(n_out)
         self.log, self.name, self.in_features, self.out_features = log, name, n_in, n_out
+        self.weight_read = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For forwards that look at a weight's dtype."""
+        self.weight_read = True
+        return self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = (x @ self.A) @ self.B * (self.in_features * 8) ** -0.5 + self.bias * 0.1
@@ -128,6 +148,8 @@ class StandIn(nn.Module):
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of whatever behaves as a linear layer: torch's, quantised ones, adapters around them, transposed ones."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        if hasattr(module, "base_layer") and linear_shape(module.base_layer) is None:
+            return None  # an adapter around something else, such as a parameter of experts
         return module.in_features, module.out_features
     weight = module._parameters.get("weight")
     if hasattr(module, "nx") and hasattr(module, "nf") and weight is not None and weight.dim() == 2:
@@ -173,8 +195,10 @@ def _shapes(module: nn.Module, calls: list) -> list[Shape]:
             out += [Shape(names, act, True, split, s, others=others) for split in ("chunk", "interleaved") for s in (False, True)]
         else:
             out.append(Shape(names, act, False, others=others))
-    clamped = [replace(s, limit=v) for s, v in itertools.product(out, floats) if s.gated and s.activation == "silu"]
-    return out + clamped
+    gated = [s for s in out if s.gated and s.activation == "silu"]
+    clamped = [replace(s, limit=v) for s, v in itertools.product(gated, floats)]
+    scaled = [replace(s, limit=v, alpha=a, up_offset=o) for s, v, a, o in itertools.product(gated, [None, *floats], floats, (0.0, 1.0))]
+    return out + clamped + scaled
 
 
 class MLPs:
@@ -214,15 +238,16 @@ class MLPs:
         if sorted(n for n, _, _ in log) != sorted(linears) or not isinstance(y, torch.Tensor):
             return None
         *before, (_, h, last) = log
+        if all(inp is x for _, inp, _ in log):  # nothing comes back down: the product itself is returned
+            return _first_match([replace(f, down=False) for f in _shapes(module, [*log, ("", y, y)])], log, y) or _ODD_END
         if any(inp is not x for _, inp, _ in before):
             return None if not torch.equal(before[0][1], x) else "its linear children are given different inputs"
-        if y.shape != last.shape or not torch.equal(y, last):
-            return "it does not return its last product as it is"
-        for shape in _shapes(module, log):
-            with torch.no_grad():
-                ours = shape.middle(*(p for _, _, p in before))
-                if ours.shape == h.shape and (ours - h).abs().max() <= FORMULA_EPS * h.abs().max():
-                    return shape
+        read = any(m.weight_read for m in probe.modules() if isinstance(m, StandIn))
+        final = _final(last, y)
+        if final is None:
+            return _ODD_END
+        if found := _first_match(_shapes(module, log), before, h):
+            return replace(found, final=final, same_dtype=read)
         return "no activation known here gives the input of its last product"
 
     @staticmethod
@@ -234,6 +259,29 @@ class MLPs:
         proof = prove(probe.to(device), lambda m: install(m, KIND, FastMLP, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
         log.clear()
         return proof
+
+
+_ODD_END = "it does not return its last product as it is"
+
+
+def _final(last: torch.Tensor, y: torch.Tensor) -> str | None:
+    """The activation between the last product and what is returned: none (""), one that is known, or None."""
+    if y.shape != last.shape:
+        return None
+    if torch.equal(y, last):
+        return ""
+    fits = lambda act: bool((activation(last, act) - y).abs().max() <= FORMULA_EPS * y.abs().max())
+    return next((act for act in ACTIVATIONS if fits(act)), None)
+
+
+def _first_match(shapes: list[Shape], before: list, h: torch.Tensor) -> Shape | None:
+    """The first structure that makes h of what the linear children returned."""
+    for shape in shapes:
+        with torch.no_grad():
+            ours = shape.middle(*(p for _, _, p in before))
+            if ours.shape == h.shape and (ours - h).abs().max() <= FORMULA_EPS * h.abs().max():
+                return replace(shape, calls=tuple(n for n in shape.calls if n))
+    return None
 
 
 def _outward(linears: dict[str, tuple[int, int]]) -> int | None:

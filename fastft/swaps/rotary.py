@@ -69,7 +69,12 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
         extra = any(v is not None for k, v in given.items() if k not in known)
         if not extra and _are_tensors(*xs, cos, sin):
             out = torch.promote_types(xs[0].dtype, cos.dtype) if variant.promotes else None
-            settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=given.get("unsqueeze_dim", default_axis), out_dtype=out)
+            axis = given.get("unsqueeze_dim", default_axis)
+            missing = xs[0].dim() - cos.dim() - (axis is not None)
+            if missing > 0 and (axis is None or axis >= 0):  # tables without the leading dims: they broadcast
+                cos, sin = (t[(None,) * missing] for t in (cos, sin))
+                axis = axis if axis is None else axis + missing
+            settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=axis, out_dtype=out)
             try:
                 if len(xs) == 2:
                     return rope(*xs, cos, sin, **settings)
@@ -275,7 +280,8 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
                 if fast.fallbacks:
                     continue
                 ours = [ours] if isinstance(ours, torch.Tensor) else list(ours)
-                if len(ours) == len(truths) and all(o.shape == t.shape and (o - t).abs().max() <= 1e-12 * t.abs().max() for o, t in zip(ours, truths)):
+                equal = lambda o, t: o.shape == t.shape and (o - t).abs().max() <= 1e-12 * t.abs().max()
+                if len(ours) == len(truths) and all(map(equal, ours, truths)):
                     return replace(variant, promotes=_promotes(module, tensors))
     return "no rotation known here gives its result"
 

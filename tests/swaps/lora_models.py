@@ -180,6 +180,11 @@ def fallbacks(model: nn.Module) -> dict[str, int]:
     return {k: n for k, n in fastft.report(model).fallbacks.items() if k.startswith("linear group")}
 
 
+def _glance(model: nn.Module) -> Results:
+    with torch.no_grad():
+        return {"logits": model(tokens()).logits}
+
+
 def both(
     factory: Callable[[], nn.Module],
     step: Callable[[nn.Module], Results] = train_step,
@@ -195,8 +200,9 @@ def both(
     """
     stock, ours = factory(), fastft.patch(factory())
     if after is not None:
-        after(stock)
-        after(ours)
+        for model in (stock, ours):
+            run(model, _glance)  # what the first forward might remember is old by now
+            after(model)
     true = in_float64(stock)
     if draws is None:
         draws = LOW_DRAWS if any(p.dtype in (torch.bfloat16, torch.float16) for p in stock.parameters()) else 1

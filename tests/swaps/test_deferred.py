@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from fastft.patching.truth import float64_truth
@@ -63,6 +64,7 @@ PATTERNS = {
     "log_softmax, gather": lambda z: torch.gather(F.log_softmax(z[:, :-1], dim=-1), 2, LABELS[:, 1:].unsqueeze(2)).squeeze(2),
     "gather - lse": lambda z: z.gather(-1, LABELS.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1),
     "selected alone": lambda z: z.gather(-1, LABELS.unsqueeze(-1)) * 2.0,
+    "selected, capped": lambda z: (torch.tanh(z * 0.8 / 2.0) * 2.0).gather(-1, LABELS.unsqueeze(-1)),
     "z-loss": lambda z: z.logsumexp(dim=-1, keepdim=True).square(),
     "selective": lambda z: selective_log_softmax(z, LABELS),
     "selective, temperature": lambda z: selective_log_softmax(z, LABELS, temperature=0.6, row_mask=KEEP),
@@ -70,6 +72,7 @@ PATTERNS = {
     "entropy": lambda z: entropy_from_logits(z, chunk_size=5),
     "entropy, softmax": older_trl,
     "both": lambda z: selective_log_softmax_and_entropy(z, LABELS),
+    "label smoother": lambda z: LabelSmoother(0.2)({"logits": z}, LABELS, shift_labels=True),
     "mean": lambda z: z.mean(-1),
     "mean of all": lambda z: (z * 1.5).mean(),
     "capped mean": lambda z: ((torch.tanh(z.detach() / 3.0) * 3.0).mean(dim=-1), z[0].mean()),
@@ -138,7 +141,7 @@ def test_the_logits_never_exist(monkeypatch):
     monkeypatch.setattr(head_product, "VOCAB_TILE", 32)
     ours = lambda *t: defer(*t, Counter())
     for name, pattern in {**PATTERNS, "argmax": lambda z: (z.mean(), z.argmax(-1).float())}.items():
-        if name in ("selected alone", "index"):
+        if name in ("selected alone", "selected, capped", "index"):
             continue
         leaves = draw(False, (True, False, False))
         with Sizes(leaves[1]) as seen:
@@ -175,7 +178,13 @@ def test_everything_else_is_stock_to_the_bit_and_counted(trained):
     def odd(z):
         z = torch.tanh(z / 3.0) * 3.0
         z = z.float()[:, 1:]
-        return z.softmax(-1).pow(2).sum(-1), z.topk(3).values, z[..., 5], F.kl_div(z.log_softmax(-1), z.detach().softmax(-1), reduction="batchmean"), z.max(-1).values
+        return (
+            z.softmax(-1).pow(2).sum(-1),
+            z.topk(3).values,
+            z[..., 5],
+            F.kl_div(z.log_softmax(-1), z.detach().softmax(-1), reduction="batchmean"),
+            z.max(-1).values,
+        )
 
     leaves = draw(True, (True, trained, trained))
     eager = results(odd, F.linear, leaves)
@@ -200,7 +209,26 @@ def test_writes_reach_all_views_as_in_stock():
     assert torch.allclose(ours[0], eager[0]) and all(torch.equal(a, b) for a, b in zip(ours[1:], eager[1:]))
 
 
-def test_argmax():
+def test_writes_to_results_by_token_leave_the_logits_unmade():
+    def writing(z):
+        lse = z.logsumexp(-1)
+        double, column, other = -lse, lse.unsqueeze(-1), z.gather(-1, LABELS.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+        column.mul_(2.0)
+        lse[KEEP] = 0.0
+        other.masked_fill_(KEEP, 0.0)
+        torch.zeros(B, L).copy_(other.detach())
+        return lse, double, column, other
+
+    h, w, _ = draw(False)
+    ours, eager = writing(defer(h, w, None, count := Counter())), writing(F.linear(h, w))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(ours, eager)) and not count
+
+
+@pytest.mark.parametrize("columns", [8192, 32])
+def test_argmax(columns, monkeypatch):
+    from fastft.swaps import head_product
+
+    monkeypatch.setattr(head_product, "VOCAB_TILE", columns)
     h, w, b = draw(True)
     z = F.linear(h, w, b)
     d = defer(h, w, b, count := Counter())

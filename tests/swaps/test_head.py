@@ -88,7 +88,9 @@ def test_loss_and_all_gradients(name):
     judged(lambda: build(name))
 
 
-@pytest.mark.parametrize("inputs", [dict(num_items_in_batch=torch.tensor(17)), dict(shift_labels=LABELS.roll(-1, 1), labels=LABELS)], ids=["items", "shifted"])
+@pytest.mark.parametrize(
+    "inputs", [dict(num_items_in_batch=torch.tensor(17)), dict(shift_labels=LABELS.roll(-1, 1), labels=LABELS)], ids=["items", "shifted"]
+)
 def test_arguments_of_the_loss(inputs):
     judged(lambda: build("llama"), **inputs)
 
@@ -131,9 +133,9 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and not isinstance(t, Deferred) and t.device.type != "meta":
-                if t.shape not in self.known and t.t().shape not in self.known if t.dim() == 2 else True:
-                    self.largest = max(self.largest, t.numel())
+            made = isinstance(t, torch.Tensor) and not isinstance(t, Deferred) and t.device.type != "meta"
+            if made and (t.dim() != 2 or not {t.shape, t.t().shape} & self.known):
+                self.largest = max(self.largest, t.numel())
         return out
 
 
@@ -290,11 +292,19 @@ def test_plain_trainer(tmp_path):
         data = Dataset.from_list([{"input_ids": r, "labels": r} for r in IDS.repeat(4, 1).tolist()])
         seen = []
         trainer = Watching(
-            model=model, args=args, train_dataset=data, eval_dataset=data.select(range(4)), compute_metrics=lambda p: seen.append(p.predictions.shape) or {}
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=data.select(range(4)),
+            compute_metrics=lambda p: seen.append(p.predictions.shape) or {},
         )
         trainer.kinds = set()
         trainer.train()
-        return [e["loss"] for e in trainer.state.log_history if "loss" in e] + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e], seen, trainer.kinds
+        return (
+            [e["loss"] for e in trainer.state.log_history if "loss" in e] + [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+            seen,
+            trainer.kinds,
+        )
 
     ours, seen, kinds = losses(head_alone(build("llama")))
     stock, theirs, _ = losses(build("llama"))

@@ -61,6 +61,13 @@ class Observation:
     error: str = ""
     real: bool = False
 
+    def forget(self) -> None:
+        """Calls refer to modules, modules to calls: let go of them as soon as the observation has served."""
+        for calls in self.calls.values():
+            calls.clear()
+        self.calls.clear()
+        self.functions.clear()
+
     def of(self, module: nn.Module) -> list[Call]:
         return self.calls.get(module, [])
 
@@ -204,19 +211,28 @@ def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> li
 
 
 def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable], bool], stack: ExitStack) -> None:
-    """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the instance."""
+    """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the instance. A
+    listener knows neither module nor observation: its class may live until the next garbage collection, and must not hold the model."""
+    noted: list[tuple[int, str, FunctionCall]] = []
+
+    def hand_over():
+        for i, name, call in noted:
+            seen.functions.setdefault((modules[i], name), []).append(call)
+        noted.clear()
+
+    stack.callback(hand_over)
     by_class = functools.cache(lambda cls: {n: f for n, f in global_calls(cls.forward).items() if wanted(f)})
-    for module in modules:
+    for i, module in enumerate(modules):
         if isinstance(module, Fast) or obstacle(module):
             continue
         functions = by_class(type(module))
         if not functions:
             continue
 
-        def listener(name, fn, module=module):
+        def listener(name, fn, i=i):
             def listen(*args, **kwargs):
                 call = FunctionCall(args, kwargs, None)
-                seen.functions.setdefault((module, name), []).append(call)
+                noted.append((i, name, call))
                 call.output = fn(*args, **kwargs)
                 return call.output
 

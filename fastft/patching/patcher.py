@@ -42,6 +42,13 @@ class Record:
     notes: list[str] = field(default_factory=list)
     fallbacks: Counter = field(default_factory=Counter)
 
+    def __deepcopy__(self, memo) -> Record:
+        return Record(dict(self.outcomes), list(self.notes), Counter(self.fallbacks))
+
+    def __reduce__(self):
+        """A pickled model is a stock model: None comes back, and the standard library alone unpickles it."""
+        return type(None), ()
+
 
 def innermost(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT's, DDP's or torch.compile's wrapper: the one whose modules are looked at."""
@@ -77,11 +84,17 @@ def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
 
 
 def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
-    record = base.__dict__.setdefault(RECORD, Record())
+    record = base.__dict__[RECORD] = record_of(base) or Record()
     wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
     seen = observe(base, lambda fn: any(w(fn) for w in wants))
-    names = {m: n for n, m in base.named_modules()}
-    context = Context(base, seen, names)
+    try:
+        return _swap_all(record, Context(base, seen, {m: n for n, m in base.named_modules()}), kinds)
+    finally:
+        seen.forget()
+
+
+def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record:
+    seen, names = context.seen, context.names
     record.notes = [f"observation stopped early: {seen.error}"] if seen.error else []
     for kind in kinds:
         for module, name in names.items():

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,14 +34,23 @@ HOLDER = "linear group holder"
 
 @dataclass
 class Group:
-    """members: in the order of their calls. left: results that wait for a member; x: the tensor object they belong to.
-    open: the holder is running; a member that is called by itself computes for itself, as nobody would clear away what it left."""
+    """refs: the members, in the order of their calls; weak, as each member refers to the group. left: results that wait for a member;
+    x: the tensor object they belong to. open: the holder is running; a member that is called by itself computes for itself, as nobody
+    would clear away what it left."""
 
-    members: list[nn.Module]
+    refs: list[weakref.ref[nn.Module]]
     left: dict[int, torch.Tensor] = field(default_factory=dict)
     x: torch.Tensor | None = None
     version: int = 0
     open: bool = False
+
+    @classmethod
+    def of(cls, members: Sequence[nn.Module]) -> Group:
+        return cls([weakref.ref(m) for m in members])
+
+    @property
+    def members(self) -> list[nn.Module]:
+        return [m for r in self.refs if (m := r()) is not None]
 
     def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         if self.x is not x or self.version != _version(x):
@@ -79,13 +89,14 @@ class Group:
         """The members that will be called after `module` and run here: not those that stay stock."""
         if not self.open:
             return []
-        at = next((i for i, m in enumerate(self.members) if m is module), len(self.members))
-        return [m for m in self.members[at + 1 :] if is_fast(m, KIND)]
+        members = self.members
+        at = next((i for i, m in enumerate(members) if m is module), len(members))
+        return [m for m in members[at + 1 :] if is_fast(m, KIND)]
 
     def __deepcopy__(self, memo):
         new = Group([])
         memo[id(self)] = new
-        new.members = copy.deepcopy(self.members, memo)
+        new.refs = [weakref.ref(m) for m in copy.deepcopy(self.members, memo)]
         return new
 
 
@@ -166,10 +177,12 @@ class Held:
             new = []
             for i, path in enumerate(paths):
                 now = _below(holder, path)
-                if now is None or now is group.members[i]:
+                former = group.refs[i]()
+                if now is None or now is former:
                     continue
-                _release(group.members[i], group)
-                group.members[i] = now
+                if former is not None:
+                    _release(former, group)
+                group.refs[i] = weakref.ref(now)
                 new.append((now, f"{self.name}.{path}" if self.name else path))
             if new:
                 self._join(group, new)
@@ -283,7 +296,8 @@ def _candidate(group: Group) -> Candidate:
 
 
 def _swap_siblings(layers: list[nn.Module]) -> None:
-    group = Group(layers, open=True)
+    group = Group.of(layers)
+    group.open = True
     for layer in layers:
         install(layer, KIND, FastLinear, group)
 
@@ -336,12 +350,12 @@ def _add(found: dict, holder: nn.Module | None, members: list[nn.Module], names:
     fit = holder is not None and not isinstance(holder, PreTrainedModel) and not obstacle(holder)
     fit = fit and holder in names and all(names[m].startswith(names[holder]) for m in members)
     if fit:
-        group = Group(list(members))
+        group = Group.of(members)
         for m in members:
             found[m] = (holder, group, _paths(holder, members, names))
         return
     for m in members:
-        found[m] = (None, Group([m]), ())
+        found[m] = (None, Group.of([m]), ())
 
 
 def _extend(found: dict, context: Context, patterns: dict[type, set[tuple[str, ...]]], parents: dict) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,16 +50,21 @@ class Watch:
     """The forward pre-hook: rebinds when TRL's forward is there. A copy of the model watches the copy."""
 
     def __init__(self, base: nn.Module):
-        self.base = base
+        self.base = weakref.ref(base)
 
     def __call__(self, module: nn.Module, args) -> None:
-        if not torch.compiler.is_compiling():
-            bind(self.base)
+        if not torch.compiler.is_compiling() and (base := self.base()) is not None:
+            bind(base)
 
     def __deepcopy__(self, memo) -> Watch:
+        base = self.base()
         new = memo[id(self)] = Watch.__new__(Watch)
-        new.base = copy.deepcopy(self.base, memo)
+        new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
         return new
+
+    def __reduce__(self):
+        """A pickled model is a stock model: what comes back returns its arguments, and needs the standard library alone."""
+        return getattr, ({}, "get")
 
 
 def _places(owner: dict, key: str, depth: int = 0) -> Iterator[tuple[types.FunctionType, Callable[[Callable], None]]]:

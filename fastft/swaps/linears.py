@@ -24,7 +24,7 @@ from fastft.patching.patcher import Outcome, Record, proof_of, record_of
 from fastft.patching.prove import undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
-from fastft.swaps.lora_state import Inexpressible, describe, is_unit, refusal, trains, would_repack
+from fastft.swaps.lora_state import Inexpressible, compute_dtype_4bit, describe, is_unit, refusal, trains, would_repack
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
 
@@ -70,16 +70,17 @@ class Group:
         own = describe(module)
         if not trains(own) and not would_repack(module, x):
             return None
-        run = [(module, own)]
+        run, settled = [(module, own)], dtypes(module, x, own)
         compiling = torch.compiler.is_compiling()  # the compiler sees each product and schedules for itself
         for later in () if compiling else self._after(module):
             try:
                 p = describe(later)
+                alike = dtypes(later, x, p).items() <= settled.items()
             except Inexpressible:
                 continue  # it says so itself when it is called
-            if p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
+            if alike and p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
                 run.append((later, p))
-        ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **dtypes(module, x, own))
+        ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **settled)
         if len(run) > 1:
             self.left = {id(m): y for (m, _), y in zip(run[1:], ys[1:])}
             self.x, self.version = x, _version(x)
@@ -101,18 +102,23 @@ class Group:
 
 
 def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, torch.dtype | None]:
-    """The dtypes in which stock would compute this: autocast's where it is on; a quantised base in its compute dtype, returned in
-    the input's; adapters without autocast in their own."""
+    """The dtypes in which stock would compute this: autocast's where it is on; a 4-bit base in its compute dtype, returned in the
+    input's; adapters without autocast in their own, the widest of several. What is not named makes no difference to this module."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     base = module.base_layer if hasattr(module, "base_layer") else module
-    if stock_class(base) is nn.Linear and not autocast and base.weight.dtype != x.dtype:
-        raise Inexpressible(f"a {base.weight.dtype} base weight and a {x.dtype} input")  # stock's error is the answer
-    if x.dtype == torch.float64 or stock_class(base) is nn.Linear:
-        return {"compute_dtype": autocast if x.dtype != torch.float64 else None}
-    compute = autocast or (base.compute_dtype if getattr(base, "compute_type_is_set", False) else None) or x.dtype
-    adapter = None if autocast or not own.adapters else own.adapters[0].A.dtype
-    return {"compute_dtype": compute, "adapter_dtype": adapter, "out_dtype": x.dtype}
+    dense = stock_class(base) is nn.Linear
+    if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (base.weight, base.bias)):
+        raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")  # stock's error is the answer
+    if dense or x.dtype == torch.float64:
+        return {"compute_dtype": autocast if x.dtype != torch.float64 else None, "out_dtype": None}
+    compute = compute_dtype_4bit(base, x)
+    found = {"compute_dtype": autocast or compute, "out_dtype": x.dtype}
+    if own.adapters:
+        found["adapter_dtype"] = None if autocast else functools.reduce(torch.promote_types, (a.A.dtype for a in own.adapters))
+        if autocast and torch.is_autocast_enabled() and torch.promote_types(autocast, x.dtype) != x.dtype:
+            raise Inexpressible(f"autocast to {autocast} and a {x.dtype} input")  # stock adds what it does not cast back: the sum is wider
+    return found
 
 
 def _version(x: torch.Tensor) -> int:

@@ -128,11 +128,12 @@ def prove_group(members: Sequence[nn.Module], group_swap) -> Proof:
     generator = torch.Generator().manual_seed(3)
     stock = Siblings([_small(m, generator, device) for m in members]).eval()
     inputs = lambda g, scale: [torch.randn(2, 5, N_IN, generator=g, dtype=torch.float64).to(device) * scale]
-    base = _base(members[0])
-    quantised = any(_is_quantised(_base(m)) for m in members)
-    dtype = (getattr(base, "compute_dtype", None) or torch.float32) if quantised else base.weight.dtype
+    bases = [_base(m) for m in members]
+    dense = {b.weight.dtype for b in bases if not _is_quantised(b)}
+    quantised = any(map(_is_quantised, bases))
+    if quantised and len(dense) > 1:
+        return Proof(False, reason=f"quantised weights beside others of several dtypes: {', '.join(sorted(map(str, dense)))}")
+    dtype = next((b.weight.dtype for b in bases if not _is_quantised(b)), None) or bases[0].compute_dtype or torch.float32
     settings = dict(dtypes=(dtype,), cast=dense_in_float64) if quantised else dict(dtypes=None)
     swap = lambda m: group_swap(list(m.layers))
     return prove(stock, swap, inputs, dtype=dtype, **settings)
-
-

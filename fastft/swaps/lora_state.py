@@ -95,6 +95,18 @@ def _weight_8bit(base: nn.Module, weight) -> FrozenWeight:
     raise Inexpressible("8-bit base: its products quantise the input")
 
 
+def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """The dtype of a 4-bit layer's product of x, and what stock's forward leaves behind in finding it: an unset compute dtype is that of
+    the first input from then on, and the bias is cast for good."""
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    compute = base.compute_dtype or x.dtype
+    if base.bias is not None and base.bias.dtype != compute:
+        base.bias.data = base.bias.data.to(compute)
+    return compute
+
+
 def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
     """The active adapters of a LoRA layer, in stock's order. Raises Inexpressible for variants and merged state."""
     if layer.disable_adapters:

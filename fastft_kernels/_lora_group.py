@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from fastft_kernels import dropout
+from fastft_kernels._runtime import wider
 from fastft_kernels.weights import Layout, expand
 
 
@@ -66,13 +67,6 @@ class Kept(NamedTuple):
     xA: torch.Tensor | None  # [T, sum of ranks]
     draws: tuple[dropout.State | int | None, ...]  # per adapter: a replayable state, an index into masks, or no dropout
     masks: tuple[torch.Tensor, ...]
-
-
-def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds both (torch.promote_types, which is an operator, costs a dispatch)."""
-    if a == b:
-        return a
-    return torch.float64 if torch.float64 in (a, b) else torch.float32
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

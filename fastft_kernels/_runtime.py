@@ -35,6 +35,13 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or x.is_xpu or (INTERPRETED and x.device.type == "cpu")
 
 
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds both floating-point dtypes (torch.promote_types, which is an operator, costs a dispatch)."""
+    if a == b:
+        return a
+    return torch.float64 if torch.float64 in (a, b) else torch.float32
+
+
 def op(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
     """Decorator: register a launcher as the operator `fastft::<schema>` and return the operator to call.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
+from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.activation import LAUNCH, act_grad, act_grad_ref, act_ref, act_value, act_weight, resolve, tile_of, tiled
 from fastft_kernels.aot import AotCase
@@ -147,7 +147,7 @@ def _kernels_run(*xs: torch.Tensor) -> bool:
 
 
 def _h(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+    return gate.new_empty(gate.shape, dtype=wider(gate.dtype, up.dtype))
 
 
 def _like(x: torch.Tensor, want: bool = True) -> torch.Tensor:
@@ -178,7 +178,7 @@ def _launch_bwd(dh, gate, up, form: _Form, want_gate: bool, want_up: bool, want_
     dgate, dup = _like(gate, want_gate), _like(up, want_up)
     h = _h(gate, up) if want_h else _like(gate, False)
     if not _kernels_run(gate, up, dh):
-        f = math_dtype(torch.promote_types(gate.dtype, up.dtype))
+        f = math_dtype(wider(gate.dtype, up.dtype))
         gate, up, dh = gate.to(f), up.to(f), dh.to(f)
         for out, value in zip((dgate, dup), glu_bwd_ref(dh, gate, up, *form, want_gate, want_up)):
             if value is not None:

@@ -25,7 +25,7 @@ from fastft_kernels._rows import (
     row_launch,
     row_start,
 )
-from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
+from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
 
@@ -51,7 +51,7 @@ def _scale_ref(n, x_dtype, weight, offset, cast_before, out_dtype):
     if cast_before:
         n = n.to(x_dtype)
     if weight is not None:
-        m = torch.promote_types(math_dtype(weight.dtype), math_dtype(x_dtype))
+        m = wider(math_dtype(weight.dtype), math_dtype(x_dtype))
         n = n.to(m) * (weight.to(m) + offset)
     return n.to(out_dtype)
 
@@ -61,7 +61,7 @@ def _out_dtype(x, weight, cast, out_dtype):
         return out_dtype
     if cast == "after" or weight is None:
         return x.dtype
-    return torch.promote_types(x.dtype, weight.dtype)
+    return wider(x.dtype, weight.dtype)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------------

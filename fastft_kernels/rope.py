@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
+from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
 
@@ -290,7 +290,7 @@ def _launch(xs: list[torch.Tensor], cos, sin, form: _Form, transposed: bool, ys:
     if not (use_triton(xs[0]) and all(x.dtype in KERNEL_DTYPES for x in (*xs, *ys))):
         widest = cos.dtype
         for t in (*xs, *ys, sin):
-            widest = torch.promote_types(widest, t.dtype)
+            widest = wider(widest, t.dtype)
         cos, sin = cos.to(math_dtype(widest)), sin.to(math_dtype(widest))
         for x, y in zip(xs, ys):
             rope_ref(x, cos, sin, layout, form.sign, transposed, y)

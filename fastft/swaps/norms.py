@@ -19,6 +19,7 @@ from fastft.patching.kinds import Candidate, Context
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
+from fastft_kernels._runtime import wider
 from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.numerics import compare
 from fastft_kernels.recipe import Recipe, attach
@@ -54,7 +55,7 @@ class Formula:
     def out_dtype(self, x: torch.Tensor, w: torch.Tensor | None) -> torch.dtype:
         if isinstance(self.out, torch.dtype):
             return x.dtype if x.dtype == torch.float64 else self.out
-        return torch.promote_types(x.dtype, w.dtype) if self.out == "promote" and w is not None else x.dtype
+        return wider(x.dtype, w.dtype) if self.out == "promote" and w is not None else x.dtype
 
     def cast_of(self, x: torch.Tensor, w: torch.Tensor | None) -> str:
         return self.cast if w is None or w.dtype == x.dtype else self.mixed

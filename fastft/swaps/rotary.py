@@ -20,6 +20,7 @@ from fastft.patching.prove import Proof, prove
 from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import install, stock_class
 from fastft.patching.truth import float64_truth
+from fastft_kernels._runtime import wider
 from fastft_kernels.rope import LAYOUTS, rope, rope_single
 
 KIND = "rotary"
@@ -68,7 +69,7 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
         xs, (cos, sin) = [given.get(n) for n in variant.rotated], _cos_sin([given.get(n) for n in variant.tables])
         extra = any(v is not None for k, v in given.items() if k not in known)
         if not extra and _are_tensors(*xs, cos, sin):
-            out = torch.promote_types(xs[0].dtype, cos.dtype) if variant.promotes else None
+            out = wider(xs[0].dtype, cos.dtype) if variant.promotes else None
             axis = given.get("unsqueeze_dim", default_axis)
             missing = xs[0].dim() - cos.dim() - (axis is not None)
             if missing > 0 and (axis is None or axis >= 0):  # tables without the leading dims: they broadcast

@@ -1,0 +1,159 @@
+"""One training step of a real model at full size, without its memory: parameters are fake tensors, the code is the real code.
+
+What is counted: floating-point operations (torch's own counter), operators that launch something (views are free; one of fastft's
+registered operators is one launch), and the bytes that autograd keeps for the backward, once per storage, parameters left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fastft.patching.rebind import rebind
+
+Patch = Callable[[nn.Module], nn.Module]
+_FREE = {
+    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias",
+    "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh",
+    "unfold", "chunk", "diagonal", "device", "_local_scalar_dense",
+}  # fmt: skip
+
+
+def _attention(q, k, v, dropout_p=0.0, is_causal=False, *args, out_shape=None, **kwargs) -> int:
+    b, h, s, d = q
+    return 4 * b * h * s * k[-2] * d // (2 if is_causal else 1)
+
+
+def _attention_backward(go, q, k, v, o, lse, dropout_p=0.0, is_causal=False, *args, out_shape=None, **kwargs) -> int:
+    return 5 * _attention(q, k, v, dropout_p, is_causal) // 2
+
+
+_aten = torch.ops.aten
+_FORMULAS = {  # torch counts the CPU's flash attention nowhere; the causal half is counted
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operators that launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
+        if name not in _FREE:
+            self.ops[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Cost:
+    """flops; launches: operators that launch something; saved: bytes kept for the backward."""
+
+    flops: float = 0.0
+    launches: float = 0.0
+    saved: float = 0.0
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.flops - other.flops, self.launches - other.launches, self.saved - other.saved)
+
+    def per(self, n: float) -> Cost:
+        return Cost(self.flops / n, self.launches / n, self.saved / n)
+
+
+@contextlib.contextmanager
+def counting(known: list[torch.Tensor]):
+    """Yields a Cost that is filled at the end. known: tensors whose storages do not count as saved."""
+    cost, sizes, keep = Cost(), {}, []
+    skip = {t.untyped_storage()._cdata for t in known}
+
+    def pack(t):
+        s = t.untyped_storage()
+        if s._cdata not in skip and s._cdata not in sizes:
+            sizes[s._cdata] = s.nbytes()
+            keep.append(s)  # an address must not be used again while we count
+        return t
+
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as flops, _Launches() as launches:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield cost
+    cost.flops, cost.launches, cost.saved = flops.get_total_flops(), sum(launches.ops.values()), sum(sizes.values())
+
+
+def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn.Module:
+    """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or bfloat16)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
+    if not fp32_adapters:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.bfloat16)
+    return model.train()
+
+
+def to_fake(model: nn.Module) -> None:
+    """Inside a FakeTensorMode: meta tensors become fake CPU tensors (tied ones stay tied)."""
+    known: dict[int, torch.Tensor] = {}
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in known:
+            empty = torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            known[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
+        return known[id(t)]
+
+    for module in model.modules():
+        module._parameters.update({n: fake(p) for n, p in module._parameters.items() if p is not None})
+        module._buffers.update({n: fake(b) for n, b in module._buffers.items() if b is not None})
+
+
+def _causal(backbone: nn.Module) -> None:
+    """Whether rows are packed is a question that fake tensors cannot answer, and a dense mask is the careful answer. Here nothing is
+    packed: this instance's forward makes no mask, as a real run makes none."""
+    backbone.forward = types.MethodType(rebind(type(backbone).forward, {"create_causal_mask": lambda **kwargs: None}), backbone)
+
+
+def layer_cost(
+    make_config: Callable[[int], PretrainedConfig],
+    batch: tuple[int, int],
+    *,
+    patch: Patch | None = None,
+    autocast: bool = True,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+    rank: int = 16,
+) -> Cost:
+    """What one decoder layer adds to a step (forward and backward): four layers less two, halved. make_config(layers)."""
+    costs = []
+    for layers in (2, 4):
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = build(make_config(layers), lora, fp32_adapters=autocast)
+        if patch is not None:
+            model = patch(model)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            to_fake(model)
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+            _causal(model.get_base_model().model)
+            ids = torch.zeros(batch, dtype=torch.long)
+            with counting([*model.parameters(), *model.buffers(), ids]) as cost:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden.sum().backward()
+        costs.append(cost)
+    return (costs[1] - costs[0]).per(2)

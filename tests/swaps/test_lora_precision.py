@@ -2,12 +2,15 @@
 
 import contextlib
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, prepare_model_for_kbit_training
 
 import fastft
+from fastft_kernels.numerics import compare
 from tests.swaps.lora_models import (
+    ALL,
     BASES,
     LOW_DRAWS,
     adapted,
@@ -41,13 +44,19 @@ def autocast(model, name):
 
 
 def under(name, around=contextlib.nullcontext):
-    """`train_step` as a trainer runs it: the forward alone under autocast."""
+    """Training steps as a trainer runs them, the forward alone under autocast, over so many batches that luck does not decide."""
 
     def step(model):
-        with autocast(model, name), around():
-            out = model(input_ids=tokens(), labels=tokens())
-        out.loss.backward()
-        return {"loss": out.loss, "logits": out.logits, **gradients(model)}
+        out = {}
+        for i in range(LOW_DRAWS):
+            model.zero_grad(set_to_none=True)
+            ids = tokens(seed=7 + i)
+            with autocast(model, name), around():
+                result = model(input_ids=ids, labels=ids)
+            result.loss.backward()
+            now = {"loss": result.loss, "logits": result.logits, **gradients(model)}
+            out |= {f"{k} ({i})": v.detach() for k, v in now.items()}
+        return out
 
     return step
 
@@ -60,14 +69,14 @@ def dtypes_of(model, part):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("name", "cast"), [("bf16", None), ("bf16", "bf16"), ("fp16", None), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp16")])
 def test_float32_adapters(name, cast, base):
-    model = both(lambda: BASES[base](DTYPES[name], config=SMALL), under(cast), draws=LOW_DRAWS)
+    model = both(lambda: BASES[base](DTYPES[name], config=SMALL), under(cast), draws=1)
     assert dtypes_of(model, "lora") == {torch.float32}
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("name", "cast"), [("bf16", None), ("bf16", "bf16"), ("fp16", None)])
 def test_adapters_in_the_low_dtype(name, cast, base):
-    model = both(lambda: BASES[base](DTYPES[name], fp32=False, config=SMALL), under(cast), draws=LOW_DRAWS)
+    model = both(lambda: BASES[base](DTYPES[name], fp32=False, config=SMALL), under(cast), draws=1)
     assert dtypes_of(model, "lora") == {DTYPES[name]}
 
 
@@ -79,16 +88,21 @@ def test_gradient_scaler(name, cast, base):
     def step(model):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=not is_truth(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        with autocast(model, cast):
-            loss = model(input_ids=tokens(), labels=tokens()).loss
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        grads = gradients(model)
-        scaler.step(optimizer)
-        scaler.update()
-        return {"loss": loss, **grads, **{f"stepped {n}": p for n, p in model.named_parameters() if p.requires_grad}}
+        out = {}
+        for i in range(LOW_DRAWS):
+            optimizer.zero_grad()
+            with autocast(model, cast):
+                loss = model(input_ids=tokens(seed=7 + i), labels=tokens(seed=7 + i)).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            grads = gradients(model)
+            scaler.step(optimizer)
+            scaler.update()
+            now = {"loss": loss, **grads, **{f"stepped {n}": p for n, p in model.named_parameters() if p.requires_grad}}
+            out |= {f"{k} ({i})": v.detach().clone() for k, v in now.items()}
+        return out
 
-    both(lambda: BASES[base](DTYPES[name], config=SMALL), step, draws=LOW_DRAWS)
+    both(lambda: BASES[base](DTYPES[name], config=SMALL), step, draws=1)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -142,7 +156,7 @@ FOUR_BIT = [  # of the model, of 4-bit products, how it is stored, autocast
 
 @pytest.mark.parametrize(("name", "compute", "storage", "cast"), FOUR_BIT)
 def test_4bit_storage_and_compute(name, compute, storage, cast):
-    both(lambda: nf4(DTYPES[name], quant={"compute": DTYPES[compute], **storage}, config=SMALL), under(cast), draws=LOW_DRAWS)
+    both(lambda: nf4(DTYPES[name], quant={"compute": DTYPES[compute], **storage}, config=SMALL), under(cast), draws=1)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -155,7 +169,7 @@ def test_prepare_model_for_kbit_training(compute, cast, checkpointing, base):
         model = model if base == "dense" else quantised(model, compute=DTYPES[compute])
         return adapted(prepare_model_for_kbit_training(model, checkpointing, {"use_reentrant": False}))
 
-    model = both(factory, under(cast), draws=LOW_DRAWS)
+    model = both(factory, under(cast), draws=1)
     norms = {p.dtype for n, p in model.named_parameters() if "norm" in n}
     assert norms == {torch.float32} or base == "dense"
 
@@ -169,7 +183,7 @@ def test_4bit_base_bias(bias, name, cast):
         model = quantised(llama(DTYPES[name], **SMALL, attention_bias=True), compute=torch.bfloat16)
         return adapted(prepare_model_for_kbit_training(model, False), bias=bias)
 
-    model = both(factory, under(cast), draws=LOW_DRAWS)
+    model = both(factory, under(cast), draws=1)
     assert {p.dtype for n, p in model.named_parameters() if n.endswith("base_layer.bias")} == {torch.bfloat16}
 
 
@@ -194,7 +208,7 @@ def partly_quantised(**kinds):
 )
 def test_siblings_of_several_kinds(kinds):
     """Each is computed in the dtypes in which stock computes it."""
-    both(lambda: partly_quantised(**kinds), draws=LOW_DRAWS)
+    both(lambda: partly_quantised(**kinds), under(None))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -210,9 +224,9 @@ def test_adapters_of_several_dtypes(moment, base):
 
     make = lambda: BASES[base](torch.bfloat16, fp32=False, config=SMALL)
     if moment == "before":
-        both(lambda: second(make()), draws=LOW_DRAWS)
+        both(lambda: second(make()), under(None), draws=1)
     else:
-        both(make, after=second, draws=LOW_DRAWS)
+        both(make, under(None), after=second, draws=1)
 
 
 def test_the_first_input_settles_the_compute_dtype():
@@ -260,7 +274,7 @@ def cuda_flag():
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_autocast_as_peft_sees_it(name, base):
     """4-bit layers cast the adapters' input and output where PEFT sees no autocast, on a CPU, and leave both to autocast on a GPU."""
-    both(lambda: BASES[base](DTYPES[name], config=SMALL), under("bf16", cuda_flag), draws=LOW_DRAWS)
+    both(lambda: BASES[base](DTYPES[name], config=SMALL), under("bf16", cuda_flag), draws=1)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -281,3 +295,46 @@ def test_autocast_to_the_other_low_dtype(flag, name, cast, base):
     make = lambda: BASES[base](DTYPES[name], config=SMALL)
     ours, stock = fastft.patch(make()), make()
     judge(run(ours, outputs), run(in_float64(stock), outputs, truth=True), run(stock, outputs))
+
+
+def repacking():
+    """A 4-bit model as on a CPU with AVX512-BF16: stock's eval forward would repack its weights for inference."""
+    model = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4, layers=1)
+    model = quantised(model, compute=torch.float32)
+    for m in model.modules():
+        if isinstance(m, bnb.nn.Linear4bit):
+            m.support_avx512bf16_for_cpu = True
+    return model
+
+
+@pytest.mark.parametrize("state", ["adapted", "disabled", "inference mode", "some adapted", "bare"])
+def test_training_after_an_evaluation_has_its_input_gradient(state):
+    """Stock repacks, and trains on without the gradients of its inputs. Nothing is repacked here."""
+    targets = ["v_proj", "down_proj"] if state == "some adapted" else ALL
+    make = lambda: repacking() if state == "bare" else adapted(repacking(), target_modules=targets)
+
+    def evaluate(model):
+        model.eval()
+        off = model.disable_adapter() if state == "disabled" else contextlib.nullcontext()
+        with torch.inference_mode() if state == "inference mode" else torch.no_grad(), off:
+            logits = model(tokens()).logits.clone()
+        model.train()
+        return logits
+
+    def train(model):
+        embeds = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+        out = model(inputs_embeds=embeds, labels=tokens())
+        out.loss.backward()
+        return {"loss": out.loss, "d inputs_embeds": embeds.grad, **gradients(model)}
+
+    ours, stock = fastft.patch(make()), make()
+    true = in_float64(stock)
+    logits = evaluate(ours)
+    four_bit = [m for m in ours.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(four_bit) == 7 and not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in four_bit)
+    judge(run(ours, train), run(true, train, truth=True), run(stock, train))
+    for m in stock.modules():  # what stock answers on another CPU
+        m.__dict__.pop("support_avx512bf16_for_cpu", None)
+        if isinstance(m, bnb.nn.Linear4bit):
+            m.support_avx512bf16_for_cpu = False
+    assert compare(logits, evaluate(true), evaluate(stock))

@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_DEFAULT = (torch.ops.aten.zeros.default, torch.ops.aten.ones.default)  # factories that name no dtype mean the default one
+_FULL = torch.ops.aten.full.default  # of a float
 
 
 class float64_truth(TorchDispatchMode):
@@ -18,6 +20,8 @@ class float64_truth(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in _LOW:
+            kwargs["dtype"] = torch.float64
+        elif kwargs.get("dtype") is None and (func in _DEFAULT or (func is _FULL and isinstance(args[1], float))):
             kwargs["dtype"] = torch.float64
         if func in (torch.ops.aten.to.dtype, torch.ops.prims.convert_element_type.default) and args[1] in _LOW:
             args = (args[0], torch.float64, *args[2:])

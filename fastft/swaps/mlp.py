@@ -157,17 +157,25 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | None:
-    """The linear children, if there are two or three that go out and come back, and no other child or own parameter matters."""
-    if any(p is not None for p in module._parameters.values()):
-        return None
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | str | None:
+    """The linear children, if there are two or three of them and no other child or own parameter matters; why not, where they go out and
+    come back as an MLP's do."""
     linears = {n: s for n, c in module._modules.items() if c is not None and (s := linear_shape(c))}
     if len(linears) not in (2, 3):
         return None
+    own = next((n for n, p in module._parameters.items() if p is not None), None)
+    if own is not None:
+        return f"it has a parameter of its own ({own})" if _there_and_back(linears) else None
     others = [c for n, c in module._modules.items() if c is not None and n not in linears]
-    if any(True for c in others for _ in c.parameters()):
-        return None
+    other = next((c for c in others if any(True for _ in c.parameters())), None)
+    if other is not None:
+        return f"beside its linear layers it has a {stock_class(other).__name__} with parameters" if _there_and_back(linears) else None
     return linears
+
+
+def _there_and_back(linears: dict[str, tuple[int, int]]) -> bool:
+    """One goes from a width to another, one comes back from there (or from half of it: gate and up in one product)."""
+    return any(a != b and d == a and c in (b, b // 2) for (a, b), (c, d) in itertools.permutations(linears.values(), 2))
 
 
 def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[nn.Module, list]:
@@ -209,21 +217,22 @@ class MLPs:
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         linears = _linears(module)
-        if linears is None:
-            return None
+        if linears is None or isinstance(linears, str):
+            return linears
         dtype = next((p.dtype for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)), torch.float32)
         others = tuple((n, fingerprint(c)) for n, c in module._modules.items() if c is not None and n not in linears)
         attributes = fingerprint(_bare(module))
         key = (stock_class(module), tuple(linears.items()), others, attributes, dtype)
         if key not in self._known:
-            self._known[key] = self._recognise(module, linears)
+            self._known[key] = self._recognise(module, linears, max((len(c.inputs) for c in context.seen.of(module)), default=1))
         found = self._known[key]
         if found is None or isinstance(found, str):
             return found
         return Candidate(found.kernel, key, lambda: self._prove(module, linears, found, dtype), lambda m: install(m, KIND, FastMLP, found))
 
     @staticmethod
-    def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]]) -> Shape | str | None:
+    def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]], given: int) -> Shape | str | None:
+        """given: how many tensors the model gives it."""
         probe, log = _with_stand_ins(module, linears)
         width = _outward(linears)
         if width is None:
@@ -234,7 +243,9 @@ class MLPs:
             with torch.no_grad(), float64_truth():
                 y = probe(x)
         except Exception as e:  # attention with fused projections looks like an MLP until it runs
-            return None if _needs_more(module) else f"cannot be run on one tensor: {type(e).__name__}"
+            if not _there_and_back(linears) or (given > 1 and not _needs_more(module)):
+                return None
+            return "it takes more than one tensor" if _needs_more(module) else f"cannot be run on one tensor: {type(e).__name__}"
         if sorted(n for n, _, _ in log) != sorted(linears) or not isinstance(y, torch.Tensor):
             return None
         *before, (_, h, last) = log

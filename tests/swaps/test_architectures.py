@@ -7,7 +7,7 @@ import torch
 
 import fastft
 from benchmarks import tiny
-from benchmarks.models import doubled, generates, in_float64, judge, one_way, run, with_lora
+from benchmarks.models import doubled, generates, in_float64, judge, one_way, run, run_all, with_lora
 from fastft.patching.truth import float64_truth
 from fastft_kernels.numerics import compare
 
@@ -54,9 +54,17 @@ def test_generates_the_same_tokens(family: str) -> None:
 def test_the_judge_sees_a_small_defect() -> None:
     stock = tiny.build("llama")
     inputs = tiny.batch(stock)
-    eager = run(stock, inputs, tiny.loss_of)
+    eager = run_all(stock, inputs, tiny.loss_of)
     ours = (eager[0], {n: g * (1 + 1e-4) if "q_proj" in n else g for n, g in eager[1].items()})
     assert len(judge(stock, ours, eager, inputs, tiny.loss_of)["bad"]) == 2
+
+
+def test_the_judge_sees_a_small_defect_of_the_loss() -> None:
+    stock = tiny.build("llama")
+    inputs = tiny.batch(stock)
+    eager = run_all(stock, inputs, tiny.loss_of)
+    ours = ({"loss": eager[0]["loss"] * (1 + 2e-6)}, eager[1])
+    assert len(judge(stock, ours, eager, inputs, tiny.loss_of)["bad"]) == 1
 
 
 def test_a_zero_gradient_is_not_a_missing_one() -> None:

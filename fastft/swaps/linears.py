@@ -24,7 +24,7 @@ from fastft.patching.patcher import Outcome, Record, proof_of, record_of
 from fastft.patching.prove import undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
-from fastft.swaps.lora_state import Inexpressible, compute_dtype_4bit, describe, is_unit, refusal, trains, would_repack
+from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_unit, never_repacked, refusal, trains, would_repack
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
 
@@ -106,7 +106,7 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     input's; adapters without autocast in their own, the widest of several. What is not named makes no difference to this module."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    base = module.base_layer if hasattr(module, "base_layer") else module
+    base = base_of(module)
     dense = stock_class(base) is nn.Linear
     if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (base.weight, base.bias)):
         raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")  # stock's error is the answer
@@ -152,7 +152,8 @@ class FastLinear:
             else:
                 return super().forward(*args, **kwargs) if y is None else y
         slot.fallbacks[f"linear group: {why}"] += 1
-        return super().forward(*args, **kwargs)
+        with never_repacked(self):
+            return super().forward(*args, **kwargs)
 
 
 def _unusual(args: tuple, kwargs: dict) -> str | None:

@@ -11,7 +11,7 @@ from torch import nn
 from fastft.patching.clone import clone
 from fastft.patching.prove import Proof, cast_parameters, prove
 from fastft.patching.swap import KEY, stock_class
-from fastft.swaps.lora_state import LORA_LAYERS
+from fastft.swaps.lora_state import LORA_LAYERS, base_of
 
 N_IN, N_OUT = 64, 40
 
@@ -27,10 +27,6 @@ class Siblings(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.base_layer if stock_class(module) in LORA_LAYERS else module
-
-
 def _is_quantised(base: nn.Module) -> bool:
     return stock_class(base) is not nn.Linear
 
@@ -40,7 +36,7 @@ def group_key(members: Sequence[nn.Module]) -> Hashable:
 
 
 def _member_key(module: nn.Module) -> Hashable:
-    base = _base(module)
+    base = base_of(module)
     key = (stock_class(module), stock_class(base), base.bias is not None, base.weight.dtype, base.weight.device.type)
     if _is_quantised(base):
         names = ("quant_type", "blocksize", "compress_statistics", "quant_storage")
@@ -72,7 +68,7 @@ def _small_base(base: nn.Module, generator: torch.Generator, device: torch.devic
 
 
 def _small(module: nn.Module, generator: torch.Generator, device: torch.device) -> nn.Module:
-    base = _small_base(_base(module), generator, device)
+    base = _small_base(base_of(module), generator, device)
     if stock_class(module) not in LORA_LAYERS:
         return base
     small = stock_class(module).__new__(stock_class(module))
@@ -128,7 +124,7 @@ def prove_group(members: Sequence[nn.Module], group_swap) -> Proof:
     generator = torch.Generator().manual_seed(3)
     stock = Siblings([_small(m, generator, device) for m in members]).eval()
     inputs = lambda g, scale: [torch.randn(2, 5, N_IN, generator=g, dtype=torch.float64).to(device) * scale]
-    bases = [_base(m) for m in members]
+    bases = [base_of(m) for m in members]
     dense = {b.weight.dtype for b in bases if not _is_quantised(b)}
     quantised = any(map(_is_quantised, bases))
     if quantised and len(dense) > 1:

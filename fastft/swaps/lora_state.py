@@ -7,6 +7,9 @@ Only exactly known classes are known: a subclass of nn.Linear may compute anythi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
@@ -43,6 +46,11 @@ def is_unit(module: nn.Module) -> bool:
     """Could this module, by its class, be a member of a group?"""
     cls = stock_class(module)
     return cls in BASES or cls in LORA_LAYERS
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer inside a LoRA layer, or the module itself."""
+    return module.base_layer if stock_class(module) in LORA_LAYERS else module
 
 
 def _is_4bit(module: nn.Module) -> bool:
@@ -163,8 +171,7 @@ def refusal(module: nn.Module) -> str:
     """Why this module, as it is built, is never a member: what a switch of adapters or a removed hook does not change. Empty if it may be."""
     if not is_unit(module):
         return f"a {stock_class(module).__name__} is no linear layer known here"
-    layer = stock_class(module) in LORA_LAYERS
-    base = module.base_layer if layer else module
+    layer, base = stock_class(module) in LORA_LAYERS, base_of(module)
     if stock_class(base) not in BASES:
         return f"its base layer is a {stock_class(base).__name__}"
     if stock_class(base) is _BNB.get("Linear8bitLt"):
@@ -175,12 +182,29 @@ def refusal(module: nn.Module) -> str:
     return f"{type(module.lora_variant[names[0]]).__name__}: a variant of LoRA" if names else ""
 
 
+def _repacks(base: nn.Module) -> bool:
+    """May stock's forward rewrite this 4-bit weight for CPU inference? Training after that has no input gradient."""
+    return _is_4bit(base) and bool(getattr(base, "support_avx512bf16_for_cpu", False))
+
+
 def would_repack(module: nn.Module, x: torch.Tensor) -> bool:
-    """Would stock's forward rewrite this 4-bit weight for CPU inference? Training after that has no input gradient: compute it here."""
-    base = module.base_layer if stock_class(module) in LORA_LAYERS else module
-    if not _is_4bit(base) or x.device.type != "cpu" or base.training or x.requires_grad:
-        return False
-    return bool(getattr(base, "support_avx512bf16_for_cpu", False))
+    """Would stock's forward of x rewrite the weight? Then compute it here."""
+    base = base_of(module)
+    return _repacks(base) and x.device.type == "cpu" and not base.training and not x.requires_grad
+
+
+@contextlib.contextmanager
+def never_repacked(module: nn.Module) -> Iterator[None]:
+    """For a call that goes the stock way: the 4-bit weight stays as it is."""
+    base = base_of(module)
+    repacks = _repacks(base)
+    if repacks:
+        base.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        if repacks:
+            base.support_avx512bf16_for_cpu = True
 
 
 def trains(p: Projection) -> bool:

@@ -307,7 +307,7 @@ def repacking():
     return model
 
 
-@pytest.mark.parametrize("state", ["adapted", "disabled", "inference mode", "some adapted", "bare"])
+@pytest.mark.parametrize("state", ["adapted", "disabled", "inference mode", "some adapted", "handed back", "bare"])
 def test_training_after_an_evaluation_has_its_input_gradient(state):
     """Stock repacks, and trains on without the gradients of its inputs. Nothing is repacked here."""
     targets = ["v_proj", "down_proj"] if state == "some adapted" else ALL
@@ -316,8 +316,9 @@ def test_training_after_an_evaluation_has_its_input_gradient(state):
     def evaluate(model):
         model.eval()
         off = model.disable_adapter() if state == "disabled" else contextlib.nullcontext()
+        names = {"adapter_names": ["default"]} if state == "handed back" else {}
         with torch.inference_mode() if state == "inference mode" else torch.no_grad(), off:
-            logits = model(tokens()).logits.clone()
+            logits = model(tokens(), **names).logits.clone()
         model.train()
         return logits
 

@@ -169,7 +169,9 @@ def _is_opaque(module: nn.Module) -> bool:
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         return False
     weight = module._parameters.get("weight")
-    return hasattr(module, "base_layer") or (weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()))
+    if hasattr(module, "base_layer") or weight is None:
+        return hasattr(module, "base_layer")
+    return type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() == 1
 
 
 def _stand_in(model: nn.Module, failing: set[type], stack: ExitStack) -> set[nn.Module]:

@@ -24,7 +24,7 @@ from fastft.patching.patcher import Outcome, Record, proof_of, record_of
 from fastft.patching.prove import undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
-from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_unit, never_repacked, refusal, trains, would_repack
+from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_quantised_otherwise, is_unit, never_repacked, refusal, trains, would_repack
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
 
@@ -267,12 +267,16 @@ class LinearGroups:
 
     def __init__(self):
         self._groups: dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]] | None = None
+        self._inner: set[nn.Module] = set()  # what lies inside an adapter layer is that layer's business
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
-        if not is_unit(module):
-            return "an adapter layer of another kind" if hasattr(module, "base_layer") and hasattr(module, "active_adapters") else None
         if self._groups is None:
-            self._groups = find_groups(context)
+            self._inner = {m for a in context.names if _is_adapter(a) for m in a.modules() if m is not a}
+            self._groups = find_groups(context, self._inner)
+        if not is_unit(module):
+            if _is_adapter(module):
+                return "an adapter layer of another kind"
+            return refusal(module) if is_quantised_otherwise(module) and module not in self._inner else None
         if module not in self._groups:
             return None
         holder, group, paths = self._groups[module]
@@ -309,17 +313,13 @@ def _swap_siblings(layers: list[nn.Module]) -> None:
         install(layer, KIND, FastLinear, group)
 
 
-def find_groups(context: Context) -> dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]]:
-    """For every unit outside an output head: the module that holds it, its group, and the members' names below the holder."""
-    inner: set[nn.Module] = set()  # what lies inside another unit is that unit's business
-    units = []
-    for module in context.names:
-        if module in inner:
-            continue
-        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
-            inner.update(m for m in module.modules() if m is not module)
-        if is_unit(module):
-            units.append(module)
+def _is_adapter(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def find_groups(context: Context, inner: set[nn.Module]) -> dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]]:
+    """For every unit outside an output head and outside `inner`: the module that holds it, its group, and the members' names below the holder."""
+    units = [m for m in context.names if is_unit(m)]
     head = context.model.get_output_embeddings() if hasattr(context.model, "get_output_embeddings") else None
     units = [u for u in units if u not in inner and u is not head and getattr(u, "base_layer", None) is not head]
 

@@ -48,6 +48,12 @@ def is_unit(module: nn.Module) -> bool:
     return cls in BASES or cls in LORA_LAYERS
 
 
+def is_quantised_otherwise(module: nn.Module) -> bool:
+    """An nn.Linear of 8-bit values (FP8) that is no class known here: what its forward does with its input is its own."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    return weight is not None and weight.element_size() == 1 and not is_unit(module)
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside a LoRA layer, or the module itself."""
     return module.base_layer if stock_class(module) in LORA_LAYERS else module

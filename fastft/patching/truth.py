@@ -19,9 +19,7 @@ class float64_truth(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _LOW:
-            kwargs["dtype"] = torch.float64
-        elif kwargs.get("dtype") is None and (func in _DEFAULT or (func is _FULL and isinstance(args[1], float))):
+        if kwargs.get("dtype") in _LOW or (kwargs.get("dtype") is None and (func in _DEFAULT or (func is _FULL and isinstance(args[1], float)))):
             kwargs["dtype"] = torch.float64
         if func in (torch.ops.aten.to.dtype, torch.ops.prims.convert_element_type.default) and args[1] in _LOW:
             args = (args[0], torch.float64, *args[2:])

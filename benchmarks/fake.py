@@ -7,7 +7,9 @@ registered operators is one launch), and the bytes that autograd keeps for the b
 from __future__ import annotations
 
 import contextlib
+import math
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -40,7 +43,14 @@ def _attention_backward(go, q, k, v, o, lse, dropout_p=0.0, is_causal=False, *ar
 
 
 _aten = torch.ops.aten
-_FORMULAS = {  # torch counts the CPU's flash attention nowhere; the causal half is counted
+
+def _product(into, a, b, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+_FORMULAS = {  # torch counts neither the CPU's flash attention (the causal half is counted here) nor products added in place
+    _aten.addmm_: _product,
+    _aten.baddbmm_: _product,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -58,6 +68,35 @@ class _Launches(TorchDispatchMode):
         if name not in _FREE:
             self.ops[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages made while it is active: those that live now, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if not isinstance(t, torch.Tensor):
+                continue
+            storage = t.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.known or key in given or not size:
+                continue
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+        return out
 
 
 @dataclass

@@ -258,7 +258,7 @@ def _fwd(x, act, alpha):
         with on_device(x):
             _act_fwd_kernel[t.grid](
                 x2, y, t.rows, t.cols, *t.strides[0], alpha,
-                ACT=act, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps,
+                ACT=act, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return y
 
@@ -274,7 +274,7 @@ def _bwd(dy, x, act, alpha):
         with on_device(x):
             _act_bwd_kernel[t.grid](
                 dy2, x2, dx, t.rows, t.cols, *t.strides[0], *t.strides[1], alpha,
-                ACT=act, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps,
+                ACT=act, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return dx
 

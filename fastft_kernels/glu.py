@@ -168,7 +168,7 @@ def _fwd(gate, up, act, alpha, limit, offset):
         with on_device(h):
             _glu_fwd_kernel[t.grid](
                 gate, up, h, t.rows, t.cols, *t.strides[0], *t.strides[1], alpha, limit or 0.0, offset,
-                ACT=act, CLAMP=limit is not None, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps,
+                ACT=act, CLAMP=limit is not None, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return h
 
@@ -190,7 +190,7 @@ def _launch_bwd(dh, gate, up, form: _Form, want_gate: bool, want_up: bool, want_
             _glu_bwd_kernel[t.grid](
                 dh2, gate2, up2, dgate if want_gate else None, dup if want_up else None, h if want_h else None,
                 t.rows, t.cols, *t.strides[0], *t.strides[1], *t.strides[2], form.alpha, form.limit or 0.0, form.offset,
-                ACT=form.act, CLAMP=form.limit is not None, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps,
+                ACT=form.act, CLAMP=form.limit is not None, BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return dgate, dup, h
 

@@ -90,7 +90,7 @@ def _dequantize(q, scale, rows, columns, factor, dtype):
         with on_device(w):
             _dequantize_kernel[(-(-m // block_m) * -(-n // block_n),)](
                 q.view(torch.uint8) if e4m3 else q, scale, w, m, n, rows, columns, scale.shape[1], factor,
-                E4M3=e4m3, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
+                E4M3=e4m3, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return w
 

@@ -262,7 +262,7 @@ def fold(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optio
             logits, bias, target, state, p, r, new, n, n_cols, start, scale, 1.0 if softcap is None else softcap, inv_t,
             FIRST=state is None, HAS_CAP=softcap is not None, WRITE_P=dtype is not None,
             BEFORE=BEFORE in optional, PZ=PZ in optional, SQ=SQ in optional, SUM=SUM in optional,
-            BLOCK=block, num_warps=warps,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return p, r, new
 
@@ -286,7 +286,7 @@ def dlogits(logits, bias, target, coef, start, scale, softcap, inv_t, z_term, dt
     with on_device(logits):
         _dlogits_kernel[(n,)](
             logits, bias, target, coef, dx, n, n_cols, start, scale, 1.0 if softcap is None else softcap, inv_t,
-            HAS_CAP=softcap is not None, Z_TERM=z_term, BLOCK=block, num_warps=warps,
+            HAS_CAP=softcap is not None, Z_TERM=z_term, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dx
 
@@ -304,7 +304,7 @@ def rescale(acc, r):
     n, n_cols = acc.shape
     with on_device(acc):
         block = min(4096, triton.next_power_of_2(n_cols))
-        _rescale_kernel[(n, triton.cdiv(n_cols, block))](acc, r, n_cols, BLOCK=block, num_warps=8)
+        _rescale_kernel[(n, triton.cdiv(n_cols, block))](acc, r, n_cols, BLOCK=block, num_warps=8, enable_fp_fusion=True)
 
 
 def _jacobian_fake(acc, weight, target, alpha, beta, dtype):
@@ -324,7 +324,7 @@ def jacobian(acc, weight, target, alpha, beta, dtype):
     block = min(2048, triton.next_power_of_2(n_cols))
     with on_device(acc):
         _jacobian_kernel[(n, triton.cdiv(n_cols, block))](
-            acc, weight, target, alpha, beta, out, weight.stride(0), n_cols, weight.shape[0], BLOCK=block, num_warps=4
+            acc, weight, target, alpha, beta, out, weight.stride(0), n_cols, weight.shape[0], BLOCK=block, num_warps=4, enable_fp_fusion=True
         )
     return out
 

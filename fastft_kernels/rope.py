@@ -318,7 +318,7 @@ def _launch(xs: list[torch.Tensor], cos, sin, form: _Form, transposed: bool, ys:
             *q_steps, *k_steps, *_walk(ys[0], head)[1], *yk_steps, t_b, t_s, t_c, -form.sign if transposed else form.sign,
             HALF=half, Q_REST=q_rest, K_REST=k_rest, TAIL=layout.tail, IN=here, OUT=there, COLUMNS=layout.kernel_columns,
             TRANSPOSED=transposed, BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_QR=triton.next_power_of_2(max(q_rest, 1)),
-            BLOCK_KR=triton.next_power_of_2(max(k_rest, 1)), num_warps=LAUNCH.num_warps,
+            BLOCK_KR=triton.next_power_of_2(max(k_rest, 1)), num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

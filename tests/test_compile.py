@@ -1,6 +1,8 @@
 """Every kernel compiles for every architecture at the shapes of real models: no spills, shared memory in bounds, no GPU."""
 
+import ast
 import dataclasses
+import inspect
 import types
 
 import pytest
@@ -86,3 +88,13 @@ def test_kernels_are_found():
     assert aot.kernels_of(module) == ["_sum_kernel"]
     with pytest.raises(AttributeError, match="AOT_CASES"):
         aot.cases_of(module, "sm_90")
+
+
+@pytest.mark.parametrize("stem", MODULES)
+def test_every_launch_says_whether_products_and_sums_fuse(stem):
+    """Triton's default changes, and it warns of launches that leave it open."""
+    tree = ast.parse(inspect.getsource(MODULES[stem]))
+    calls = [{k.arg for k in n.keywords} for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    launches = [options for options in calls if "num_warps" in options]
+    assert launches
+    assert all("enable_fp_fusion" in options for options in launches)

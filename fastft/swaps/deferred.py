@@ -348,11 +348,14 @@ def _argmax(func):
     return argmax
 
 
-def _gather(func):
+def _gather(func, names: tuple[str, str] = ("dim", "index")):
+    """torch.gather(input, dim, index), and torch.take_along_dim(input, indices, dim) where it is the same."""
+
     def gather(args, kwargs):
-        x, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+        x, given = args[0], dict(zip(names, args[1:])) | kwargs
+        dim, index = given.get("dim"), given.get(names[names[0] == "dim"])
         kind = {"logits": "selected", "log_p": "log_prob", "-log_p": "log_prob"}.get(getattr(x, "form", ""))
-        if kind is None or not isinstance(x, DeferredLogits) or dim is None or not is_last(dim, x) or set(kwargs) - {"dim", "index"}:
+        if kind is None or not isinstance(x, DeferredLogits) or dim is None or not is_last(dim, x) or set(given) != set(names) or len(args) > 3:
             return NotImplemented
         if type(index) is not T or index.dtype != torch.int64 or index.shape != (*x.shape[:-1], 1) or index.device != x.device:
             return NotImplemented
@@ -403,6 +406,7 @@ def _table() -> dict:
     table |= {f: _mean(f) for f in (T.mean, torch.mean)}
     table |= {f: _argmax(f) for f in (T.argmax, torch.argmax)}
     table |= {f: _gather(f) for f in (T.gather, torch.gather)}
+    table |= {f: _gather(f, ("indices", "dim")) for f in (T.take_along_dim, torch.take_along_dim)}
     return table | {n.cross_entropy: _loss(n.cross_entropy, "logits"), n.nll_loss: _loss(n.nll_loss, "log_p")}
 
 

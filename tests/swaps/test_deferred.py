@@ -62,6 +62,7 @@ PATTERNS = {
     "last": lambda z: F.cross_entropy(z[:, -1, :], LABELS[:, -1]),
     "one token": lambda z: F.cross_entropy(z[0, 0], LABELS[0, 0]),
     "log_softmax, gather": lambda z: torch.gather(F.log_softmax(z[:, :-1], dim=-1), 2, LABELS[:, 1:].unsqueeze(2)).squeeze(2),
+    "log_softmax, take_along_dim": lambda z: torch.take_along_dim(z.log_softmax(dim=-1), LABELS.unsqueeze(-1), dim=2).squeeze(-1),
     "gather - lse": lambda z: z.gather(-1, LABELS.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1),
     "selected alone": lambda z: z.gather(-1, LABELS.unsqueeze(-1)) * 2.0,
     "selected, capped": lambda z: (torch.tanh(z * 0.8 / 2.0) * 2.0).gather(-1, LABELS.unsqueeze(-1)),

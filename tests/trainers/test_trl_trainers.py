@@ -79,8 +79,7 @@ def test_reward(tmp_path, tmp_path_factory, four_bit):
     folder = h.checkpoint(tmp_path_factory.mktemp("classifier"), classifier=True)
 
     def make(way):
-        # TRL casts a quantised model's adapters to bfloat16, which stock trains under autocast only: its head would not take them
-        args = h.arguments(RewardConfig, tmp_path, STEPS, max_length=40, bf16=four_bit)
+        args = h.arguments(RewardConfig, tmp_path, STEPS, max_length=40)
         rows = [{"chosen": h.TEXTS[i], "rejected": h.TEXTS[(i + 11) % 24]} for i in range(24)]
         model = h.load(folder, way, classifier=True, four_bit=four_bit)
         return RewardTrainer(model=model, args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer())

@@ -48,7 +48,7 @@ def _product(into, a, b, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-_FORMULAS = {  # torch counts neither the CPU's flash attention (the causal half is counted here) nor products added in place
+FORMULAS = {  # torch counts neither the CPU's flash attention (the causal half is counted here) nor products added in place
     _aten.addmm_: _product,
     _aten.baddbmm_: _product,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -127,9 +127,9 @@ def counting(known: list[torch.Tensor]):
             keep.append(s)  # an address must not be used again while we count
         return t
 
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as flops, _Launches() as launches:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            yield cost
+    flops, launches = FlopCounterMode(display=False, custom_mapping=FORMULAS), _Launches()
+    with flops, launches, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield cost
     cost.flops, cost.launches, cost.saved = flops.get_total_flops(), sum(launches.ops.values()), sum(sizes.values())
 
 

@@ -1,0 +1,235 @@
+"""What can be measured honestly without a GPU: python -m benchmarks.cpu [--quick] [--out FOLDER]
+
+layer    one Llama-3.1-8B decoder layer under LoRA at 4 x 2048 tokens, on fake tensors: bytes kept for the backward, launches, FLOPs
+head     matrix products of the LM head, in units of 2 tokens hidden vocabulary, and its temporary bytes, on fake tensors
+kernels  registers, spills and shared memory of every kernel on every architecture, from the compilers
+host     time that an adapted attention layer costs the interpreter, on a model too small for its arithmetic to matter
+
+Writes cpu-DATE.json and cpu-DATE.md. Exit code 1 when a figure is above its ceiling, which says that something got worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer import utils as trl_utils
+
+import fastft
+from benchmarks.fake import FORMULAS, Live, layer_cost
+from fastft_kernels import aot
+from fastft_kernels._triton import HAS_TRITON
+from fastft_kernels.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.linear_logprob import linear_logprob
+
+BATCH = (4, 2048)
+ARCHS = aot.ARCHS
+QUICK_ARCHS = ("sm_90",)
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Figure:
+    """One measurement. stock: the same without fastft, where there is one. ceiling: above it, the run fails."""
+
+    section: str
+    name: str
+    unit: str
+    value: float
+    stock: float | None = None
+    ceiling: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.ceiling is None or self.value <= self.ceiling
+
+
+def llama_8b(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    )
+
+
+# ceilings: kept bytes per token and layer, launches per layer, GFLOP per token and layer (stock's own: nothing is computed twice)
+LAYERS = {
+    "fp32 adapters, bf16 autocast": (dict(), 105_000, 110, 0.9395),
+    "bf16 adapters": (dict(autocast=False), 105_000, 110, 0.9395),
+    "autocast, dropout 0.05": (dict(dropout=0.05), 105_000, 160, 0.9395),
+    "autocast, every layer checkpointed": (dict(checkpointing=True), 8_192, 150, 1.3950),
+}
+
+
+def layer(quick: bool) -> list[Figure]:
+    found = []
+    tokens = BATCH[0] * BATCH[1]
+    for name, (settings, kept, launches, gflop) in list(LAYERS.items())[: 1 if quick else None]:
+        stock, ours = (layer_cost(llama_8b, BATCH, patch=patch, **settings) for patch in (None, fastft.patch))
+        found += [
+            Figure("layer", f"{name}: kept for the backward", "B/token/layer", ours.saved / tokens, stock.saved / tokens, kept),
+            Figure("layer", f"{name}: launches", "per layer", ours.launches, stock.launches, launches),
+            Figure("layer", f"{name}: arithmetic", "GFLOP/token/layer", ours.flops / tokens / 1e9, stock.flops / tokens / 1e9, gflop),
+        ]
+    return found
+
+
+def _trl_head(hidden, weight, target):
+    return trl_utils._ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 256)[0].sum()
+
+
+HEADS: dict[str, tuple[bool, Callable, Callable | None, float]] = {  # trained, ours, stock, ceiling of products
+    "log-probabilities, frozen head": (False, lambda h, w, t: linear_logprob(h, w, t).log_probs.sum(), _trl_head, 2),
+    "log-probabilities, trained head": (True, lambda h, w, t: linear_logprob(h, w, t).log_probs.sum(), _trl_head, 4),
+    "mean cross-entropy, frozen head": (False, linear_cross_entropy, None, 2),
+    "mean cross-entropy, trained head": (True, linear_cross_entropy, None, 3),
+}
+
+
+def _products(step: Callable, trained: bool, tokens=512, hidden=64, vocab=2000) -> float:
+    h, w = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocab, hidden, requires_grad=trained)
+    target = torch.arange(tokens) % vocab
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
+        step(h, w, target).backward()
+    return flops.get_total_flops() / (2 * tokens * hidden * vocab)
+
+
+def head(quick: bool) -> list[Figure]:
+    found = [
+        Figure("head", f"{name}: matrix products", "forward + backward", _products(ours, trained), stock and _products(stock, trained), most)
+        for name, (trained, ours, stock, most) in HEADS.items()
+    ]
+    for name, (trained, ours, *_) in HEADS.items():
+        if trained:
+            continue  # on a CPU the weight's tiles are cast to float32, which no GPU does: those bytes would mean nothing
+        with FakeTensorMode():
+            h = torch.empty(8192, 4096, dtype=torch.bfloat16, requires_grad=True)
+            w, target = torch.empty(151_936, 4096, dtype=torch.bfloat16), torch.zeros(8192, dtype=torch.long)
+            with Live() as live:
+                ours(h, w, target).backward()
+        gib = (live.peak - live.now) / 2**30
+        found.append(Figure("head", f"{name}: temporary memory, 8192 x 4096 x 151936", "GiB", gib, None, 0.7))
+    return found
+
+
+def kernels(quick: bool) -> list[Figure]:
+    if not HAS_TRITON:
+        return []
+    found = []
+    for arch in QUICK_ARCHS if quick else ARCHS:
+        reports = {}
+        for module in aot.kernel_modules():
+            for case in aot.cases_of(module, arch):
+                reports[f"{case.kernel.__name__}, {case.note}"] = aot.compile_case(case, arch)
+        worst = max(reports, key=lambda n: reports[n].regs)
+        shared = max(r.shared / r.shared_limit for r in reports.values())
+        found += [
+            Figure("kernels", f"{arch}: spilled by {len(reports)} kernels", "B/thread", sum(r.spill_bytes for r in reports.values()), None, 0),
+            Figure("kernels", f"{arch}: most registers ({worst})", "per thread", reports[worst].regs, None, 255 if arch.startswith("sm") else 512),
+            Figure("kernels", f"{arch}: most shared memory", "of the limit", shared, None, 1.0),
+        ]
+    return found
+
+
+def _attention_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
+    """Medians over `repeats`: (forward, backward) of one attention layer with four adapted projections."""
+    base = model.get_base_model().model
+    x = torch.randn(1, 4, 64, requires_grad=True)
+    position = base.rotary_emb(x, torch.arange(4)[None])
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        y = base.layers[0].self_attn(hidden_states=x, position_embeddings=position, attention_mask=None)[0]
+        middle = time.perf_counter_ns()
+        y.backward(torch.ones_like(y))
+        times.append((middle - start, time.perf_counter_ns() - middle))
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
+def host(quick: bool) -> list[Figure]:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        make = lambda: get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")).train()
+        stock, ours = make(), fastft.patch(make())
+        rounds = [(_attention_ns(stock, 50), _attention_ns(ours, 50)) for _ in range(4 if quick else 20)][1:]  # alternating: shared load
+    finally:
+        torch.set_num_threads(threads)
+    found = []
+    for i, part in enumerate(("forward", "backward")):
+        theirs, mine = (statistics.median(r[who][i] for r in rounds) / 1e3 for who in (0, 1))
+        found.append(Figure("host", f"an attention layer with four adapted projections, {part}", "us", mine, theirs))
+    return found
+
+
+SECTIONS = {"layer": layer, "head": head, "kernels": kernels, "host": host}
+
+
+def environment() -> dict[str, str]:
+    names = ("torch", "triton", "transformers", "peft", "trl", "fastft")
+    found = {}
+    for n in names:
+        try:
+            found[n] = importlib.metadata.version(n)
+        except importlib.metadata.PackageNotFoundError:
+            found[n] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def write(figures: list[Figure], folder: Path, command: str) -> Path:
+    """cpu-DATE.json and .md; the path of the JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"cpu-{datetime.date.today().isoformat()}.json"
+    versions = environment()
+    path.write_text(json.dumps({"command": command, "environment": versions, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+    lines = [f"`{command}`, " + ", ".join(f"{k} {v}" for k, v in versions.items()), "", "| what | unit | stock | fastft | ceiling |", "|---|---|--:|--:|--:|"]
+    show = lambda v: "" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}"
+    lines += [f"| {f.section}: {f.name} | {f.unit} | {show(f.stock)} | {show(f.value)} | {show(f.ceiling)} |" for f in figures]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one setting of the layer, one architecture")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    figures: list[Figure] = []
+    for name in options.only:
+        start = time.perf_counter()
+        figures += SECTIONS[name](options.quick)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    table = Table("what", "unit", "stock", "fastft", "ceiling")
+    for f in figures:
+        style = "" if f.ok else "bold red"
+        cells = (f.stock, f.value, f.ceiling)
+        table.add_row(f"{f.section}: {f.name}", f.unit, *("" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}" for v in cells), style=style)
+    Console().print(table)
+    words = " ".join(["python -m benchmarks.cpu", *(argv if argv is not None else sys.argv[1:])])
+    print(write(figures, options.out, words))
+    return 0 if all(f.ok for f in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,7 +88,7 @@ def _bwd_kernel(
     if dw_ptr is not None:
         dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
-        row = first.to(tl.int64) + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]
         mask = (row < rows)[:, None] & (col < S)[None, :]  # [BLOCK_M, BLOCK_N]
         at = row[:, None] * N + group * S + col[None, :]
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -19,6 +19,7 @@ from fastft.patching.kinds import Candidate, Context
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
+from fastft.swaps.gated_norms import FastGatedNorm, prove_gated, recognise_gated, two_inputs
 from fastft_kernels._runtime import wider
 from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.numerics import compare
@@ -258,6 +259,16 @@ def _prove_mixed(module: nn.Module, f: Formula) -> str:
     return "" if verdict else str(verdict)
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _draw_parameters(module: nn.Module) -> None:
+    g = torch.Generator().manual_seed(11)
+    for p in module.parameters():
+        p.data = (torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3 + 0.5).to(p.device)
+
+
 class Norms:
     name = KIND
 
@@ -266,7 +277,11 @@ class Norms:
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         vectors = _vectors(module)
-        if vectors is None or not _takes_one(module):
+        if vectors is None:
+            return None
+        if len(vectors) == 1 and (given := two_inputs(module, vectors[0][1].numel(), context)):
+            return self._gated(module, vectors[0], given)
+        if not _takes_one(module):
             return None
         width = vectors[0][1].numel() if vectors else context.seen.last_dim(module)
         if width is None:
@@ -281,6 +296,20 @@ class Norms:
         f = found
         return Candidate(f.kernel, key, lambda: self._prove(module, f, width, dtype), lambda m: install(m, KIND, FastNorm, f))
 
+    def _gated(self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]) -> Candidate | str:
+        dtype, key = vector[1].dtype, ("gated", fingerprint(module), given)
+        if key not in self._known:
+            self._known[key] = recognise_gated(_copy_on_cpu(module), vector[0], given)
+        f = self._known[key]
+        if isinstance(f, str):
+            return f
+
+        def proof() -> Proof:
+            device = _device(module)
+            return prove_gated(_copy_on_cpu(module).to(device), f, given[2], dtype, device, _draw_parameters)
+
+        return Candidate(f.kernel, key, proof, lambda m: install(m, KIND, FastGatedNorm, f))
+
     @staticmethod
     def _recognise(module: nn.Module, width: int, names: list[str]) -> Formula | str | None:
         try:
@@ -294,16 +323,10 @@ class Norms:
 
     @staticmethod
     def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype) -> Proof:
-        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = _device(module)
         stock = _copy_on_cpu(module).to(device)
-
-        def reset(m: nn.Module) -> None:
-            g = torch.Generator().manual_seed(11)
-            for p in m.parameters():
-                p.data = (torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3 + 0.5).to(p.device)
-
         inputs = lambda g, scale: [(torch.randn(2, 9, width, generator=g, dtype=torch.float64) * scale).to(device)]
-        proof = prove(stock, lambda m: install(m, KIND, FastNorm, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=reset)
+        proof = prove(stock, lambda m: install(m, KIND, FastNorm, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
         if proof.ok and (why := _prove_mixed(module, f)):
             return Proof(False, dtype="mixed", reason=why)
         return proof

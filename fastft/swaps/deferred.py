@@ -2,8 +2,9 @@
 
 Recorded, and folded into what it stands for: products and quotients with scalars, a tanh cap, casts, slices of positions, reshapes that keep
 the vocabulary last. Answered without the logits: cross-entropy, log_softmax with gather or nll_loss, logsumexp, gather of one column by
-token, argmax, mean, entropies written as -(exp(logp) * logp).sum(-1) or logsumexp - (softmax * logits).sum(-1). Any other operation makes
-the logits once, exactly as stock (`deferred_node`), and is counted.
+token, argmax, mean, entropies written as -(exp(logp) * logp).sum(-1) or logsumexp - (softmax * logits).sum(-1); divergences from other
+distributions some tokens at a time (`deferred_rowwise`). Any other operation makes the logits once, exactly as stock (`deferred_node`), and
+is counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from fastft.swaps.deferred_node import Deferred, Node, argument, is_last
 from fastft.swaps.deferred_rows import rows
+from fastft.swaps.deferred_rowwise import answers as rowwise_answers
 from fastft.swaps.head_product import Family, Product, autocast_state
 
 T = torch.Tensor
@@ -407,7 +409,16 @@ def _table() -> dict:
     table |= {f: _argmax(f) for f in (T.argmax, torch.argmax)}
     table |= {f: _gather(f) for f in (T.gather, torch.gather)}
     table |= {f: _gather(f, ("indices", "dim")) for f in (T.take_along_dim, torch.take_along_dim)}
-    return table | {n.cross_entropy: _loss(n.cross_entropy, "logits"), n.nll_loss: _loss(n.nll_loss, "log_p")}
+    table |= {n.cross_entropy: _loss(n.cross_entropy, "logits"), n.nll_loss: _loss(n.nll_loss, "log_p")}
+    return table | {f: _first(table[f], record) if f in table else record for f, record in rowwise_answers().items()}
+
+
+def _first(known, otherwise):
+    def answer(args, kwargs):
+        out = known(args, kwargs)
+        return otherwise(args, kwargs) if out is NotImplemented else out
+
+    return answer
 
 
 DeferredLogits.answers = _table()

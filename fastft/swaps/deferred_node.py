@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -53,8 +53,13 @@ class Node:
         self.cached: torch.Tensor | None = None
         self.apart = self.view = False
         self.token: torch.Tensor | None = None
-        family.waiting = [r for r in family.waiting if (n := r()) is not None and n.cached is None]
-        family.waiting.append(weakref.ref(self))
+        self.wait_with([family])
+
+    def wait_with(self, families: Iterable[Family]) -> None:
+        """Whoever writes to logits of these families has this value made first."""
+        for family in families:
+            family.waiting = [r for r in family.waiting if (n := r()) is not None and n.cached is None and n is not self]
+            family.waiting.append(weakref.ref(self))
 
     def root(self) -> Node:
         """The result by token whose memory this is a view of."""
@@ -163,15 +168,15 @@ class Deferred(torch.Tensor):
     node: Node
 
     @classmethod
-    def make(cls, node: Node, shape: tuple[int, ...], dtype: torch.dtype, product: Product) -> Deferred:
+    def make(cls, node: Node, shape: tuple[int, ...], dtype: torch.dtype, *products: Product) -> Deferred:
         def wrapper() -> Deferred:
             # strides of 0: there is no memory to give to a kernel
             return torch.Tensor._make_wrapper_subclass(
-                cls, tuple(shape), strides=(0,) * len(shape), dtype=dtype, device=product.hidden.device, requires_grad=False
+                cls, tuple(shape), strides=(0,) * len(shape), dtype=dtype, device=products[0].hidden.device, requires_grad=False
             )
 
-        if torch.is_grad_enabled() and product.requires_grad:
-            inputs = [t for t in (product.hidden, product.weight, product.bias) if t is not None]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in products):
+            inputs = [t for p in products for t in (p.hidden, p.weight, p.bias) if t is not None]
             out = _Connect.apply(wrapper, node, *inputs)
         else:
             out = wrapper()

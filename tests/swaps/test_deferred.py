@@ -4,6 +4,7 @@ included; and no tensor of tokens x vocabulary exists meanwhile. Everything else
 import copy
 import io
 import pickle
+import warnings
 from collections import Counter
 
 import pytest
@@ -14,10 +15,15 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from fastft.patching.truth import float64_truth
+from fastft.swaps import deferred_rowwise
 from fastft.swaps.deferred import DeferredLogits, defer
 from fastft.swaps.deferred_node import Deferred
 from fastft.swaps.deferred_rows import DeferredRows
 from fastft_kernels.numerics import compare
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+    from trl.experimental.gkd import GKDTrainer
 
 B, L, H, V = 3, 7, 20, 131
 LABELS = torch.randint(0, V, (B, L), generator=torch.Generator().manual_seed(1))
@@ -80,6 +86,27 @@ PATTERNS = {
 }
 
 
+def jsd(beta, **settings):
+    """TRL's distillation loss beside a teacher whose logits exist."""
+    teacher = torch.randn(B, L, V, generator=torch.Generator().manual_seed(4))
+
+    def loss(z):
+        labels = settings.get("labels", MASKED)
+        return GKDTrainer.generalized_jsd_loss(z, teacher.to(z.dtype), **{**settings, "labels": labels, "beta": beta})
+
+    return loss
+
+
+DIVERGENCES = {
+    "jsd 0.5": jsd(0.5, temperature=0.7),
+    "jsd 0": jsd(0),
+    "jsd 1": jsd(1, num_items_in_batch=torch.tensor(11)),
+    "jsd of all": jsd(0.2, labels=None),
+    "kl by token": lambda z: F.kl_div(F.log_softmax(z, 2), F.log_softmax(z.detach() * 0.3, 2).exp(), reduction="none").sum(-1),
+    "of itself": lambda z: F.kl_div((z * 0.5).log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(),
+}
+
+
 def draw(bias, grads=(True, True, True), dtype=torch.float32):
     g = torch.Generator().manual_seed(2)
     h, w, b = torch.randn(B, L, H, generator=g), torch.randn(V, H, generator=g) * H**-0.5, torch.randn(V, generator=g)
@@ -104,14 +131,16 @@ def whole(verdict_of, truth, eager):
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("name", PATTERNS)
-def test_answers(name, bias, trained):
+@pytest.mark.parametrize("name", [*PATTERNS, *DIVERGENCES])
+def test_answers(name, bias, trained, monkeypatch):
+    monkeypatch.setattr(deferred_rowwise, "ELEMENTS", 4 * V)
+    pattern = (PATTERNS | DIVERGENCES)[name]
     grads = (True, trained, trained)
     with float64_truth():
-        truth = results(PATTERNS[name], F.linear, draw(bias, grads, torch.float64))
-    eager = results(PATTERNS[name], F.linear, draw(bias, grads))
+        truth = results(pattern, F.linear, draw(bias, grads, torch.float64))
+    eager = results(pattern, F.linear, draw(bias, grads))
     count = Counter()
-    ours = results(PATTERNS[name], lambda *t: defer(*t, count), draw(bias, grads))
+    ours = results(pattern, lambda *t: defer(*t, count), draw(bias, grads))
     assert not count, count
     verdict = whole(ours, truth, eager)
     assert verdict, str(verdict)
@@ -151,6 +180,65 @@ def test_the_logits_never_exist(monkeypatch):
         with Sizes(leaves[1]) as seen:
             results(pattern, F.linear, leaves)
         assert seen.largest >= V, name
+
+
+@pytest.mark.parametrize("name", ["kl by token", "of itself"])
+def test_a_divergence_exists_for_some_tokens_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(deferred_rowwise, "ELEMENTS", 4 * V)
+    leaves = draw(False, (True, False, False))
+    with Sizes(leaves[1]) as seen:
+        results(DIVERGENCES[name], lambda *t: defer(*t, Counter()), leaves)
+    assert seen.largest <= max(4 * V, B * L * H)
+    with Sizes(leaves[1]) as seen:
+        results(DIVERGENCES[name], F.linear, leaves)
+    assert seen.largest == B * L * V
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_divergence_of_no_token_is_a_connected_zero(trained):
+    leaves = draw(True, (True, trained, trained))
+    loss = jsd(0.5, labels=torch.full((B, L), -100))(defer(*leaves, count := Counter()))
+    assert loss == 0 and not count
+    loss.backward()
+    assert all(not t.grad.any() for t in leaves if t.requires_grad)
+
+
+def test_a_divergence_between_two_heads():
+    """Student and teacher both deferred: the teacher without a graph, or trained too."""
+    loss = lambda z, teacher: GKDTrainer.generalized_jsd_loss(z, teacher, MASKED, beta=0.3)
+    for grads in ((True, False, False), (True, True, True)):
+        for teacher_learns in (False, True):
+
+            def both(head, dtype, grads=grads, teacher_learns=teacher_learns):
+                student, other = draw(True, grads, dtype), [t.detach().flip(0).requires_grad_(teacher_learns) for t in draw(True, dtype=dtype)]
+                with torch.set_grad_enabled(teacher_learns):
+                    teacher = head(*other)
+                out = loss(head(*student), teacher)
+                return [out.detach(), *torch.autograd.grad(out, [t for t in (*student, *other) if t.requires_grad])]
+
+            with float64_truth():
+                truth = both(F.linear, torch.float64)
+            count = Counter()
+            verdict = whole(both(lambda *t: defer(*t, count), torch.float32), truth, both(F.linear, torch.float32))  # noqa: B023
+            assert verdict and not count, str(verdict)
+
+
+def test_a_divergence_and_writes():
+    """Logits written to after a divergence was recorded count for what they were; a constant written to is an error that says so."""
+    h, w, _ = draw(False)
+    teacher = torch.randn(B, L, V).log_softmax(-1)
+    kl = lambda z: F.kl_div(z.log_softmax(-1), teacher, reduction="none", log_target=True)
+
+    def writing(z):
+        parts = kl(z)
+        z[:, 2:] = 0.0
+        return parts.sum(-1)
+
+    assert torch.allclose(writing(defer(h, w, None, Counter())), writing(F.linear(h, w)), rtol=1e-5, atol=1e-5)
+    parts = kl(defer(h, w, None, Counter()))
+    teacher.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified in place after kl_div"):
+        parts.sum()
 
 
 def test_one_product_where_parts_belong_together():

@@ -59,7 +59,7 @@ def test_gkd_half_on_policy(folder, teacher, tmp_path):
     verdict = h.judged(make)
     rollouts.check()
     assert verdict, str(verdict)
-    assert fastft.report(models["fastft"]).fallbacks == {"head: the logits were made for add": STEPS}  # a divergence from the teacher wants them all
+    assert not fastft.report(models["fastft"]).fallbacks  # the divergence from the teacher is taken some tokens at a time
 
 
 def test_distillation(folder, teacher, tmp_path):

@@ -35,9 +35,14 @@ def _copy(fn: types.FunctionType, globals_: dict, closure) -> types.FunctionType
     return new
 
 
+def _globals(fn: types.FunctionType, names: Mapping[str, object]) -> dict:
+    """Without `__name__`: by that, torch.compile would guard (and fail on) what the module itself has under these names."""
+    return {k: v for k, v in fn.__globals__.items() if k != "__name__"} | dict(names)
+
+
 def over_globals(fn: types.FunctionType, names: Mapping[str, object]) -> types.FunctionType:
     """A copy of fn itself, whatever it claims to wrap, in which the global names given mean the objects given."""
-    return _copy(fn, {**fn.__globals__, **names}, fn.__closure__)
+    return _copy(fn, _globals(fn, names), fn.__closure__)
 
 
 def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
@@ -47,7 +52,7 @@ def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
         raise TypeError(f"rebind: want a Python function, got {type(fn).__name__}")
     inner = fn.__dict__.get("__wrapped__")
     if inner is None:
-        return _copy(fn, {**fn.__globals__, **names}, fn.__closure__)
+        return _copy(fn, _globals(fn, names), fn.__closure__)
     new_inner = rebind(inner, names)
     cells = fn.__closure__ or ()
     closure = tuple(types.CellType(new_inner) if _holds(c, inner) else c for c in cells)

@@ -9,7 +9,7 @@ With m = dy w (norm first: dy w a) and d = r (m - n mean(m n)), the gradient thr
     norm first   dx = d,     dg = dy n w a'(g),    dw = sum over rows of dy n a
 
 Saved for the backward: x, g, w and r. Shapes [..., N] in G groups of S = N / G columns; bf16, fp16, fp32 in and out, math in fp32, one
-rounding, at the end (stock modules round in between as well); float64, and groups wider than one block, by the reference. dw: each program
+rounding, at the end (stock modules round in between as well); float64, and groups wider than 4096, by the reference. dw: each program
 sums its own rows into its own line of a [P, N] buffer, and one sum over P follows: no atomics, the same bits every run.
 """
 
@@ -23,6 +23,8 @@ from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, us
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.activation import act_grad, act_grad_ref, act_ref, act_value, act_weight, resolve
 from fastft_kernels.aot import AotCase
+
+TILES = BWD_TILES[:-1]  # a wider group's backward, which holds the gate as well, does not fit in the registers
 
 # reference
 
@@ -132,7 +134,7 @@ def _runs_kernel(x, gate, weight, groups) -> bool:
 
 
 def _launch(x: torch.Tensor, groups: int) -> RowLaunch:
-    return row_launch(x.shape[-1] // groups, BWD_TILES)
+    return row_launch(x.shape[-1] // groups, TILES)
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -158,7 +160,7 @@ def _fwd(x, gate, weight, eps, act, alpha, gate_first, groups, out_dtype):
     with on_device(x):
         _fwd_kernel[(launch.programs(rows), groups)](
             x, gate, weight, y, rstd, rows, eps, alpha, N=n, S=n // groups, G=groups, ACT=act, GATE_FIRST=gate_first,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y, rstd
 
@@ -192,7 +194,7 @@ def _bwd(dy, x, gate, weight, rstd, act, alpha, gate_first, groups, need_dx, nee
         _bwd_kernel[(_lines(x, groups), groups)](
             dy, x, gate, weight, rstd.contiguous(), dx if need_dx else None, dg if need_dg else None, dw if need_dw else None,
             _rows(x), alpha, N=n, S=n // groups, G=groups, ACT=act, GATE_FIRST=gate_first,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -272,7 +274,7 @@ def gated_rms_norm(
 
 
 def _aot_case(note, kernel, n, groups, dtype, act="silu", gate_first=True, dw=False) -> AotCase:
-    launch = row_launch(n // groups, BWD_TILES)
+    launch = row_launch(n // groups, TILES)
     signature = {"x_ptr": dtype, "g_ptr": dtype, "w_ptr": dtype, "rstd_ptr": "*fp32", "rows": "i32", "alpha": "fp32"}
     constexprs = {"N": n, "S": n // groups, "G": groups, "ACT": act, "GATE_FIRST": gate_first}
     constexprs |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
@@ -289,5 +291,5 @@ AOT_CASES = (
     _aot_case("Qwen3-Next-80B, a head", _fwd_kernel, 128, 1, "*bf16", gate_first=False),
     _aot_case("Nemotron-H-8B", _bwd_kernel, 8192, 8, "*bf16", dw=True),
     _aot_case("Kimi-Linear-48B, a head", _bwd_kernel, 128, 1, "*bf16", act="sigmoid", gate_first=False),
-    _aot_case("Bamba-9B, one group, fp16", _bwd_kernel, 8192, 1, "*fp16", dw=True),
+    _aot_case("the widest group, fp16", _bwd_kernel, 4096, 1, "*fp16", dw=True),
 )

@@ -1,7 +1,8 @@
 """MLPs: down(act(gate(x)) * up(x)), fused or separate, and down(act(up(x))): the elementwise middle becomes one launch.
 
 A module is an MLP when, with stand-ins for its linear children, its forward calls two or three of them once each, gives the last one a
-known elementwise function of what the others returned, and returns the last one's output. The stand-ins are low-rank products of the
+known elementwise function of what the others returned, and returns the last one's output. Where a module does more than that, the
+activation between its linear layers is swapped alone (`activations`). The stand-ins are low-rank products of the
 full width, so that an 8B model's MLP is probed in milliseconds; the real children keep being called as modules, hooks and all.
 """
 
@@ -18,8 +19,9 @@ from torch import nn
 from fastft.patching.fingerprint import fingerprint
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.swap import KEY, install, is_fast, stock_class
 from fastft.patching.truth import float64_truth
+from fastft.swaps.activations import FastActivation, activation_of, is_leaf, prove_activation
 from fastft_kernels.activation import activation
 from fastft_kernels.glu import glu, glu_recompute
 from fastft_kernels.recipe import Recipe, attach
@@ -160,7 +162,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | str | None:
     """The linear children, if there are two or three of them and no other child or own parameter matters; why not, where they go out and
     come back as an MLP's do."""
-    linears = {n: s for n, c in module._modules.items() if c is not None and (s := linear_shape(c))}
+    linears = _linear_children(module)
     if len(linears) not in (2, 3):
         return None
     own = next((n for n, p in module._parameters.items() if p is not None), None)
@@ -173,9 +175,14 @@ def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | str | None:
     return linears
 
 
+def _linear_children(module: nn.Module) -> dict[str, tuple[int, int]]:
+    return {n: s for n, c in module._modules.items() if c is not None and (s := linear_shape(c))}
+
+
 def _there_and_back(linears: dict[str, tuple[int, int]]) -> bool:
     """One goes from a width to another, one comes back from there (or from half of it: gate and up in one product)."""
-    return any(a != b and d == a and c in (b, b // 2) for (a, b), (c, d) in itertools.permutations(linears.values(), 2))
+    both = itertools.permutations(linears.values(), 2)
+    return any(a != b and d == a and (c == b or a != c == b // 2) for (a, b), (c, d) in both)
 
 
 def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[nn.Module, list]:
@@ -216,6 +223,33 @@ class MLPs:
         self._known: dict = {}
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        if is_leaf(module):
+            return self._leaf(module, context)
+        found = self._module(module, context)
+        if isinstance(found, str) and any(c is not None and activation_of(c, ACTIVATIONS) for c in module._modules.values()):
+            return None  # its activation is swapped alone
+        return found
+
+    def _leaf(self, module: nn.Module, context: Context) -> Candidate | None:
+        """An activation between two linear layers of a module that is no MLP as a whole."""
+        parents = context.shared.setdefault("mlp parents", {})
+        if not parents:
+            parents.update({child: m for m in context.names for child in m._modules.values() if child is not None})
+        parent = parents.get(module)
+        if parent is None or is_fast(parent, KIND) or not _there_and_back(_linear_children(parent)):
+            return None
+        key = ("leaf", fingerprint(module))
+        if key not in self._known:
+            self._known[key] = activation_of(module, ACTIVATIONS)
+        if (act := self._known[key]) is None:
+            return None
+        weight = next((p for p in parent.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+        dtype = weight.dtype if weight is not None else torch.float32
+        device = weight.device if weight is not None and weight.device.type != "meta" else torch.device("cpu")
+        prove = lambda: prove_activation(module, act, dtype, device)
+        return Candidate(f"activation({act})", (*key, dtype, device.type), prove, lambda m: install(m, KIND, FastActivation, act))
+
+    def _module(self, module: nn.Module, context: Context) -> Candidate | str | None:
         linears = _linears(module)
         if linears is None or isinstance(linears, str):
             return linears

@@ -144,6 +144,41 @@ def test_no_mlp_at_all(module):
     assert recognise(module, tensors=2) is None
 
 
+class Layer(nn.Module):
+    """A decoder layer with its MLP written out, and more than an MLP."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.attention, self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, INNER), act, nn.Linear(INNER, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x, residual=0.0):
+        x = x + self.attention(x)
+        return x + self.fc2(self.act(self.fc1(self.norm(x)))) + residual
+
+
+@pytest.mark.parametrize(("act", "kernel"), [(nn.GELU(), "activation(gelu)"), (nn.ReLU(), "activation(relu)"), (nn.SiLU(), "activation(silu)")])
+def test_an_activation_inside_a_layer_is_swapped_alone(act, kernel):
+    layer = Layer(act)
+    context = Context(layer, Observation(), {m: n for n, m in layer.named_modules()})
+    assert MLPs().recognise(layer, context) is None
+    found = MLPs().recognise(layer.act, context)
+    assert isinstance(found, Candidate), found
+    assert found.kernel == kernel
+    assert (proof := found.prove()).ok, proof.reason
+    x = torch.randn(2, WIDTH)
+    before = layer(x)
+    found.apply(layer.act)
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.Dropout(0.0), nn.ReLU(inplace=True), nn.Softmax(-1), nn.PReLU()])
+def test_another_leaf_inside_a_layer_is_left(act):
+    layer = Layer(act)
+    context = Context(layer, Observation(), {m: n for n, m in layer.named_modules()})
+    assert MLPs().recognise(layer.act, context) is None
+
+
 def test_experts_stay_stock_and_say_so():
     assert recognise(Stacked(), Experts) == "4 experts in 3-D parameters: stock's own implementation is kept"
     assert recognise(Stacked(experts=1), Experts) is None

@@ -61,6 +61,13 @@ class Scale(nn.Module):
         return x * self.weight
 
 
+class Capped(nn.Module):
+    """A soft cap: it does not change where its input is large, either."""
+
+    def forward(self, x):
+        return 30.0 * torch.tanh(x / 30.0)
+
+
 def recognise(module: nn.Module, *given: str):
     """given: how the model passes the tensors, "" by position."""
     seen = Observation()
@@ -135,6 +142,6 @@ def test_refused_with_a_reason(module, given, reason):
         assert found.startswith(reason)
 
 
-@pytest.mark.parametrize("module", [Scale(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Embedding(4, WIDTH), nn.Sequential(nn.LayerNorm(WIDTH))])
+@pytest.mark.parametrize("module", [Scale(), Capped(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Embedding(4, WIDTH), nn.Sequential(nn.LayerNorm(WIDTH))])
 def test_no_norm_at_all(module):
     assert recognise(module, "") is None

@@ -10,7 +10,7 @@ backward is g_i J_i. Where a head's weight is trained as well, the backward repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -256,7 +256,7 @@ def _chunks(node: Node, n: int, vocab: int, device: torch.device) -> Iterator[to
 
 
 def _values(node: Node, leaves: list[Node], tensors: list, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sums over the vocabulary of the tokens `at`. tensors: (hidden of these tokens, weight, bias) of each leaf in turn."""
+    """Sums over the vocabulary of the tokens `at`. tensors: (hidden of these tokens, weight, bias) of one leaf after the other."""
     logits = {}
     for i, leaf in enumerate(leaves):
         hidden, weight, bias = tensors[3 * i : 3 * i + 3]
@@ -265,6 +265,11 @@ def _values(node: Node, leaves: list[Node], tensors: list, at: torch.Tensor, dty
         with torch.set_grad_enabled(torch.is_grad_enabled() and leaf.grad), autocast_as(leaf.autocast):
             logits[id(leaf)] = replace(p, hidden=hidden, weight=weight, bias=bias, part=None, cache={}, tie=None).logits_unchecked()
     return _replay(node, logits, at, {}).sum(-1, dtype=dtype).reshape(-1)
+
+
+def _parts_at(tensors, at: torch.Tensor, learn: Container[int]) -> list[torch.Tensor | None]:
+    """New leaves: of each hidden its tokens `at`, weights and biases whole; those whose number is in `learn` take a gradient."""
+    return [None if t is None else (t if i % 3 else t[at]).detach().requires_grad_(i in learn) for i, t in enumerate(tensors)]
 
 
 class _ByToken(torch.autograd.Function):
@@ -277,8 +282,7 @@ class _ByToken(torch.autograd.Function):
         jacobians = {i: [] for i, need in enumerate(needs) if need and not ctx.trained}
         found = []
         for at in _chunks(node, len(tensors[0]), vocab, tensors[0].device):
-            parts = [t if i % 3 else t[at].detach().requires_grad_(i in jacobians) for i, t in enumerate(tensors)]
-            parts = [t if t is None or not i % 3 else t.detach() for i, t in enumerate(parts)]
+            parts = _parts_at(tensors, at, jacobians)
             with torch.set_grad_enabled(bool(jacobians)):
                 y = _values(node, leaves, parts, at, dtype)
             if jacobians:
@@ -310,7 +314,7 @@ class _ByToken(torch.autograd.Function):
                 grads[i] = torch.zeros_like(tensors[i]) if i % 3 == 0 else torch.zeros_like(tensors[i], dtype=wide(tensors[i]))
         wanted = [i for i, need in enumerate(needs) if need]
         for at in _chunks(node, len(tensors[0]), vocab, g.device):
-            parts = [t if t is None else (t if i % 3 else t[at]).detach().requires_grad_(needs[i]) for i, t in enumerate(tensors)]
+            parts = _parts_at(tensors, at, wanted)
             with torch.enable_grad():
                 y = _values(node, leaves, parts, at, dtype)
             got = torch.autograd.grad(y, [parts[i] for i in wanted], g[first : first + len(at)])

@@ -33,3 +33,7 @@ class SequenceLengthError(FastftError):
 
 class DatasetError(FastftError):
     """A data set that cannot be found, or whose columns are in no format that a trainer takes."""
+
+
+class LigerError(FastftError):
+    """`use_liger_kernel=True`, or Liger's kernels by hand, on a model that fastft patches."""

@@ -13,6 +13,7 @@ from torch import nn
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 from fastft.swaps import kinds, trl_head
+from fastft.swaps.liger import refuse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,11 +24,12 @@ def patch(model: Model, *, strict: bool = False) -> Model:
     Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules
     that are new and changes nothing else. No other model, class or library is touched.
 
-    Raises TypeError for what is no torch module, and with strict=True StrictError (the model is then restored) when anything
-    that a recogniser looked at stays stock.
+    Raises TypeError for what is no torch module, LigerError for a model on which Liger's kernels stand, and with strict=True
+    StrictError (the model is then restored) when anything that a recogniser looked at stays stock.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}")
+    refuse(innermost(model).modules(), "set it to False, or train without fastft")
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(cuda)):  # the user's random stream stands where it stood: proofs draw from a copy
         apply_kinds(model, kinds())

@@ -23,6 +23,7 @@ from torch import nn
 from fastft.patching.prove import Proof
 from fastft.patching.rebind import over_globals
 from fastft.patching.truth import float64_truth
+from fastft.swaps.liger import one_of_each_class, refuse
 from fastft_kernels.linear_logprob import linear_logprob
 from fastft_kernels.numerics import compare
 
@@ -47,19 +48,21 @@ class FusedHead:
 
 
 class Watch:
-    """The forward pre-hook: rebinds when TRL's forward is there. A copy of the model watches the copy."""
+    """The forward pre-hook: rebinds when TRL's forward is there, refuses Liger's. A copy of the model watches the copy."""
 
     def __init__(self, base: nn.Module):
-        self.base = weakref.ref(base)
+        self.base, self.samples = weakref.ref(base), None
 
     def __call__(self, module: nn.Module, args) -> None:
         if not torch.compiler.is_compiling() and (base := self.base()) is not None:
             bind(base)
+            self.samples = self.samples or one_of_each_class(base)
+            refuse((m for r in self.samples if (m := r()) is not None), "set it to False, or call fastft.unpatch(model) to train with Liger's")
 
     def __deepcopy__(self, memo) -> Watch:
         base = self.base()
         new = memo[id(self)] = Watch.__new__(Watch)
-        new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
+        new.base, new.samples = self.base if base is None else weakref.ref(copy.deepcopy(base, memo)), None
         return new
 
     def __reduce__(self):

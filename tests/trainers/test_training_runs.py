@@ -1,5 +1,7 @@
 """What a training run does besides its steps: repeats its bits, resumes, evaluates, stops early, compiles, fails, changes adapters."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import fastft
+from fastft.errors import LigerError
 from fastft.patching.swap import is_fast
 from tests.trainers import harness as h
 
@@ -188,3 +191,37 @@ def test_nothing_is_lost_after_an_exception(folder, tmp_path, inside):
     trainer.remove_callback(Fails)
     trainer.train()
     assert trainer.state.global_step == 10
+
+
+LIGER = """
+import types
+def forward(self, *args, **kwargs): return type(self).forward(self, *args, **kwargs)
+def _apply_liger_kernel_to_instance(model, **kwargs):
+    for m in model.modules():
+        if "RMSNorm" in type(m).__name__: m.forward = types.MethodType(forward, m)
+"""
+
+
+def test_liger_is_refused(folder, tmp_path, monkeypatch):
+    """A package of that name binds forwards on instances, as the trainer has Liger do just before the first step."""
+    from transformers.utils import is_liger_kernel_available
+
+    metadata = {"liger_kernel-0.6.0.dist-info/METADATA": "Name: liger_kernel\nVersion: 0.6.0\n"}
+    for name, text in {"liger_kernel/__init__.py": "", "liger_kernel/transformers.py": LIGER, **metadata}.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    is_liger_kernel_available.cache_clear()
+    try:
+        assert is_liger_kernel_available()
+        model = h.load(folder, "fastft")
+        with pytest.warns(FutureWarning), pytest.raises(LigerError, match=r"use_liger_kernel: .* set it to False, or call fastft.unpatch"):
+            sft(model, tmp_path, steps=2, use_liger_kernel=True).train()
+        with pytest.warns(FutureWarning):
+            sft(fastft.unpatch(model), tmp_path, steps=2, use_liger_kernel=True).train()
+        with pytest.raises(LigerError, match="train without fastft"):
+            fastft.patch(model)
+    finally:
+        is_liger_kernel_available.cache_clear()
+        for name in ("liger_kernel", "liger_kernel.transformers"):
+            sys.modules.pop(name, None)

@@ -84,14 +84,17 @@ def moved(model: nn.Module, draw: int):
 
 def run_all(model: nn.Module, inputs: dict, loss_of, truth: bool = False) -> Results:
     """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...)."""
-    runs = []
+    runs, twin = [], doubled(model) if truth else model
     for draw in range(DRAWS if sum(p.numel() for p in model.parameters()) < LARGE else FEW_DRAWS):
         with moved(model, draw):
-            if truth:
-                with float64_truth():
-                    runs.append(run(doubled(model), in_float64(inputs), loss_of))
-            else:
+            if not truth:
                 runs.append(run(model, inputs, loss_of))
+                continue
+            with torch.no_grad():
+                for wide, p in zip(twin.parameters(), model.parameters(), strict=True):
+                    wide.copy_(p)
+            with float64_truth():
+                runs.append(run(twin, in_float64(inputs), loss_of))
 
     def pooled(values: list[torch.Tensor | None]) -> torch.Tensor | None:
         some = next((v for v in values if v is not None), None)  # an expert that no token of a draw reaches: zero there

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 
 from fastft.tools.run import PatchOnFirstStep, ScriptNotFoundError, run_program, run_script
 from tests.trainers import harness as h
@@ -53,6 +55,46 @@ def test_trls_own_sft_script(folder, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "modules swapped" in run.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+ROWS = {
+    "dpo": ("prompt", "chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+    "reward": ("chosen", "rejected"),
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
+}
+GENERATES = ["--num_generations", 2, "--max_completion_length", 6, "--reward_funcs", "my_rewards.length"]
+EXTRA = {"grpo": GENERATES, "rloo": GENERATES, "reward": ["--lora_task_type", "SEQ_CLS"]}
+
+
+def row(i):
+    answers = " " + h.TEXTS[(i + 5) % 24], " " + h.TEXTS[(i + 11) % 24]
+    return {"prompt": h.TEXTS[i], "chosen": answers[0], "rejected": answers[1], "completion": answers[0], "label": i % 2 == 0}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ROWS)
+def test_trls_other_scripts(folder, tmp_path, monkeypatch, capsys, name):
+    """In this process, as `fastft run` calls it: what costs time in the subprocess is importing."""
+    script = Path(trl.__file__).parent / "scripts" / f"{name}.py"
+    if name == "reward":
+        folder = h.checkpoint(tmp_path / "classifier", classifier=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({k: row(i)[k] for k in ROWS[name]}) for i in range(24)))
+    (tmp_path / "my_rewards.py").write_text("def length(completion_ids, **kwargs): return [float(len(set(c))) for c in completion_ids]\n")
+    arguments = ["--model_name_or_path", folder, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 2]
+    arguments += ["--use_peft", "--lora_target_modules", "all-linear", "--report_to", "none", "--per_device_train_batch_size", 2]
+    arguments += ["--bf16", "False", "--use_cpu", not torch.cuda.is_available(), *EXTRA.get(name, [])]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert run_script(str(script), list(map(str, arguments))) == 0
+    printed = capsys.readouterr().out
+    assert "modules swapped" in printed and "lora_linear" in printed and ("head" in printed or name == "reward")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
 def test_only_what_trains_is_patched_and_the_hook_goes(folder):

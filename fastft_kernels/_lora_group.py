@@ -55,6 +55,7 @@ class Group(NamedTuple):
     out: torch.dtype
     projections: tuple[ProjectionSlot, ...]
     rank: int
+    drawn: torch.dtype | None = None  # the dtype of x in which dropout draws; None: that of A
 
     @property
     def adapters(self) -> list[AdapterSlot]:
@@ -213,7 +214,7 @@ def _dropped_low_rank(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor, As: 
         source, state, factor = xl, None, 1.0
         if a.p > 0:
             state = dropout.capture(x.device) if x.is_contiguous() else None
-            mask = dropout.draw_mask(x, t[a.A].dtype, a.p)
+            mask = dropout.draw_mask(x, g.drawn or t[a.A].dtype, a.p)
             source, factor = xl * rows(mask), dropout.factor(a.p)
             if state is None:
                 state = len(masks)
@@ -301,7 +302,7 @@ class Backward:
         if isinstance(draw, int):
             return rows(self.kept.masks[draw])
         if a.A not in self.masks:
-            self.masks[a.A] = rows(dropout.draw_mask(like.view(self.shape), self.t[a.A].dtype, a.p, draw))
+            self.masks[a.A] = rows(dropout.draw_mask(like.view(self.shape), self.g.drawn or self.t[a.A].dtype, a.p, draw))
         return self.masks[a.A]
 
     def parameter_gradients(self, x: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -40,7 +40,7 @@ class Projection:
 
 
 def pack(
-    where: str, features: int, dtype: torch.dtype, projections: Sequence[Projection], compute_dtype, adapter_dtype, out_dtype
+    where: str, features: int, dtype: torch.dtype, projections: Sequence[Projection], compute_dtype, adapter_dtype, out_dtype, dropout_dtype=None
 ) -> tuple[Group, list[torch.Tensor]]:
     """The description of a group over inputs [..., features] of `dtype`, and its tensors. ValueError where shapes do not fit."""
     compute = compute_dtype or dtype
@@ -72,7 +72,7 @@ def pack(
             adapters.append(AdapterSlot(r, column, float(a.scaling), float(a.dropout), add(a.A), add(a.B), add(a.bias)))
             column += r
         slots.append(ProjectionSlot(weight.layout(), index, len(held), bias, tuple(adapters)))
-    return Group(compute, adapter_dtype, out_dtype or compute, tuple(slots), column), tensors
+    return Group(compute, adapter_dtype, out_dtype or compute, tuple(slots), column, dropout_dtype), tensors
 
 
 def saved_input(g: Group, x: torch.Tensor) -> torch.Tensor:
@@ -141,6 +141,7 @@ def lora_linear(
     compute_dtype: torch.dtype | None = None,
     adapter_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    dropout_dtype: torch.dtype | None = None,
     recipe: Recipe | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """One output [..., out_i] in out_dtype for each projection of x [..., in].
@@ -149,12 +150,13 @@ def lora_linear(
     adapter_dtype: of the adapters' products; None is compute_dtype if that is given, else the widest of x and the adapters (stock
         without autocast computes float32 adapters in float32).
     out_dtype: None is the dtype of the base products.
+    dropout_dtype: of the x that stock's dropout is given, on which its random stream depends on a GPU; None is each A's.
     recipe: how to recompute x in the backward (`recipe_of(x)`); None saves x.
 
     Differentiable once in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's
     dtype; only those asked for are computed. Dropout draws from torch's default stream, in the order of the projections and their
-    adapters, as torch.nn.functional.dropout on x in the dtype of A would. Nothing is modified. ValueError: shapes do not fit.
+    adapters, as torch.nn.functional.dropout on x in dropout_dtype would. Nothing is modified. ValueError: shapes do not fit.
     """
-    g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype)
+    g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype, dropout_dtype)
     kept = recipe.tensors if recipe is not None else ()
     return _LoraLinear.apply(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)

@@ -25,6 +25,7 @@ from fastft.patching.prove import undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
 from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_quantised_otherwise, is_unit, never_repacked, refusal, trains, would_repack
+from fastft_kernels._runtime import wider
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
 
@@ -115,9 +116,11 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     compute = compute_dtype_4bit(base, x)
     found = {"compute_dtype": autocast or compute, "out_dtype": x.dtype}
     if own.adapters:
-        found["adapter_dtype"] = None if autocast else functools.reduce(torch.promote_types, (a.A.dtype for a in own.adapters))
-        if autocast and torch.is_autocast_enabled() and torch.promote_types(autocast, x.dtype) != x.dtype:
-            raise Inexpressible(f"autocast to {autocast} and a {x.dtype} input")  # stock adds what it does not cast back: the sum is wider
+        found["adapter_dtype"] = None if autocast else functools.reduce(wider, (a.A.dtype for a in own.adapters))
+        if torch.is_autocast_enabled():  # PEFT asks about CUDA's, and then casts neither the adapters' input nor their output
+            found["dropout_dtype"] = x.dtype
+            if autocast and wider(autocast, x.dtype) != x.dtype:
+                raise Inexpressible(f"autocast to {autocast} and a {x.dtype} input")  # the sum is wider than either
     return found
 
 

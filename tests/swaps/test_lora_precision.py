@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, prepare_model_for_kbit_training
 
 import fastft
+from fastft_kernels import dropout
 from fastft_kernels.numerics import compare
 from tests.swaps.lora_models import (
     ALL,
@@ -300,6 +301,29 @@ def test_one_layer(name, cast, flag, base):
     results = run(ours, outputs), run(in_float64(stock), outputs, truth=True), run(stock, outputs)
     for part in ("y", "d x", "d base"):
         judge(*({k: v for k, v in r.items() if k.startswith(part)} for r in results))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("flag", [contextlib.nullcontext, cuda_flag], ids=["cpu", "cuda"])
+def test_dropout_draws_in_stocks_dtype(flag, base, monkeypatch):
+    """On a GPU the masks depend on it: 4-bit layers drop x as it comes where PEFT sees autocast, else in the dtype of A."""
+    seen = {True: [], False: []}
+    draw = dropout.draw_mask
+    monkeypatch.setattr(dropout, "draw_mask", lambda like, dtype, *more: seen[True].append(dtype) or draw(like, dtype, *more))
+    for fast in (True, False):
+        model = BASES[base](torch.bfloat16, dropout=0.1, config=SMALL)
+        for n, m in model.named_modules():
+            if not fast and n.endswith("lora_dropout.default"):
+                m.register_forward_hook(lambda m, args, out: seen[False].append(args[0].dtype))
+        if fast:
+            fastft.patch(model)
+            seen[True].clear()
+        with torch.autocast("cpu", torch.bfloat16), flag():
+            loss = model(input_ids=tokens(), labels=tokens()).loss
+        if fast:
+            forwards = list(seen[True])
+            loss.backward()
+    assert forwards == seen[False] and set(seen[True]) == set(forwards)
 
 
 def repacking():

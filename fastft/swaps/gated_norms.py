@@ -28,8 +28,10 @@ ACTIVATIONS = ("silu", "sigmoid", "gelu", "gelu_tanh", "relu")
 
 @dataclass(frozen=True)
 class GatedFormula:
-    """x, gate: names of the forward's parameters. eps: an attribute's name, or the value. promotes: a wider weight gives a wider result."""
+    """names: of the forward's parameters, in order; x, gate: the two that are given. eps: an attribute's name, or the value. promotes: a
+    wider weight gives a wider result."""
 
+    names: tuple[str, ...]
     x: str
     gate: str
     weight: str
@@ -60,7 +62,7 @@ class FastGatedNorm:
     def forward(self, *args, **kwargs):
         slot = self.__dict__[KEY]
         f: GatedFormula = slot.state(KIND)
-        given = {**dict(zip((f.x, f.gate), args)), **kwargs}
+        given = {**dict(zip(f.names, args)), **kwargs}
         x, gate = given.get(f.x), given.get(f.gate)
         if len(given) != 2 or len(args) + len(kwargs) != 2 or not all(map(_plain, (x, gate, getattr(self, f.weight)))) or x.shape != gate.shape:
             slot.fallbacks["norm: called without a gate, or with other tensors than in the proof"] += 1
@@ -76,12 +78,16 @@ def _plain(t: object) -> bool:
 
 def two_inputs(module: nn.Module, width: int, context: Context) -> tuple[str, str, int] | None:
     """(names of the two parameters that are given tensors of the norm's width, how many dimensions these have)."""
-    names = list(inspect.signature(stock_class(module).forward).parameters)[1:]
+    names = _names(module)
     for call in context.seen.of(module):
         given = [*names[: call.n_args], *call.kwargs]
         if len(call.inputs) == len(given) == 2 and all(t.dim() and t.shape[-1] == width for t in call.inputs):
             return given[0], given[1], call.inputs[0].dim()
     return None
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(stock_class(module).forward).parameters)[1:]
 
 
 def recognise_gated(probe: nn.Module, weight: str, given: tuple[str, str, int]) -> GatedFormula | str:
@@ -116,7 +122,7 @@ def _formulas(probe: nn.Module, names: list[str], weight: str, width: int) -> It
     groups = dict.fromkeys([1, *numbers, *(width // v for v in numbers)])
     eps = [*(k for k, v in probe.__dict__.items() if isinstance(v, float) and 0 <= v < 0.1), 1e-5, 1e-6]
     for order, e, n, act, first in itertools.product((names, names[::-1]), eps, groups, ACTIVATIONS, (True, False)):
-        yield GatedFormula(*order, weight, e, act, first, n)
+        yield GatedFormula(_names(probe), *order, weight, e, act, first, n)
 
 
 def _with_dtype(probe: nn.Module, f: GatedFormula, names: list[str], *tensors: torch.Tensor) -> GatedFormula | str:
@@ -139,15 +145,19 @@ def _with_dtype(probe: nn.Module, f: GatedFormula, names: list[str], *tensors: t
     return f if verdict else str(verdict)
 
 
-class _Named(nn.Module):
-    """The norm, given its two tensors by position."""
+class _Called(nn.Module):
+    """The norm, given its two tensors by position where its forward allows that, and by name."""
 
-    def __init__(self, norm: nn.Module, names: tuple[str, str]):
+    def __init__(self, norm: nn.Module, f: GatedFormula):
         super().__init__()
-        self.norm, self.names = norm, names
+        self.norm, self.f = norm, f
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.norm(**dict(zip(self.names, tensors)))
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
+        given = {self.f.x: x, self.f.gate: gate}
+        ways = [self.norm(**given)]
+        if set(self.f.names[:2]) == set(given):
+            ways.append(self.norm(*(given[n] for n in self.f.names[:2])))
+        return ways
 
 
 def prove_gated(stock: nn.Module, f: GatedFormula, dims: int, dtype: torch.dtype, device: torch.device, reset: Callable[[nn.Module], None]) -> Proof:
@@ -155,4 +165,4 @@ def prove_gated(stock: nn.Module, f: GatedFormula, dims: int, dtype: torch.dtype
     draw = lambda g, scale: (torch.randn((*(1,) * (dims - 2), 9, width), generator=g, dtype=torch.float64) * scale).to(device)
     inputs = lambda g, scale: [draw(g, scale), draw(g, scale)]
     swap = lambda m: install(m.norm, KIND, FastGatedNorm, f)
-    return prove(_Named(stock, (f.x, f.gate)), swap, inputs, dtype=dtype, scales=(1.0, 10.0), reset=reset)
+    return prove(_Called(stock, f), swap, inputs, dtype=dtype, scales=(1.0, 10.0), reset=reset)

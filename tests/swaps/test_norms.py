@@ -52,6 +52,13 @@ class Gated(nn.Module):
         return y if gate is None or self.first else (y * self.act(gate.float())).to(hidden.dtype)
 
 
+class GateFirst(Gated):
+    """Its gate is its first argument."""
+
+    def forward(self, gate, hidden):
+        return super().forward(hidden, gate)
+
+
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,6 +119,19 @@ def test_gated_and_grouped(settings, kernel, how):
     assert isinstance(found, Candidate), found
     assert found.kernel == kernel
     assert (proof := found.prove()).ok, proof.reason
+
+
+def test_a_gate_that_is_the_first_argument():
+    module = GateFirst()
+    gate, x = torch.randn(2, 3, WIDTH), torch.randn(2, 3, WIDTH)
+    before = module(gate, x)
+    found = recognise(module, "", "")
+    assert isinstance(found, Candidate), found
+    assert (proof := found.prove()).ok, proof.reason
+    found.apply(module)
+    torch.testing.assert_close(module(gate, x), before)
+    torch.testing.assert_close(module(hidden=x, gate=gate), before)
+    assert not slot_of(module).fallbacks
 
 
 def test_a_gated_norm_called_without_its_gate_goes_the_stock_way_counted():

@@ -162,7 +162,8 @@ def _probe(module: nn.Module, width: int) -> tuple[nn.Module, torch.Tensor, torc
         if not (isinstance(big, torch.Tensor) and big.shape == x.shape and torch.isfinite(big).all()):
             return None
         same = (big - bigger).abs().max() <= 1e-6 * big.abs().max()
-        saturated = (big.abs() - big.abs().max()).abs().max() <= 1e-6 * big.abs().max()  # a sign, a soft cap: no norm
+        spread = max(float(side.max() - side.min()) for side in (big[x > 0], big[x < 0]))
+        saturated = spread <= 1e-6 * big.abs().max()  # two values, by sign: a sigmoid, a soft cap, no norm
         if not same or big.abs().max() < 1e-3 or torch.equal(probe(x), x) or saturated:
             return None
         x = torch.cat([x, x * 1e-3])  # small inputs, so that eps shows

@@ -162,6 +162,6 @@ def test_refused_with_a_reason(module, given, reason):
         assert found.startswith(reason)
 
 
-@pytest.mark.parametrize("module", [Scale(), Capped(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Embedding(4, WIDTH), nn.Sequential(nn.LayerNorm(WIDTH))])
+@pytest.mark.parametrize("module", [Scale(), Capped(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Sigmoid(), nn.Tanh(), nn.Embedding(4, WIDTH), nn.Sequential(nn.LayerNorm(WIDTH))])
 def test_no_norm_at_all(module):
     assert recognise(module, "") is None

@@ -8,6 +8,7 @@ Only exactly known classes are known: a subclass of nn.Linear may compute anythi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -109,6 +110,17 @@ def _weight_8bit(base: nn.Module, weight) -> FrozenWeight:
     raise Inexpressible("8-bit base: its products quantise the input")
 
 
+@functools.cache
+def _bias_follows_input() -> bool:
+    """A 4-bit layer's forward casts its bias for good: to the compute dtype, or, in older bitsandbytes, to the input's. Seen on a small one."""
+    import bitsandbytes.nn as bnb
+
+    layer = bnb.Linear4bit(64, 1, compute_dtype=torch.bfloat16)
+    layer.weight = bnb.Params4bit(torch.zeros(1, 64), requires_grad=False, module=layer).to("cpu")
+    layer(torch.zeros(1, 64, requires_grad=True))
+    return layer.bias.dtype == torch.float32
+
+
 def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
     """The dtype of a 4-bit layer's product of x, and what stock's forward leaves behind in finding it: an unset compute dtype is that of
     the first input from then on, and the bias is cast for good."""
@@ -116,8 +128,8 @@ def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     compute = base.compute_dtype or x.dtype
-    if base.bias is not None and base.bias.dtype != compute:
-        base.bias.data = base.bias.data.to(compute)
+    if base.bias is not None and base.bias.dtype != compute and not (base.bias.dtype == x.dtype and _bias_follows_input()):
+        base.bias.data = base.bias.data.to(x.dtype if _bias_follows_input() else compute)
     return compute
 
 

@@ -85,6 +85,7 @@ REASONS = {"int8": "8-bit base: its products quantise the input", "fp8": "its ba
 CONVERT = {"int8": quantised_8bit, "fp8": fp8}
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # bitsandbytes 0.49 says it by a warning
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", CONVERT)
 def test_the_result_is_stocks(kind, dtype):

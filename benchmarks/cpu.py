@@ -196,6 +196,15 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
 
 
+def shown(v: float | None) -> str:
+    return "" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}"
+
+
+def row(f: Figure) -> str:
+    """The figure as a line of a Markdown table: the README's tables consist of such lines."""
+    return f"| {f.section}: {f.name} | {f.unit} | {shown(f.stock)} | {shown(f.value)} | {shown(f.ceiling)} |"
+
+
 def write(figures: list[Figure], folder: Path, command: str) -> Path:
     """cpu-DATE.json and .md; the path of the JSON."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,9 +212,7 @@ def write(figures: list[Figure], folder: Path, command: str) -> Path:
     versions = environment()
     path.write_text(json.dumps({"command": command, "environment": versions, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
     lines = [f"`{command}`, " + ", ".join(f"{k} {v}" for k, v in versions.items()), "", "| what | unit | stock | fastft | ceiling |", "|---|---|--:|--:|--:|"]
-    show = lambda v: "" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}"
-    lines += [f"| {f.section}: {f.name} | {f.unit} | {show(f.stock)} | {show(f.value)} | {show(f.ceiling)} |" for f in figures]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".md").write_text("\n".join([*lines, *map(row, figures)]) + "\n")
     return path
 
 
@@ -222,9 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     table = Table("what", "unit", "stock", "fastft", "ceiling")
     for f in figures:
-        style = "" if f.ok else "bold red"
-        cells = (f.stock, f.value, f.ceiling)
-        table.add_row(f"{f.section}: {f.name}", f.unit, *("" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}" for v in cells), style=style)
+        table.add_row(f"{f.section}: {f.name}", f.unit, *map(shown, (f.stock, f.value, f.ceiling)), style="" if f.ok else "bold red")
     Console().print(table)
     words = " ".join(["python -m benchmarks.cpu", *(argv if argv is not None else sys.argv[1:])])
     print(write(figures, options.out, words))

@@ -1,5 +1,6 @@
 """What the README shows is what runs: its Python blocks in order, its two commands, its diff."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import cpu
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
@@ -82,3 +85,16 @@ def test_folders_that_are_named_exist():
         if name.startswith("fastft-demo"):
             continue
         assert (ROOT / name).exists() or name in ("fastft.patch",), name
+
+
+def test_every_figure_comes_from_a_result_file():
+    """A table of figures names its command and its file in the line above; each of its rows is a figure of that file."""
+    tables = re.findall(r"^.*`(python -m benchmarks[^`]*)`.*\((benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)", README, flags=re.M)
+    assert tables
+    for command, path, rows in tables:
+        found = json.loads((ROOT / path).read_text())
+        assert found["command"] == command
+        figures = {cpu.row(cpu.Figure(**f)) for f in found["figures"]}
+        assert set(rows.splitlines()) <= figures
+    claims = re.sub(r"^\|.*$|```.*?```", "", README, flags=re.M | re.S)
+    assert not re.findall(r"\d(?:\.\d+)?\s*(?:x faster|% faster|% less|x less|tokens/s)", claims)

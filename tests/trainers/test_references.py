@@ -1,0 +1,54 @@
+"""DPO's other references, and SFT on the assistant's words alone: twenty steps, judged against stock."""
+
+import pytest
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from tests.trainers import harness as h
+
+STEPS = 20
+MARKED = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return h.checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def test_dpo_with_a_reference_model(folder, tmp_path, tmp_path_factory):
+    """Another model than the one that trains, patched or not as the user left it: here it is stock."""
+    other = h.checkpoint(tmp_path_factory.mktemp("reference"), seed=1)
+
+    def make(way):
+        reference = h.load(other, "truth" if way == "truth" else "stock", lora=False)
+        args = h.arguments(DPOConfig, tmp_path, STEPS, max_length=40)
+        return DPOTrainer(model=h.load(folder, way), ref_model=reference, args=args, train_dataset=h.preferences(), processing_class=h.tokenizer())
+
+    verdict = h.judged(make)
+    assert verdict, str(verdict)
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+def test_dpo_with_precomputed_reference_log_probabilities(folder, tmp_path, four_bit):
+    def make(way):
+        args = h.arguments(DPOConfig, tmp_path, STEPS, max_length=40, precompute_ref_log_probs=True)
+        return DPOTrainer(model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.preferences(), processing_class=h.tokenizer())
+
+    verdict = h.judged(make)
+    assert verdict, str(verdict)
+
+
+def test_sft_on_the_assistant_alone(folder, tmp_path):
+    say = lambda role, i: {"role": role, "content": h.TEXTS[i % 24]}
+    rows = [{"messages": [say("user", i), say("assistant", i + 5), say("user", i + 9), say("assistant", i + 2)]} for i in range(24)]
+
+    def make(way):
+        tokenizer = h.tokenizer().__class__.from_pretrained(folder)
+        tokenizer.chat_template = MARKED
+        args = h.arguments(SFTConfig, tmp_path, STEPS, max_length=64, assistant_only_loss=True)
+        return SFTTrainer(model=h.load(folder, way), args=args, train_dataset=h.Dataset.from_list(rows), processing_class=tokenizer)
+
+    verdict = h.judged(make)
+    assert verdict, str(verdict)

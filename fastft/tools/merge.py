@@ -1,6 +1,6 @@
 """`fastft merge`: base + LoRA adapter -> a plain 16-bit checkpoint, shard by shard, and proof that the adapter is in it.
 
-    W' = round16(W + s B A)        computed in float32, in blocks of rows: at any time one shard of the result is in memory, no model
+    W' = round16(W + s B A)        computed in float32, in blocks of rows: at any time one tensor of the result is in memory, no model
 
 A base in bitsandbytes' 4-bit is expanded first (the adapter was trained on the expanded weights). Shards are written into
 `DIR.partial`, which becomes DIR only when everything, the check included, has gone well: an interrupted merge leaves nothing complete.
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastft.errors import AdapterError, FastftError, ModelNotFoundError
+from fastft.tools.shard_writer import ShardWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BLOCK_BYTES = 64 << 20  # float32 scratch of one block of rows
@@ -133,14 +134,16 @@ def _base_folder(name: str) -> Path:
 
 
 def _weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of one shard; what bitsandbytes stored in 4 bits is expanded."""
+    """(name, tensor) of one shard; what bitsandbytes stored in 4 bits is expanded. The file, which is mapped into memory, is opened anew
+    for each, so that what was read does not stay."""
     with safe_open(path, "pt") as f:
         names = list(f.keys())
-        quantised = {n.split(".weight.quant_state.")[0] + ".weight" for n in names if ".weight.quant_state." in n}
-        parts = {n for n in names if any(n.startswith(q + ".") for q in quantised)} if quantised else set()
-        for n in names:
-            if n in parts:
-                continue
+    quantised = {n.split(".weight.quant_state.")[0] + ".weight" for n in names if ".weight.quant_state." in n}
+    parts = {n for n in names if any(n.startswith(q + ".") for q in quantised)} if quantised else set()
+    for n in names:
+        if n in parts:
+            continue
+        with safe_open(path, "pt") as f:
             t = f.get_tensor(n)
             yield n, _expand(t, {p.removeprefix(n + "."): f.get_tensor(p) for p in parts if p.startswith(n + ".")}) if n in quantised else t
 
@@ -179,26 +182,27 @@ def _write(source: Path, to: Path, deltas: dict[str, Delta], whole: dict[str, to
     left, weight_map, total = set(deltas), {}, 0
     files = shards(source)
     for path in files:
-        shard: dict[str, torch.Tensor] = {}
-        for name, t in _weights(path):
-            module, _, kind = name.rpartition(".")
-            delta = deltas.get(module)
-            if name in whole:
-                t = whole[name].to(dtype)
-            elif delta is not None and kind == "weight":
-                if sorted(t.shape) != sorted((delta.B.shape[0], delta.A.shape[1])):
-                    raise AdapterError(f"merge: {name} is {tuple(t.shape)}, the adapter's {delta.B.shape[0], delta.A.shape[1]}: it is another base")
-                t = delta.add_to(t, dtype, transposed)
-                left.discard(module)
-            elif delta is not None and kind == "bias" and delta.bias is not None:
-                t = (t.float() + delta.scaling * delta.bias.float()).to(dtype)
-            elif t.is_floating_point():
-                t = t.to(dtype)
-            shard[name] = t
-            total += t.numel() * t.element_size()
-        weight_map |= dict.fromkeys(shard, path.name)
-        save_file(shard, to / path.name, metadata={"format": "pt"})
-        del shard
+        with safe_open(path, "pt") as f:
+            names = f.keys()
+        with ShardWriter(to / path.name, names) as shard:
+            for name, t in _weights(path):
+                module, _, kind = name.rpartition(".")
+                delta = deltas.get(module)
+                if name in whole:
+                    t = whole[name].to(dtype)
+                elif delta is not None and kind == "weight":
+                    if sorted(t.shape) != sorted((delta.B.shape[0], delta.A.shape[1])):
+                        got = delta.B.shape[0], delta.A.shape[1]
+                        raise AdapterError(f"merge: {name} is {tuple(t.shape)}, the adapter's {got}: it is another base")
+                    t = delta.add_to(t, dtype, transposed)
+                    left.discard(module)
+                elif delta is not None and kind == "bias" and delta.bias is not None:
+                    t = (t.float() + delta.scaling * delta.bias.float()).to(dtype)
+                elif t.is_floating_point():
+                    t = t.to(dtype)
+                shard.add(name, t)
+                total += t.numel() * t.element_size()
+                weight_map[name] = path.name
     if left:
         raise AdapterError(
             f"merge: the base in {str(source)!r} has no weight for {len(left)} adapted modules, such as {min(left)!r}: it is another base, or it "

@@ -1,14 +1,18 @@
 """fastft merge: the folder is base + adapter to 16-bit rounding, loads in plain transformers, and nothing half-written is left."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.tools import merge as m
+from fastft.tools.shard_writer import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,58 @@ def test_a_4bit_base_is_expanded(base, tmp_path):
     check = m.merge(adapter, tmp_path / "out", base=str(tmp_path / "base4"))
     assert check.ok and check.adapter > 10 * check.error
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+PEAK = """
+import sys, threading, peft, psutil, torch
+from pathlib import Path
+from fastft.tools import merge
+torch.set_num_threads(1)
+process, folder, done = psutil.Process(), Path(sys.argv[1]), threading.Event()
+before = peak = process.memory_full_info().uss
+def watch():
+    global peak
+    while not done.wait(0.02):
+        peak = max(peak, process.memory_full_info().uss)
+thread = threading.Thread(target=watch)
+thread.start()
+merge.merge(folder / "adapter", folder / "out", check=False)
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+def test_memory_is_that_of_a_shard_at_most(tmp_path):
+    """Less than 1.3 of the largest shard, and the adapter: of the process that merges, mapped files included."""
+    base, adapter, layers = tmp_path / "base", tmp_path / "adapter", 48
+    base.mkdir()
+    name = lambda i: f"model.layers.{i}.self_attn.q_proj"
+    save_file({f"{name(i)}.weight": torch.randn(2048, 1024).bfloat16() for i in range(layers)}, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    LoraConfig(r=8, base_model_name_or_path=str(base)).save_pretrained(adapter)
+    parts = {f"base_model.model.{name(i)}.lora_{x}.weight": torch.randn(size) for i in range(layers) for x, size in (("A", (8, 1024)), ("B", (2048, 8)))}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    size = lambda folder: max(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert int(run.stdout) < 1.3 * size(base) + size(adapter)
+    merged, w, delta = (load_file(f) for f in (tmp_path / "out" / "model.safetensors", base / "model.safetensors", adapter / "adapter_model.safetensors"))
+    assert list(merged) == list(w)
+    for i in (0, layers - 1):
+        a, b = (delta[f"base_model.model.{name(i)}.lora_{x}.weight"] for x in "AB")
+        assert torch.equal(merged[f"{name(i)}.weight"], (w[f"{name(i)}.weight"].float() + b @ a * 1.0).bfloat16())
+
+
+def test_a_shard_written_tensor_by_tensor(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "empty": torch.zeros(0, 4), "é": torch.tensor(7), "t": torch.randn(4, 6).t().half(), "b": torch.tensor([True])}
+    with ShardWriter(tmp_path / "x.safetensors", [*tensors, "never"]) as shard:
+        for n, t in tensors.items():
+            shard.add(n, t)
+        with pytest.raises(ValueError, match="announced and is new, got 'a'"):
+            shard.add("a", tensors["a"])
+    back = load_file(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in tensors.items())
 
 
 def test_a_lost_adapter_fails_and_leaves_nothing(base, tmp_path, monkeypatch):

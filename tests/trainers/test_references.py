@@ -1,9 +1,11 @@
-"""DPO's other references, and SFT on the assistant's words alone: twenty steps, judged against stock."""
+"""DPO's other references, and SFT on the assistant's words alone: twenty steps, judged against stock. No logits in SFT, DPO and KTO."""
 
 import pytest
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from fastft_kernels import head_tiles
 from tests.trainers import harness as h
+from tests.trainers.rollouts import Wide
 
 STEPS = 20
 MARKED = (
@@ -52,3 +54,22 @@ def test_sft_on_the_assistant_alone(folder, tmp_path):
 
     verdict = h.judged(make)
     assert verdict, str(verdict)
+
+
+def unpaired():
+    return h.Dataset.from_list([{"prompt": h.TEXTS[i], "completion": " " + h.TEXTS[(i + 5) % 24], "label": i % 2 == 0} for i in range(24)])
+
+
+@pytest.mark.parametrize(
+    ("config", "trainer", "data"), [(SFTConfig, SFTTrainer, h.pairs), (DPOConfig, DPOTrainer, h.preferences), (KTOConfig, KTOTrainer, unpaired)]
+)
+def test_no_logits_of_many_tokens_exist(tmp_path, monkeypatch, config, trainer, data):
+    monkeypatch.setattr(head_tiles, "VOCAB_TILE", 128)
+    folder, rows = h.checkpoint(tmp_path / "wide", vocab=515), {}
+    for way in ("stock", "fastft"):
+        args = h.arguments(config, tmp_path, 2, max_length=40)
+        made = trainer(model=h.load(folder, way), args=args, train_dataset=data(), processing_class=h.tokenizer())
+        with Wide(made.model) as seen:
+            made.train()
+        rows[way] = seen.rows
+    assert rows["fastft"] == 0 < rows["stock"], rows

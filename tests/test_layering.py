@@ -1,4 +1,4 @@
-"""Imports go one way, cli -> tools -> model -> swaps -> patching -> fastft_kernels, without circles; kernels know torch and
+"""Imports go one way, cli -> tools -> model -> memory -> swaps -> patching -> fastft_kernels, without circles; kernels know torch and
 Triton alone; and importing does nothing."""
 
 import ast
@@ -15,6 +15,7 @@ ORDER = [
     "fastft.errors",
     "fastft.patching",
     "fastft.swaps",
+    "fastft.memory",
     "fastft.model",
     "fastft.tools",
     "fastft.testing",

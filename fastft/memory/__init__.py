@@ -1,0 +1,1 @@
+"""Activation policy, lean recomputation, packed and padded batches: what a step keeps, and what it computes again."""

@@ -1,0 +1,187 @@
+"""The GPU benchmark, on small shapes on a CPU: it runs to the end, what is wrong prints no speed, and what dies costs one row."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_steps, gpu_worker
+from benchmarks.sheet import Red, Row, Sheet, markdown, read
+from fastft.tools.bench_timing import Roof
+
+CPU = torch.device("cpu")
+ROOF = Roof(1e10, 1e10, "bfloat16")
+SPEEDS = {"fwd us", "bwd us", "% of roof", "tokens/s", "step ms", "% of limit"}
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    return Sheet(tmp_path / "rows.jsonl", "s", time.time() + 60)
+
+
+def test_the_command_runs_to_its_end(tmp_path, capsys):
+    assert gpu.main(["--tiny", "--only", "roof", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("gpu-*.json")
+    found = json.loads(path.read_text())
+    assert [r["section"] for r in found["rows"]] == ["roof"] and found["rows"][0]["state"] == "ok"
+    assert {"device", "commit", "torch", "transformers", "command"} <= set(found["header"])
+    text = path.with_suffix(".md").read_text()
+    assert "## roof" in text and found["header"]["command"] in text
+
+
+def test_every_kernel_is_judged_and_timed(sheet):
+    gpu_kernels.section(sheet, True, CPU, ROOF)
+    rows, begun = read(sheet.path)
+    assert begun is None and len(rows) == len(gpu_kernels.CASES) + 1
+    assert [r for r in rows if r.state != "ok"] == []
+    assert all(r.figures["fwd us"] > 0 and r.figures["% of roof"] > 0 for r in rows)
+
+
+def test_a_kernel_that_is_off_prints_no_time(sheet, monkeypatch):
+    case = next(c for c in gpu_kernels.CASES if c.name.startswith("glu"))
+    planted = gpu_kernels.Case(case.name, case.shapes, case.trained, lambda t: (case.ours(t)[0] * 1.01,), case.eager, case.work)
+    monkeypatch.setattr(gpu_kernels, "CASES", (planted,))
+    gpu_kernels.section(sheet, True, CPU, ROOF)
+    row = read(sheet.path)[0][0]
+    assert row.state == "red" and "FAIL" in row.note and not SPEEDS & set(row.figures)
+
+
+@pytest.mark.parametrize("trl", [True, False])
+def test_steps_of_all_stacks(sheet, monkeypatch, trl):
+    for module in (gpu_models, gpu_steps):
+        monkeypatch.setattr(module, "HAS_TRL", trl)
+    monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
+    monkeypatch.setattr(gpu_steps, "preference_cells", lambda tiny: {"pairs": (gpu_steps.dpo_loss, [8] * 4), "group": (gpu_steps.grpo_loss, [8] * 4)})
+    gpu_steps.section(sheet, True, CPU, ROOF)
+    gpu_steps.section(sheet, True, CPU, ROOF, preference=True)
+    rows = read(sheet.path)[0]
+    assert [(r.name, r.state, r.note) for r in rows if r.state != "ok"] == []
+    assert len(rows) == 9 and all(r.figures["tokens/s"] > 0 and r.figures["head"] == ("TRL's" if trl else "the model's") for r in rows)
+    stock, best, fast = (r.figures for r in rows[:3])
+    assert stock["checkpointing"] and not best["checkpointing"] and not fast["checkpointing"]
+    assert stock["first loss"] == pytest.approx(fast["first loss"], rel=1e-2)
+
+
+def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
+    from fastft.swaps import norms
+
+    real = norms.rms_norm_with_rstd
+    monkeypatch.setattr(norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.05, real(x, *a, **k)[1]))
+    monkeypatch.setattr("fastft.patching.patcher._PROOFS", _Believed())
+    monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
+    gpu_steps.section(sheet, True, CPU, ROOF)
+    states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0]}
+    assert [states[s].state for s in ("stock", "best", "fastft")] == ["ok", "ok", "red"]
+    assert not SPEEDS & set(states["fastft"].figures)
+
+
+class _Believed(dict):
+    """Proofs that always hold: for a planted error that the patch itself would have refused."""
+
+    def __contains__(self, key):
+        return True
+
+    def __getitem__(self, key):
+        from fastft.patching.prove import Proof
+
+        return Proof(True, 0.0, 0.0, "bfloat16")
+
+
+def test_memory_that_runs_out_falls_back_to_checkpointing_and_then_is_a_row(sheet, monkeypatch):
+    tried = []
+
+    def train(model, loss, b, device, *, checkpointing, seconds):
+        tried.append(checkpointing)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More")
+
+    monkeypatch.setattr(gpu_steps, "train", train)
+    row = sheet.run("x", lambda: gpu_steps.fitting(torch.nn.Linear(2, 2), "best", gpu_steps.sft_loss, {}, CPU, 0.0))
+    assert tried == [False, True] and row.state == "out of memory" and row.note == "CUDA out of memory"
+
+
+def test_two_runs_give_the_same_bits(sheet):
+    gpu_host.determinism_section(sheet, True, CPU, ROOF)
+    assert [(r.state, r.figures["same bits"]) for r in read(sheet.path)[0]] == [("ok", True)]
+
+
+def test_two_runs_that_differ_are_red(sheet, monkeypatch):
+    real, calls = gpu_host._step, []
+
+    def step(model, b, device):
+        calls.append(1)
+        return real(model, b, device) + (1e-6 if len(calls) == 5 else 0.0)
+
+    monkeypatch.setattr(gpu_host, "_step", step)
+    gpu_host.determinism_section(sheet, True, CPU, ROOF)
+    assert [(r.state, "1 of " in r.note) for r in read(sheet.path)[0]] == [("red", True)]
+
+
+class Worker(gpu.Worker):
+    """A section whose process runs `code` after the line on its input."""
+
+    def __init__(self, code, rows, log):
+        self.section, self.rows, self.log = "s", rows, log.open("a")
+        start = f"import sys, json, os, time; sys.path.insert(0, '.'); go = json.loads(sys.stdin.readline()); rows = open({str(rows)!r}, 'a')\n"
+        write = "def write(line): rows.write(json.dumps(line) + '\\n'); rows.flush()\n"
+        self.process = subprocess.Popen([sys.executable, "-c", start + write + code], stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, start_new_session=True)
+
+
+def _row(name):
+    return json.dumps({"row": asdict(Row("kernels", name))})
+
+
+DIES = f"""
+for name, row in (("a", {_row("a")!r}), ("b", None), ("c", {_row("c")!r})):
+    if name in go["done"]:
+        continue
+    write({{"begun": name}})
+    if row is None:
+        sys.stderr.write("an illegal access\\n")
+        os._exit(7)
+    write(json.loads(row))
+"""
+HANGS = f"""
+write(json.loads({_row("a")!r}))
+write({{"begun": "b"}})
+time.sleep(60)
+"""
+
+
+def test_a_process_that_dies_costs_one_row(tmp_path):
+    rows, log = tmp_path / "kernels.jsonl", tmp_path / "kernels.log"
+    found = gpu._section("kernels", Worker(DIES, rows, log), lambda name: Worker(DIES, rows, log), time.time() + 30, {})
+    assert [(r.name, r.state) for r in found] == [("a", "ok"), ("b", "error"), ("c", "ok")]
+    assert "ended with 7" in found[1].note and "illegal access" in found[1].note
+
+
+def test_a_process_that_hangs_is_ended_with_its_rows_kept(tmp_path):
+    rows, log = tmp_path / "kernels.jsonl", tmp_path / "kernels.log"
+    begun = time.time()
+    found = gpu._section("kernels", Worker(HANGS, rows, log), None, time.time() - 2, {})
+    assert [(r.name, r.state) for r in found] == [("a", "ok"), ("b", "not run")] and time.time() - begun < 20
+
+
+def test_what_has_no_time_left_is_listed(tmp_path):
+    sheet = Sheet(tmp_path / "rows", "s", time.time() + 1)
+    row = sheet.run("long", lambda: {}, least=30)
+    assert row.state == "not run" and "30 s wanted" in row.note
+    result = gpu.Result(tmp_path / "gpu-x.json", {"command": "c"})
+    gpu.run(["roof", "kernels"], True, result, 0.0, tmp_path)
+    assert [(r.section, r.state) for r in result.rows] == [("roof", "not run"), ("kernels", "not run")]
+    assert "| all of it | not run |" in "\n".join(markdown(result.rows))
+
+
+XDIST = "[gw0] [ 50%] PASSED tests/kernels/test_a.py::test_x[bf16] \n[gw1] [100%] FAILED tests/kernels/test_a.py::test_y[bf16] \nFAILED tests/kernels/test_a.py::test_y[bf16] - x\n"
+PLAIN = "tests/kernels/test_a.py::test_x[bf16] PASSED [ 50%]\ntests/kernels/test_a.py::test_y SKIPPED (no) [100%]\n"
+
+
+def test_pytests_output_is_read():
+    assert gpu_worker.summary(PLAIN, True, 0) == {"passed": 1, "failed": 0, "skipped": 1, "all ran": False}
+    with pytest.raises(Red, match=r"'passed': 1, 'failed': 1.*test_y\[bf16\]"):
+        gpu_worker.summary(XDIST, False, 1)
+    with pytest.raises(Red, match="exit code 4"):
+        gpu_worker.summary("no tests ran", False, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -153,16 +153,30 @@ def build_report(model: nn.Module) -> PatchReport:
         for (kind, group, kernel, reason, p), os in groups.items()
     ]
     rows.sort(key=lambda r: (not r.is_swapped,))
-    fallbacks = Counter(record.fallbacks)
+    return PatchReport(type(base).__name__, tuple(rows), fallbacks_of(model)(), tuple(record.notes))
+
+
+def fallbacks_of(model: nn.Module) -> Callable[[], dict[str, int]]:
+    """A function that sums up the calls which went the stock way, up to when it is called. It keeps the counters, and not the model."""
+    base = innermost(model)
+    record = record_of(model)
+    counters = [] if record is None else [record.fallbacks]
     functions = {}  # rebound free functions count for themselves: one serves all modules of a class
     for module in base.modules():
         if (slot := slot_of(module)) is not None:
-            fallbacks.update(slot.fallbacks)
+            counters.append(slot.fallbacks)
             functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in getattr(mixin, "FAST", ())})
-    for kind, f in functions.values():
-        if f.fallbacks:
-            fallbacks[f"{kind}: {f.__name__} was called outside its proof"] += f.fallbacks
-    return PatchReport(type(base).__name__, tuple(rows), dict(fallbacks), tuple(record.notes))
+
+    def total() -> dict[str, int]:
+        calls: Counter = Counter()
+        for counter in counters:
+            calls.update(counter)
+        for kind, f in functions.values():
+            if f.fallbacks:
+                calls[f"{kind}: {f.__name__} was called outside its proof"] += f.fallbacks
+        return dict(calls)
+
+    return total
 
 
 def strict_check(report: PatchReport, kinds: Iterable[str] | None = None) -> None:

@@ -9,6 +9,7 @@ own classes and the libraries' stay as they are.
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -65,22 +66,36 @@ def _is_root(module: nn.Module) -> bool:
     return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel)) and any(p.requires_grad for p in module.parameters())
 
 
-def _show(model: nn.Module) -> None:
-    """Print the report, once: on the first process of all."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+class Narrator:
+    """What the first process of all prints: every model's report when it is patched, and at the end what went the stock way since."""
+
+    def __init__(self):
+        self._fallbacks: list[Callable[[], dict[str, int]]] = []
+
+    def show(self, model: nn.Module) -> None:
         from rich.console import Console
 
         from fastft.model.api import report
+        from fastft.patching.patcher import fallbacks_of
 
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
         console = Console()
         (console if console.is_terminal else Console(width=130)).print(report(model))  # a log file folds no columns
+        self._fallbacks.append(fallbacks_of(model))
+
+    def conclude(self) -> None:
+        for calls in self._fallbacks:
+            for reason, n in calls().items():
+                print(f"fastft: went the stock way in {n} calls: {reason}")
 
 
 def run_patched(body: Callable[[], None]) -> int:
     """Run `body` with its models patched; the exit code that the interpreter would give. Exceptions pass through."""
     from fastft.model.api import patch
 
-    with PatchOnFirstStep(patch, _show) as watch:
+    narrator = Narrator()
+    with PatchOnFirstStep(patch, narrator.show) as watch:
         try:
             body()
             code = 0
@@ -90,6 +105,7 @@ def run_patched(body: Callable[[], None]) -> int:
                 print(e.code, file=sys.stderr)
     if not watch.seen:
         print("fastft: no transformers or PEFT model was trained in this process, so nothing was patched", file=sys.stderr)
+    narrator.conclude()
     return code
 
 
@@ -132,6 +148,7 @@ def _launch_trl(name: str, script: Path, args: list[str]) -> int:
     import importlib
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     parser = importlib.import_module(f"trl.scripts.{name}").make_parser(prog=f"trl {name}")
@@ -139,5 +156,10 @@ def _launch_trl(name: str, script: Path, args: list[str]) -> int:
     rest = list(from_command)
     own = [a for a in args if not (rest and a == rest[0] and rest.pop(0) is not None)]
     launch = resolve_accelerate_config_argument([*from_config, *from_command])
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "fastft", "run", str(script), *own]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--module", "fastft", "run", str(script), *own]))
+    except subprocess.CalledProcessError as e:  # one process
+        return e.returncode
+    except ChildFailedError as e:  # several: the first that failed
+        return e.get_first_failure()[1].exitcode
     return 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 
-from fastft.tools.run import PatchOnFirstStep, ScriptNotFoundError, run_program, run_script
+from fastft.tools.run import PatchOnFirstStep, ScriptNotFoundError, run_patched, run_program, run_script
 from tests.trainers import harness as h
 
 SCRIPT = """
@@ -116,3 +116,82 @@ def test_what_is_not_there_is_said():
         run_script("nowhere.py", [])
     with pytest.raises(ScriptNotFoundError, match="installed Python command"):
         run_program("no-such-command", [])
+
+
+LAUNCHED = """
+import sys, torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+accelerator = Accelerator(cpu=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+ids = torch.arange(8)[None] + accelerator.process_index
+accelerator.backward(model.train()(input_ids=ids, labels=ids).loss)
+optimizer.step()
+norm = accelerator.unwrap_model(model).model.norm
+assert type(norm).__name__.startswith("Fast")
+same = accelerator.gather(norm.weight.detach()[None])
+assert (same == same[0]).all(), "the processes' gradients were not averaged"
+print("trained by", len(same))
+sys.exit(7)
+"""
+LAUNCHERS = {
+    "accelerate": (["accelerate.commands.launch", "--cpu", "--num_processes", "1"], 1, "exit status 7"),
+    "torchrun": (["torch.distributed.run", "--nproc_per_node", "2"], 2, "(exitcode: 7)"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_a_launcher(folder, tmp_path, launcher):
+    """`accelerate launch ... -m fastft run train.py`: every process patches its model, the first prints, and the launcher is told the code."""
+    command, processes, told = LAUNCHERS[launcher]
+    (tmp_path / "train.py").write_text(LAUNCHED)
+    whole = [sys.executable, "-m", *command, "-m", "fastft", "run", "train.py", str(folder)]
+    run = subprocess.run(whole, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and told in run.stderr, run.stderr[-2000:]  # both launchers answer 1 for any failure, and say which
+    assert run.stdout.count("modules swapped") == 1 and run.stdout.count(f"trained by {processes}") == processes
+
+
+def test_trls_command(folder, tmp_path, monkeypatch, capfd):
+    """`fastft run -- trl sft ...` from a process that stays unpatched: accelerate starts another one, which is the one that trains."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in h.TEXTS))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sft", "--num_processes", 1, "--model_name_or_path", folder, "--dataset_name", "data", "--output_dir", "out", "--max_steps", 1]
+    arguments += ["--use_peft", "--lora_target_modules", "all-linear", "--report_to", "none", "--per_device_train_batch_size", 2]
+    arguments += ["--bf16", "False", "--use_cpu", not torch.cuda.is_available()]
+    code = run_program("trl", list(map(str, arguments)))
+    said = capfd.readouterr()
+    assert code == 0, said.err[-3000:]
+    assert said.out.count("modules swapped") == 1 and (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("failure", "code"), [(subprocess.CalledProcessError(7, "python"), 7), (None, 0)], ids=["fails", "ends"])
+def test_trls_command_gives_the_scripts_code(monkeypatch, failure, code):
+    def launch(args):
+        assert args.module and args.training_script == "fastft" and args.training_script_args[0] == "run"
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    assert run_program("trl", ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--bf16", "False", "--use_cpu", "True"]) == code
+
+
+def test_a_model_that_cannot_be_patched_is_said(capsys):
+    layer = torch.nn.Linear(2, 2)
+    assert run_patched(lambda: layer(torch.ones(1, 2)).sum().backward()) == 0
+    assert "no transformers or PEFT model was trained in this process" in capsys.readouterr().err
+
+
+def test_what_goes_the_stock_way_is_said_at_the_end(folder, capsys):
+    """The model is gone by then."""
+
+    def train():
+        model = h.load(folder, "stock").train()
+        ids = torch.arange(6)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.eval()(input_ids=ids, adapter_names=["default"])
+
+    assert run_patched(train) == 0
+    report, _, since = capsys.readouterr().out.partition("modules swapped")
+    assert "went the stock way" not in report and "calls: linear group: mixed batch by adapter_names" in since

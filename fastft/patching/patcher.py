@@ -12,6 +12,7 @@ from torch import nn
 
 from fastft.patching.kinds import Candidate, Context, Kind
 from fastft.patching.observe import observe
+from fastft.patching.oom import PatchMemoryError, is_out_of_memory
 from fastft.patching.prove import Proof
 from fastft.patching.report import PatchReport, Row
 from fastft.patching.swap import is_fast, obstacle, slot_of, stock_class, uninstall
@@ -77,10 +78,20 @@ def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
         new = record_of(model) is None
         try:
             return _apply(innermost(model), kinds)
-        except BaseException:  # out of memory, an interrupt: a model is patched or stock, never half
+        except BaseException as e:  # out of memory, an interrupt: a model is patched or stock, never half
             if new:
                 undo(model)
+            if is_out_of_memory(e):
+                raise PatchMemoryError(_no_memory(e, new)) from e
             raise
+
+
+def _no_memory(e: BaseException, new: bool) -> str:
+    there = "the model is stock again" if new else "what was patched before stays patched"
+    return (
+        f"patch: no memory was left for the proofs, which run on small copies where the model is ({str(e).splitlines()[0][:200]}); {there}: free "
+        "some and patch again, or patch before the model is moved to the device"
+    )
 
 
 def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
@@ -96,6 +107,7 @@ def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
 def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record:
     seen, names = context.seen, context.names
     record.notes = [f"observation stopped early: {seen.error}"] if seen.error else []
+    record.notes += devices_note(context.model)
     for kind in kinds:
         for module, name in names.items():
             if is_fast(module, kind.name):
@@ -117,6 +129,16 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
             else:
                 outcome.reason = outcome.proof.reason
     return record
+
+
+def devices_note(model: nn.Module) -> list[str]:
+    """One line where the parameters lie on several devices, or are fetched for each call by Accelerate's hooks."""
+    where = {str(p.device) for p in model.parameters()}
+    hooked = "meta" in where and any("_hf_hook" in m.__dict__ for m in model.modules())
+    if len(where) < 2 and not hooked:
+        return []
+    places = sorted(where - {"meta"}) + ["offloaded"] * hooked
+    return [f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"]
 
 
 def proof_of(kind: str, candidate: Candidate) -> Proof:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastft.patching.clone import clone
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.truth import float64_truth
 from fastft_kernels.numerics import compare
 
@@ -140,7 +141,7 @@ def prove(
     stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's device; mark one
     with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype. reset: run on the copy that all others are made of.
     dtypes: instead of (float32, dtype). cast(module, dtype): a copy in that dtype, where casting all parameters is not what that means.
-    Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the reason.
+    Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the reason; but for out of memory.
     """
     worst: Proof | None = None
     cast = cast or cast_parameters
@@ -165,6 +166,7 @@ def prove(
                     return Proof(False, dtype=str(d).removeprefix("torch."), reason=reason)
                 ours = run(fast, d)
             except Exception as e:
+                not_for_want_of_memory(e)
                 return Proof(False, dtype=str(d).removeprefix("torch."), reason=f"candidate raised {type(e).__name__}: {e}")
             verdict = compare(ours, truth, eager)
             proof = Proof(verdict.ok, verdict.error, verdict.eager_error, str(d).removeprefix("torch."), "" if verdict else str(verdict))

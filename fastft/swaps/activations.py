@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install
 from fastft.patching.truth import float64_truth
@@ -51,7 +52,8 @@ def activation_of(module: nn.Module, names: Sequence[str]) -> str | None:
     try:
         with torch.no_grad(), float64_truth():
             y = module(x.clone())
-    except Exception:  # no function of one tensor, so no activation
+    except Exception as e:  # no function of one tensor, so no activation
+        not_for_want_of_memory(e)
         return None
     if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None

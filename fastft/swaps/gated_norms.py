@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastft.patching.kinds import Context
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
@@ -104,6 +105,7 @@ def recognise_gated(probe: nn.Module, weight: str, given: tuple[str, str, int]) 
         with torch.no_grad(), float64_truth():
             y = probe(**dict(zip(names, (x, gate))))
     except Exception as e:  # foreign code on input that it may not expect
+        not_for_want_of_memory(e)
         return f"cannot be run on two tensors of width {width}: {type(e).__name__}"
     for f in _formulas(probe, names, weight, width):
         with torch.no_grad():

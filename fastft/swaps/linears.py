@@ -20,8 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.patching.kinds import Candidate, Context
+from fastft.patching.oom import is_out_of_memory
 from fastft.patching.patcher import Outcome, Record, proof_of, record_of
-from fastft.patching.prove import undisturbed
+from fastft.patching.prove import Proof, undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
 from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_quantised_otherwise, is_unit, never_repacked, refusal, trains, would_repack
@@ -69,6 +70,8 @@ class Group:
     def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
         own = describe(module)
+        if elsewhere(own, x):
+            raise Inexpressible(f"a weight or an adapter is not on its input's device, {x.device}")  # stock's error is the answer
         if not trains(own) and not would_repack(module, x):
             return None
         run, settled = [(module, own)], dtypes(module, x, own)
@@ -79,7 +82,7 @@ class Group:
                 alike = dtypes(later, x, p).items() <= settled.items()
             except Inexpressible:
                 continue  # it says so itself when it is called
-            if alike and p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
+            if alike and not elsewhere(p, x) and p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
                 run.append((later, p))
         ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **settled)
         if len(run) > 1:
@@ -122,6 +125,12 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
             if autocast and wider(autocast, x.dtype) != x.dtype:
                 raise Inexpressible(f"autocast to {autocast} and a {x.dtype} input")  # the sum is wider than either
     return found
+
+
+def elsewhere(p: Projection, x: torch.Tensor) -> bool:
+    """Does anything that this multiplies x by lie on another device?"""
+    device = x.device
+    return p.weight.tensors()[0].device != device or any(a.A.device != device for a in p.adapters)
 
 
 def _version(x: torch.Tensor) -> int:
@@ -207,8 +216,7 @@ class Held:
             if outcome.reason:
                 continue
             if proof is None:
-                with undisturbed():
-                    proof = proof_of(KIND, candidate)
+                proof = _proof_while_training(candidate)
             outcome.proof, outcome.reason = proof, proof.reason
             if proof.ok:
                 outcome.kernel = candidate.kernel
@@ -227,6 +235,17 @@ class Held:
             for (group, _), was in zip(self.groups, before):
                 group.open = was
                 group.clear()
+
+
+def _proof_while_training(candidate: Candidate) -> Proof:
+    """In the middle of a step memory may be short: that is no reason to stop a run which stock would go on with."""
+    try:
+        with undisturbed():
+            return proof_of(KIND, candidate)
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        return Proof(False, reason="no memory was left for its proof: it joins when the model is patched again")
 
 
 def _below(holder: nn.Module, path: str) -> nn.Module | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastft.patching.fingerprint import fingerprint
 from fastft.patching.kinds import Candidate, Context
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, is_fast, stock_class
 from fastft.patching.truth import float64_truth
@@ -277,6 +278,7 @@ class MLPs:
             with torch.no_grad(), float64_truth():
                 y = probe(x)
         except Exception as e:  # attention with fused projections looks like an MLP until it runs
+            not_for_want_of_memory(e)
             if not _there_and_back(linears) or (given > 1 and not _needs_more(module)):
                 return None
             return "it takes more than one tensor" if _needs_more(module) else f"cannot be run on one tensor: {type(e).__name__}"

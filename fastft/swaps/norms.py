@@ -17,6 +17,7 @@ from torch import nn
 
 from fastft.patching.fingerprint import fingerprint
 from fastft.patching.kinds import Candidate, Context
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
@@ -320,6 +321,7 @@ class Norms:
         try:
             probed = _probe(module, width)
         except Exception as e:  # foreign code on input it may not expect: not a norm that we know
+            not_for_want_of_memory(e)
             return f"cannot be run on one tensor of width {width}: {type(e).__name__}" if "norm" in type(module).__name__.lower() else None
         if probed is None:
             return None

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import Proof
 from fastft.patching.rebind import over_globals
 from fastft.patching.truth import float64_truth
@@ -173,6 +174,7 @@ def prove(theirs: type) -> Proof:
             eager, gone, top = run(theirs, torch.float32)
             ours, our_gone, our_top = run(FusedHead, torch.float32)
         except Exception as e:
+            not_for_want_of_memory(e)
             return Proof(False, dtype="float32", reason=f"the two functions cannot be run on the same arguments: {type(e).__name__}: {e}")
         if gone != our_gone or (top is not None and not torch.equal(top, our_top)):
             return Proof(False, dtype="float32", reason="the two functions return different fields")

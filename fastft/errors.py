@@ -37,3 +37,7 @@ class DatasetError(FastftError):
 
 class LigerError(FastftError):
     """`use_liger_kernel=True`, or Liger's kernels by hand, on a model that fastft patches."""
+
+
+class PolicyError(FastftError):
+    """An activation policy that is none."""

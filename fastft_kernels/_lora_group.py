@@ -167,18 +167,37 @@ def add_product(
 
 def forward(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[list[torch.Tensor], Kept]:
     """x [..., in] -> ([T, out_i] in g.out for every projection, what to keep)."""
+    started = low_rank(g, t, x)
+    return outputs(g, t, started), started.kept
+
+
+class Started(NamedTuple):
+    """A forward up to its base products: x [T, in] in the compute dtype, what to keep, every B in the dtype in which it joins y."""
+
+    xc: torch.Tensor
+    kept: Kept
+    Bs: list[torch.Tensor]
+
+
+def low_rank(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor) -> Started:
+    """All that the backward keeps of x [..., in]; no base product yet."""
     xc = rows(x).to(g.compute)
-    xA, add, draws, masks, Bs = None, g.compute, (), (), []
-    if adapters := g.adapters:
-        add = wider(g.compute, g.lora)  # the dtype in which an adapter's output joins y
-        dropped = any(a.p > 0 for a in adapters)
-        As, Bs, _ = operands([t[a.A] for a in adapters], g.lora, [t[a.B] for a in adapters], add, stack=not dropped)
-        if dropped:
-            xA, draws, masks = _dropped_low_rank(g, t, x, As)
-        else:
-            xA = torch.mm(xc if g.lora == g.compute else rows(x).to(g.lora), As[0].t())
-            draws = (None,) * len(adapters)
-    ys, done, joined = [], 0, None if xA is None else xA.to(add)
+    adapters = g.adapters
+    if not adapters:
+        return Started(xc, Kept(None, (), ()), [])
+    dropped = any(a.p > 0 for a in adapters)
+    As, Bs, _ = operands([t[a.A] for a in adapters], g.lora, [t[a.B] for a in adapters], wider(g.compute, g.lora), stack=not dropped)
+    if dropped:
+        return Started(xc, Kept(*_dropped_low_rank(g, t, x, As)), Bs)
+    xA = torch.mm(xc if g.lora == g.compute else rows(x).to(g.lora), As[0].t())
+    return Started(xc, Kept(xA, (None,) * len(adapters), ()), Bs)
+
+
+def outputs(g: Group, t: Sequence[torch.Tensor], started: Started) -> list[torch.Tensor]:
+    """[T, out_i] in g.out for every projection."""
+    xc, kept, Bs = started
+    add = g.compute if kept.xA is None else wider(g.compute, g.lora)  # the dtype in which an adapter's output joins y
+    ys, done, joined = [], 0, None if kept.xA is None else kept.xA.to(add)
     for p in g.projections:
         y, late = _base(g, p, t, xc, add)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):
@@ -187,7 +206,7 @@ def forward(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[list[
             y.add_(t[a.bias], alpha=a.scaling)
         done += len(p.adapters)
         ys.append(y.to(g.out))
-    return ys, Kept(xA, draws, masks)
+    return ys
 
 
 def _base(g: Group, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: torch.Tensor, add: torch.dtype):

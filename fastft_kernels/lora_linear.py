@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastft_kernels import _lora_group as group
 from fastft_kernels._lora_group import AdapterSlot, Group, Kept, ProjectionSlot
+from fastft_kernels.lean import recomputing
 from fastft_kernels.recipe import Recipe
 from fastft_kernels.weights import FrozenWeight, as_weight
 
@@ -92,46 +93,103 @@ def trainable(g: Group, needs: Sequence[bool], index: int) -> bool:
     return any(i >= 0 and needs[i] for i in own)
 
 
+def _remember(ctx, g: Group, recompute, x: torch.Tensor, parameters, recipe, kept: Kept, first: int = 4) -> tuple[int, ...]:
+    """Saves what the backward needs; the indices of the projections whose output has no gradient. first: the parameters' place among
+    the function's arguments."""
+    want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[first : first + len(parameters)]
+    xs: tuple[torch.Tensor, ...] = ()
+    if input_needed(g, needs):
+        xs = recipe if recompute is not None else (saved_input(g, x),)
+    kept_xA = (kept.xA,) if kept.xA is not None and any(needs[a.B] for a in g.adapters) else ()
+    ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)
+    ctx.g, ctx.recompute, ctx.draws, ctx.counts = g, recompute, kept.draws, (len(parameters), len(xs), len(kept_xA))
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.set_materialize_grads(False)
+    return () if want else tuple(i for i in range(len(g.projections)) if not trainable(g, needs, i))
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Group, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor):
         parameters, recipe = tensors[: len(tensors) - n_recipe], tensors[len(tensors) - n_recipe :]
-        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + len(parameters)]
         with group.exact_dtypes(x):
             ys, kept = group.forward(g, parameters, x)
-            xs: tuple[torch.Tensor, ...] = ()
-            if input_needed(g, needs):
-                xs = recipe if recompute is not None else (saved_input(g, x),)
-        kept_xA = (kept.xA,) if kept.xA is not None and any(needs[a.B] for a in g.adapters) else ()
-        ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)
-        ctx.g, ctx.recompute, ctx.draws, ctx.counts = g, recompute, kept.draws, (len(parameters), len(xs), len(kept_xA))
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.set_materialize_grads(False)
-        # no views, to autograd: who called may write into the result
-        ys = tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
-        if not want:
-            ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not trainable(g, needs, i)))
+            constant = _remember(ctx, g, recompute, x, parameters, recipe, kept)
+        ys = _shaped(ys, x)
+        ctx.mark_non_differentiable(*(ys[i] for i in constant))
         return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        n, n_xs, n_xA = ctx.counts
-        saved = ctx.saved_tensors
-        parameters, xs, rest = saved[:n], saved[n : n + n_xs], saved[n + n_xs :]
-        if all(dy is None for dy in dys):
-            return (None,) * len(ctx.needs_input_grad)
-        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + n]
-        kept = Kept(rest[0] if n_xA else None, ctx.draws, rest[n_xA:])
-        with group.exact_dtypes(next(dy for dy in dys if dy is not None)):
-            work = group.Backward(ctx.g, parameters, needs, kept, dys, ctx.x_shape)
-            dx = work.input_gradient(want, ctx.x_dtype)
-            x = None
-            if n_xs:
-                x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
-            grads = work.parameter_gradients(x)
-        n_rest = len(ctx.needs_input_grad) - 4 - n
-        return None, None, None, dx if dx is None else dx.view(ctx.x_shape), *grads, *(None,) * n_rest
+        return _gradients(ctx, dys)
+
+
+def _gradients(ctx, dys, first: int = 4) -> tuple[torch.Tensor | None, ...]:
+    """One gradient, or None, for each argument of the forward; the parameters begin at argument `first`."""
+    n, n_xs, n_xA = ctx.counts
+    saved = ctx.saved_tensors
+    parameters, xs, rest = saved[:n], saved[n : n + n_xs], saved[n + n_xs :]
+    if all(dy is None for dy in dys):
+        return (None,) * len(ctx.needs_input_grad)
+    want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[first : first + n]
+    kept = Kept(rest[0] if n_xA else None, ctx.draws, rest[n_xA:])
+    with group.exact_dtypes(next(dy for dy in dys if dy is not None)):
+        work = group.Backward(ctx.g, parameters, needs, kept, dys, ctx.x_shape)
+        dx = work.input_gradient(want, ctx.x_dtype)
+        x = None
+        if n_xs:
+            x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
+        grads = work.parameter_gradients(x)
+    dx = dx if dx is None else dx.view(ctx.x_shape)
+    n_rest = len(ctx.needs_input_grad) - first - n
+    return *(None,) * 3, dx, *(None,) * (first - 4), *grads, *(None,) * n_rest
+
+
+def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[T, out_i] -> [..., out_i], no views to autograd: who called may write into the result."""
+    return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
+
+
+class _Keep(torch.autograd.Function):
+    """The first half of _LoraLinear: saves the same tensors in the same order, and multiplies nothing but xA. Returns stand-ins for
+    the outputs, of their shapes and without memory. started: an empty list that receives the state with which to go on."""
+
+    @staticmethod
+    def forward(ctx, g: Group, recompute, n_recipe: int, x: torch.Tensor, started: list, *tensors: torch.Tensor):
+        parameters, recipe = tensors[: len(tensors) - n_recipe], tensors[len(tensors) - n_recipe :]
+        with group.exact_dtypes(x):
+            started.append(group.low_rank(g, parameters, x))
+            constant = _remember(ctx, g, recompute, x, parameters, recipe, started[0].kept, first=5)
+        stand_ins = tuple(x.new_empty((), dtype=g.out).expand(*x.shape[:-1], p.layout.shape[0]) for p in g.projections)
+        ctx.mark_non_differentiable(*(stand_ins[i] for i in constant))
+        return stand_ins
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        return _gradients(ctx, dys, first=5)
+
+
+class _Deliver(torch.autograd.Function):
+    """The second half: the output in the place of its stand-in."""
+
+    @staticmethod
+    def forward(ctx, stand_in: torch.Tensor, y: torch.Tensor):
+        return torch.ops.aten._unsafe_view(y, stand_in.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def _saved_first(g: Group, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What _LoraLinear returns, in two halves: a recomputation that stops at the last saved tensor never reaches the products."""
+    started: list = []
+    stand_ins = _Keep.apply(g, recompute, n_recipe, x, started, *tensors)
+    with torch.no_grad(), group.exact_dtypes(x):
+        ys = group.outputs(g, tensors[: len(tensors) - n_recipe], started[0])
+    return tuple(_Deliver.apply(s, y) if s.requires_grad else y.view(s.shape) for s, y in zip(stand_ins, ys))
 
 
 def lora_linear(
@@ -159,4 +217,5 @@ def lora_linear(
     """
     g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype, dropout_dtype)
     kept = recipe.tensors if recipe is not None else ()
-    return _LoraLinear.apply(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)
+    function = _saved_first if recomputing() else _LoraLinear.apply
+    return function(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)

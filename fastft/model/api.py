@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastft.memory.controller import control, controller_of, release
+from fastft.memory.policy import Policy, parse
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 from fastft.swaps import kinds, trl_head
@@ -18,17 +20,22 @@ from fastft.swaps.liger import refuse
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, *, strict: bool = False) -> Model:
+def patch(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None) -> Model:
     """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same instance.
 
     Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules
     that are new and changes nothing else. No other model, class or library is touched.
 
-    Raises TypeError for what is no torch module, LigerError for a model on which Liger's kernels stand, and with strict=True
-    StrictError (the model is then restored) when anything that a recogniser looked at stays stock.
+    activation_policy: which layers keep their activations for the backward, see fastft/memory/policy.py: "trainer" (the default of a
+    first patch: those that the trainer does not checkpoint), "auto", "none", "lean", "full", "offload", a number of layers to
+    recompute, or a memory budget such as "20GiB". Gradients are the same bits under all of them.
+
+    Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which Liger's kernels
+    stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser looked at stays stock.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}")
+    policy = None if activation_policy is None else parse(activation_policy)
     refuse(innermost(model).modules(), "set it to False, or train without fastft")
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(cuda)):  # the user's random stream stands where it stood: proofs draw from a copy
@@ -36,6 +43,8 @@ def patch(model: Model, *, strict: bool = False) -> Model:
         base = innermost(model)
         trl_head.watch(model, base)
         trl_head.bind(base)
+    if policy is not None or controller_of(base) is None:
+        control(base, policy or Policy())
     if strict:
         try:
             strict_check(report(model))
@@ -50,14 +59,15 @@ def unpatch(model: Model) -> Model:
     base = innermost(model)
     trl_head.release(base)
     trl_head.unwatch(model, base)
+    release(base)
     undo(model)
     return model
 
 
 @contextmanager
-def patched(model: Model, *, strict: bool = False) -> Iterator[Model]:
+def patched(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None) -> Iterator[Model]:
     """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an exception."""
-    patch(model, strict=strict)
+    patch(model, strict=strict, activation_policy=activation_policy)
     try:
         yield model
     finally:
@@ -68,6 +78,8 @@ def report(model: nn.Module) -> PatchReport:
     """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not
     patched."""
     found = build_report(model)
+    if (controller := controller_of(innermost(model))) is not None:
+        found = replace(found, notes=(*found.notes, *controller.lines()))
     proof = trl_head.bind(innermost(model))
     if proof is None:
         return found

@@ -24,6 +24,7 @@ from fastft.errors import (
     SequenceLengthError,
     TargetModulesError,
 )
+from fastft.memory.policy import parse
 from fastft.model.api import patch, report
 
 # where to look: as good for an adapter as for its base
@@ -60,6 +61,7 @@ class FastModel:
         device_map: Any = "current",
         auto_class: Any = None,
         is_trainable: bool = True,
+        activation_policy: str | int = "auto",
         **kwargs: Any,
     ) -> Any:
         """Load a model, attach an adapter, patch, print the report once. Other keywords go to transformers' `from_pretrained`.
@@ -81,12 +83,16 @@ class FastModel:
         auto_class: the class whose `from_pretrained` loads the model, such as AutoModelForSequenceClassification for a new reward
             model. By default the class that the checkpoint names.
         is_trainable: whether an adapter found at `name_or_path` is loaded for training.
+        activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about the layers that
+            the trainer checkpoints (TRL does by default): of these it recomputes as few as the free memory asks for. The others:
+            see `fastft.patch`. Gradients are the same bits under all of them.
 
         Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock returns it. The
         tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path).
         Raises FastftError (a ValueError): ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError,
-        SequenceLengthError. Errors of transformers beyond these pass through unchanged.
+        SequenceLengthError, PolicyError. Errors of transformers beyond these pass through unchanged.
         """
+        policy = parse(activation_policy)
         name = os.fspath(name_or_path)
         if _is_path(name) and not os.path.exists(name):
             raise ModelNotFoundError(f"there is no folder {name!r}: give a model's or adapter's folder, or a name on the Hub")
@@ -124,7 +130,7 @@ class FastModel:
         elif peft_config is not None:
             model = _attach(model, default_lora_config() if default_lora else peft_config, kwargs.get("revision"))
 
-        patch(model)
+        patch(model, activation_policy=policy)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console
 

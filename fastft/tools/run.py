@@ -8,6 +8,7 @@ own classes and the libraries' stay as they are.
 
 from __future__ import annotations
 
+import functools
 import runpy
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def run_patched(body: Callable[[], None]) -> int:
     from fastft.model.api import patch
 
     narrator = Narrator()
-    with PatchOnFirstStep(patch, narrator.show) as watch:
+    with PatchOnFirstStep(functools.partial(patch, activation_policy="auto"), narrator.show) as watch:
         try:
             body()
             code = 0

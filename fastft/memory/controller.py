@@ -1,0 +1,155 @@
+"""The policy at work: at each training forward of a stack of layers it says how each of them is run.
+
+It stands in two hooks on the module that calls the layers. The first puts, for the length of that forward, a function of its own in
+the place where transformers looks for the layers' checkpoint function; the second puts back what stood there. So whatever a trainer
+does to the layers' switches and functions between two forwards (TRL turns them off and on around generation) holds, is read
+afresh each time, and is there again afterwards; and a recomputation, which runs in the backward, is not concerned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fastft.memory.embedded import Embedded
+from fastft.memory.forward import Forward
+from fastft.memory.meter import Meter
+from fastft.memory.policy import Policy
+from fastft.memory.stack import Stack, stacks
+
+
+@dataclass
+class Controller:
+    """One for each patched model. base: the innermost transformers model; meter: None measures the device of the batch."""
+
+    base: weakref.ref[nn.Module]
+    policy: Policy
+    stacks: list[Stack] = field(default_factory=list)
+    embedded: Embedded | None = None
+    meter: Meter | None = None
+    untouched: int | None = None  # the trainable parameters' versions at the first forward: unchanged until an optimizer's step
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the report: the policy, and what the last forward of each stack did."""
+        lines = [f"activation policy {self.policy}"]
+        for stack in self.stacks:
+            owner = stack.owner()
+            if stack.last and owner is not None:
+                per_token = max((b for b, _ in stack.measured.values()), default=0.0)
+                size = f"; a kept layer holds {per_token / 1000:.0f} kB a token" if per_token else ""
+                lines.append(f"{type(owner).__name__}, last forward: {stack.last}{size}")
+        return lines + self.notes
+
+    def missing(self) -> int:
+        """Bytes that the step will add beside activations: gradients that are not there, and before the first step of an optimizer two
+        moments for each parameter."""
+        base = self.base()
+        learning = [] if base is None else [p for p in base.parameters() if p.requires_grad]
+        versions = sum(p._version for p in learning)
+        self.untouched = versions if self.untouched is None else self.untouched
+        moments = 2 if versions == self.untouched else 0
+        return sum(((p.grad is None) + moments) * p.numel() * p.element_size() for p in learning)
+
+    def __deepcopy__(self, memo) -> Controller:
+        base = self.base()
+        new = memo[id(self)] = Controller(self.base, self.policy, meter=self.meter, notes=list(self.notes))
+        if base is not None:
+            new.base = weakref.ref(copy.deepcopy(base, memo))
+        new.stacks, new.embedded = copy.deepcopy(self.stacks, memo), copy.deepcopy(self.embedded, memo)
+        return new
+
+
+class Begin:
+    """Forward pre-hook of a stack's owner."""
+
+    def __init__(self, controller: Controller, stack: Stack):
+        self.controller, self.stack = controller, stack
+        self.running: list[Forward | None] = []
+
+    def __call__(self, module: nn.Module, args) -> None:
+        if torch.compiler.is_compiling():
+            return
+        training = module.training and torch.is_grad_enabled() and not _is_sharded(module)
+        forward = Forward(self.controller, self.stack) if training else None
+        self.running.append(forward)
+        if forward is not None:
+            forward.begin()
+
+    def __deepcopy__(self, memo) -> Begin:
+        new = memo[id(self)] = Begin.__new__(Begin)
+        new.controller, new.stack, new.running = copy.deepcopy(self.controller, memo), copy.deepcopy(self.stack, memo), []
+        return new
+
+    def __reduce__(self):
+        """A pickled model is a stock model: what comes back does nothing, and needs the standard library alone."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class End:
+    """Forward hook of a stack's owner, called after an exception too."""
+
+    def __init__(self, begin: Begin):
+        self.begin = begin
+
+    def __call__(self, module: nn.Module, args, output) -> None:
+        if torch.compiler.is_compiling() or not self.begin.running:
+            return
+        forward = self.begin.running.pop()
+        if forward is not None:
+            forward.end()
+
+    def __deepcopy__(self, memo) -> End:
+        new = memo[id(self)] = End(copy.deepcopy(self.begin, memo))
+        return new
+
+    __reduce__ = Begin.__reduce__
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """DeepSpeed gathers a sharded parameter by hooks that all ranks must reach alike: the trainer's own checkpointing stays."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def control(base: nn.Module, policy: Policy) -> Controller:
+    """Put the model's layers under the policy, in place of one that it had."""
+    release(base)
+    controller = Controller(weakref.ref(base), policy, stacks(base))
+    if not controller.stacks:
+        return controller
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if isinstance(embeddings, nn.Module):
+        controller.embedded = Embedded()
+        embeddings.register_forward_hook(controller.embedded, prepend=True)
+    for stack in controller.stacks:
+        owner, begin = stack.owner(), Begin(controller, stack)
+        assert owner is not None
+        owner.register_forward_pre_hook(begin)
+        owner.register_forward_hook(End(begin), always_call=True)
+    return controller
+
+
+def controller_of(base: nn.Module) -> Controller | None:
+    return next((hook.controller for _, _, hook in _hooks(base) if isinstance(hook, Begin)), None)
+
+
+def release(base: nn.Module) -> None:
+    """The exact undo of `control`."""
+    for hooks, key, _ in list(_hooks(base)):
+        owner, table = hooks
+        del table[key]
+        owner._forward_hooks_always_called.pop(key, None)
+
+
+def _hooks(base: nn.Module) -> Iterator[tuple[tuple[nn.Module, dict], int, object]]:
+    for module in base.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(table.items()):
+                if isinstance(hook, (Begin, End, Embedded)):
+                    yield (module, table), key, hook

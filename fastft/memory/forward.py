@@ -1,0 +1,126 @@
+"""One training forward of a stack of layers under a policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastft.memory.choose import Split, choose
+from fastft.memory.meter import Meter, keeping
+from fastft.memory.offload import Offloader
+from fastft.memory.runs import CheckpointFunction, is_plain, lean
+from fastft.memory.stack import Stack, kind_of
+
+if TYPE_CHECKING:
+    from fastft.memory.controller import Controller
+
+WORKSPACE = 2**29  # bytes for the head's tiles and other buffers that do not grow with the batch
+HEAD_BYTES = 8  # for each value of the hidden states: the head's float32 row Jacobian and the gradient that it becomes
+SWITCH, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"  # transformers' names, on each layer
+
+
+class Forward:
+    """begin() before the layers run, end() after them; in between each layer calls its `Run`."""
+
+    def __init__(self, controller: Controller, stack: Stack):
+        self.controller, self.stack = controller, stack
+        self.mode, self.why = controller.policy.mode, ""
+        self.split: Split | None = None
+        self.offloader: Offloader | None = None
+        self.before: list[tuple[nn.Module, dict]] = []  # what stood in a layer's __dict__
+        self.layers: list[nn.Module] = []  # those that the policy is about, in order
+        self.counts = {"kept": 0, "recomputed": 0, "offloaded": 0}
+
+    def begin(self) -> None:
+        policy = self.controller.policy
+        if self.mode == "auto" and _saved_tensors_are_hooked():
+            self.mode, self.why = "trainer", " (as the trainer says: saved tensors are hooked)"  # somebody moves what is saved elsewhere already (TRL's activation offloading)
+        everything = policy.is_explicit and self.mode != "none"
+        for layer in self.stack.alive():
+            theirs = layer.__dict__.get(FUNCTION) if layer.gradient_checkpointing else None
+            theirs = theirs.theirs if isinstance(theirs, Run) else theirs  # left there by an interrupt
+            if theirs is None and not everything:
+                continue
+            index = len(self.layers)
+            self.layers.append(layer)
+            if theirs is None and policy.mode == "layers" and index >= (policy.layers or 0):
+                continue
+            self.before.append((layer, {n: layer.__dict__[n] for n in (SWITCH, FUNCTION) if n in layer.__dict__}))
+            layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, layer, index, theirs)})
+
+    def end(self) -> None:
+        for layer, was in self.before:
+            for name in (SWITCH, FUNCTION):
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(was)
+        self.before.clear()
+        self.counts["kept"] += len(self.layers) - sum(self.counts.values())
+        said = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+        self.stack.last = f"{said} layers{self.why}" if said else ""
+
+    def run(self, index: int, layer: nn.Module, theirs: CheckpointFunction | None, function, args: tuple):
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or x.dim() < 2:
+            return function(*args) if theirs is None else theirs(function, *args)
+        if self.split is None:
+            self.split = self._decide(x)
+        if self.split is None:
+            return self._measured(layer, function, args)
+        if index >= self.split.recomputed:
+            return self._measured(layer, function, args) if self._is_longer(layer, x) else function(*args)
+        if theirs is not None and (self.mode == "full" or not is_plain(theirs)):  # reentrant, selective, somebody's own
+            self.counts["recomputed"] += 1
+            return theirs(function, *args)
+        offloader = None
+        if index < self.split.offloaded:
+            offloader = self.offloader = self.offloader or Offloader(x.device)
+        self.counts["recomputed" if offloader is None else "offloaded"] += 1
+        embedded = self.controller.embedded if index == 0 else None
+        return lean(function, args, embedded, offloader, again_in_full=self.mode == "full")
+
+    def _decide(self, x: torch.Tensor) -> Split | None:
+        """The split of a forward whose first layer is given x [..., tokens, hidden]; None while a kind of layer is not measured."""
+        n, policy = len(self.layers), self.controller.policy
+        if self.mode != "auto":
+            return {"none": Split(0), "offload": Split(n, n), "layers": Split(min(policy.layers or 0, n))}.get(self.mode, Split(n))
+        tokens, length, kept = x.numel() // x.shape[-1], x.shape[-2], []
+        for layer in self.layers:
+            found = self.stack.measured.get(kind_of(layer))
+            if found is None:
+                return None
+            per_token, seen = found
+            kept.append(int(per_token * tokens * max(1.0, length / seen)))  # attention may keep the square of a length
+        meter = self.controller.meter or Meter(x.device, policy.budget)
+        available = int(meter.available() * self.stack.share)
+        reserve = WORKSPACE + HEAD_BYTES * x.numel() + max(kept, default=0) + self.controller.missing()
+        return choose(kept, [x.numel() * x.element_size()] * n, available, reserve)
+
+    def _is_longer(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        found = self.stack.measured.get(kind_of(layer))
+        return self.mode == "auto" and found is not None and x.shape[-2] > found[1]
+
+    def _measured(self, layer: nn.Module, function, args: tuple):
+        x = args[0]
+        with keeping(layer.parameters()) as kept:
+            out = function(*args)
+        self.stack.measured[kind_of(layer)] = kept.bytes / (x.numel() // x.shape[-1]), x.shape[-2]
+        return out
+
+
+class Run:
+    """What stands in the place of a layer's checkpoint function during one forward. theirs: what stood there, if it was switched on."""
+
+    def __init__(self, forward: Forward, layer: nn.Module, index: int, theirs: CheckpointFunction | None):
+        self.forward, self.layer, self.index, self.theirs = forward, layer, index, theirs
+
+    def __call__(self, function, *args, **kwargs):
+        if kwargs:  # transformers binds a layer's keyword arguments before it checkpoints
+            raise TypeError(f"a checkpointed layer: want positional arguments alone, got {sorted(kwargs)}")
+        return self.forward.run(self.index, self.layer, self.theirs, function, args)
+
+
+def _saved_tensors_are_hooked() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None

@@ -71,7 +71,7 @@ def checkpoint(folder: Path, classifier: bool = False, vocab: int = 0, seed: int
     return folder
 
 
-def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = False, lora: bool = True, **settings):
+def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = False, eight_bit: bool = False, lora: bool = True, **settings):
     """way: "stock", "fastft" or "truth"."""
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     quantised = {}
@@ -79,9 +79,11 @@ def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = F
         quantised["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
         )
+    if eight_bit:
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     set_seed(0)
     model = auto.from_pretrained(folder, dtype=torch.float32, **quantised)
-    if four_bit and way == "truth":
+    if quantised and way == "truth":
         model = model.dequantize()
     if lora:
         task = "SEQ_CLS" if classifier else "CAUSAL_LM"
@@ -94,7 +96,7 @@ def load(folder: Path, way: str, *, classifier: bool = False, four_bit: bool = F
         for n, p in sorted(model.named_parameters()):
             if "lora_B" in n:
                 p.data.copy_(torch.randn(p.shape, generator=g) * 0.05)
-    if four_bit:  # TRL casts the adapters of a quantised model to bfloat16: all three ways start there
+    if quantised:  # TRL casts the adapters of a quantised model to bfloat16: all three ways start there
         for p in (p for p in model.parameters() if p.requires_grad):
             p.data = p.data.bfloat16().to(p.dtype)
     if way == "truth":

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from fastft.memory.embedded import Embedded
-from fastft.memory.forward import Forward
+from fastft.memory.forward import Forward, asked_for
+from fastft.memory.guard import Attempt, can_be_guarded
 from fastft.memory.meter import Meter
 from fastft.memory.policy import Policy
+from fastft.memory.runs import is_plain
 from fastft.memory.stack import Stack, stacks
+
+LOWER = {"auto": "lean", "lean": "offload"}
 
 
 @dataclass
@@ -34,18 +40,35 @@ class Controller:
     embedded: Embedded | None = None
     meter: Meter | None = None
     untouched: int | None = None  # the trainable parameters' versions at the first forward: unchanged until an optimizer's step
-    notes: list[str] = field(default_factory=list)
+    passed: bool = False  # a backward has
+    lowered: list[str] = field(default_factory=list)  # what became of "auto" when memory ran out
 
     def lines(self) -> list[str]:
         """For the report: the policy, and what the last forward of each stack did."""
-        lines = [f"activation policy {self.policy}"]
+        lines = [f"activation policy {self.policy}" + "".join(f", lowered to {p} when memory ran out in the first step" for p in self.lowered[-1:])]
         for stack in self.stacks:
             owner = stack.owner()
             if stack.last and owner is not None:
                 per_token = max((b for b, _ in stack.measured.values()), default=0.0)
                 size = f"; a kept layer holds {per_token / 1000:.0f} kB a token" if per_token else ""
                 lines.append(f"{type(owner).__name__}, last forward: {stack.last}{size}")
-        return lines + self.notes
+        return lines
+
+    @property
+    def mode(self) -> str:
+        return self.lowered[-1] if self.lowered else self.policy.mode
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the policy holds whatever the trainer says about checkpointing."""
+        return self.policy.is_explicit or bool(self.lowered)
+
+    def lower(self) -> str | None:
+        """The policy that takes less memory than the one in force, from now on; None where there is none, or the user chose."""
+        following = LOWER.get(self.mode) if self.policy.mode == "auto" else None
+        if following is not None:
+            self.lowered.append(following)
+        return following
 
     def missing(self) -> int:
         """Bytes that the step will add beside activations: gradients that are not there, and before the first step of an optimizer two
@@ -59,7 +82,7 @@ class Controller:
 
     def __deepcopy__(self, memo) -> Controller:
         base = self.base()
-        new = memo[id(self)] = Controller(self.base, self.policy, meter=self.meter, notes=list(self.notes))
+        new = memo[id(self)] = Controller(self.base, self.policy, meter=self.meter, lowered=list(self.lowered))
         if base is not None:
             new.base = weakref.ref(copy.deepcopy(base, memo))
         new.stacks, new.embedded = copy.deepcopy(self.stacks, memo), copy.deepcopy(self.embedded, memo)
@@ -75,6 +98,8 @@ class Begin:
 
     def __call__(self, module: nn.Module, args) -> None:
         if torch.compiler.is_compiling():
+            return
+        if module is not self.stack.owner():  # a replica that DataParallel made
             return
         training = module.training and torch.is_grad_enabled() and not _is_sharded(module)
         forward = Forward(self.controller, self.stack) if training else None
@@ -99,7 +124,7 @@ class End:
         self.begin = begin
 
     def __call__(self, module: nn.Module, args, output) -> None:
-        if torch.compiler.is_compiling() or not self.begin.running:
+        if torch.compiler.is_compiling() or not self.begin.running or module is not self.begin.stack.owner():
             return
         forward = self.begin.running.pop()
         if forward is not None:
@@ -132,7 +157,35 @@ def control(base: nn.Module, policy: Policy) -> Controller:
         assert owner is not None
         owner.register_forward_pre_hook(begin)
         owner.register_forward_hook(End(begin), always_call=True)
+    main = max(controller.stacks, key=lambda s: s.share).owner()
+    if policy.mode == "auto" and main is not None and "forward" not in main.__dict__ and torch.cuda.device_count() <= 1:
+        main.__dict__["forward"] = types.MethodType(_guarded(type(main)), main)  # several devices: DataParallel would share it
     return controller
+
+
+def _guarded(cls: type[nn.Module]) -> Callable:
+    """The forward of an instance of `cls` until one backward has passed. (By its name, pickle finds the class's own instead.)"""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        call = functools.partial(cls.forward, self)
+        begin = next((h for h in self._forward_pre_hooks.values() if isinstance(h, Begin)), None)
+        if begin is None or begin.controller.passed:
+            _unguard(self)
+            return call(*args, **kwargs)
+        learning = [p for p in self.parameters() if p.requires_grad]
+        theirs = [f for layer in begin.stack.alive() if (f := asked_for(layer)) is not None]
+        if not can_be_guarded(self, learning) or not all(map(is_plain, theirs)):  # a reentrant function runs backwards of its own
+            return call(*args, **kwargs)
+        return Attempt(begin.controller, begin.stack, call, learning, args, kwargs)()
+
+    forward._fastft_guard = True
+    return forward
+
+
+def _unguard(owner: nn.Module) -> None:
+    if hasattr(getattr(owner.__dict__.get("forward"), "__func__", None), "_fastft_guard"):
+        del owner.__dict__["forward"]
 
 
 def controller_of(base: nn.Module) -> Controller | None:
@@ -141,6 +194,8 @@ def controller_of(base: nn.Module) -> Controller | None:
 
 def release(base: nn.Module) -> None:
     """The exact undo of `control`."""
+    for module in base.modules():
+        _unguard(module)
     for hooks, key, _ in list(_hooks(base)):
         owner, table = hooks
         del table[key]

@@ -26,7 +26,8 @@ class Forward:
 
     def __init__(self, controller: Controller, stack: Stack):
         self.controller, self.stack = controller, stack
-        self.mode, self.why = controller.policy.mode, ""
+        self.mode, self.why = controller.mode, ""
+        self.ran = False
         self.split: Split | None = None
         self.offloader: Offloader | None = None
         self.before: list[tuple[nn.Module, dict]] = []  # what stood in a layer's __dict__
@@ -34,18 +35,18 @@ class Forward:
         self.counts = {"kept": 0, "recomputed": 0, "offloaded": 0}
 
     def begin(self) -> None:
-        policy = self.controller.policy
+        first = self.controller.policy.layers or 0
         if self.mode == "auto" and _saved_tensors_are_hooked():
-            self.mode, self.why = "trainer", " (as the trainer says: saved tensors are hooked)"  # somebody moves what is saved elsewhere already (TRL's activation offloading)
-        everything = policy.is_explicit and self.mode != "none"
+            # somebody moves what is saved already (TRL's activation offloading)
+            self.mode, self.why = "trainer", " (as the trainer says: saved tensors are hooked)"
+        everything = self.controller.is_explicit and self.mode != "none"
         for layer in self.stack.alive():
-            theirs = layer.__dict__.get(FUNCTION) if layer.gradient_checkpointing else None
-            theirs = theirs.theirs if isinstance(theirs, Run) else theirs  # left there by an interrupt
+            theirs = asked_for(layer)
             if theirs is None and not everything:
                 continue
             index = len(self.layers)
             self.layers.append(layer)
-            if theirs is None and policy.mode == "layers" and index >= (policy.layers or 0):
+            if theirs is None and self.mode == "layers" and index >= first:
                 continue
             self.before.append((layer, {n: layer.__dict__[n] for n in (SWITCH, FUNCTION) if n in layer.__dict__}))
             layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, layer, index, theirs)})
@@ -56,12 +57,14 @@ class Forward:
                 layer.__dict__.pop(name, None)
             layer.__dict__.update(was)
         self.before.clear()
+        if not self.ran:  # compiled, or run by a guarded step's own
+            return
         self.counts["kept"] += len(self.layers) - sum(self.counts.values())
         said = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
         self.stack.last = f"{said} layers{self.why}" if said else ""
 
     def run(self, index: int, layer: nn.Module, theirs: CheckpointFunction | None, function, args: tuple):
-        x = args[0] if args else None
+        self.ran, x = True, args[0] if args else None
         if not isinstance(x, torch.Tensor) or x.dim() < 2:
             return function(*args) if theirs is None else theirs(function, *args)
         if self.split is None:
@@ -119,6 +122,12 @@ class Run:
         if kwargs:  # transformers binds a layer's keyword arguments before it checkpoints
             raise TypeError(f"a checkpointed layer: want positional arguments alone, got {sorted(kwargs)}")
         return self.forward.run(self.index, self.layer, self.theirs, function, args)
+
+
+def asked_for(layer: nn.Module) -> CheckpointFunction | None:
+    """The checkpoint function that the trainer gave this layer, if it switched it on."""
+    found = layer.__dict__.get(FUNCTION) if layer.gradient_checkpointing else None
+    return found.theirs if isinstance(found, Run) else found
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -97,7 +97,8 @@ def _no_memory(e: BaseException, new: bool) -> str:
 def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
     record = base.__dict__[RECORD] = record_of(base) or Record()
     wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
-    seen = observe(base, lambda fn: any(w(fn) for w in wants))
+    with _uncounted(base):
+        seen = observe(base, lambda fn: any(w(fn) for w in wants))
     try:
         return _swap_all(record, Context(base, seen, {m: n for n, m in base.named_modules()}), kinds)
     finally:
@@ -178,22 +179,42 @@ def build_report(model: nn.Module) -> PatchReport:
     return PatchReport(type(base).__name__, tuple(rows), fallbacks_of(model)(), tuple(record.notes))
 
 
-def fallbacks_of(model: nn.Module) -> Callable[[], dict[str, int]]:
-    """A function that sums up the calls which went the stock way, up to when it is called. It keeps the counters, and not the model."""
-    base = innermost(model)
-    record = record_of(model)
-    counters = [] if record is None else [record.fallbacks]
-    functions = {}  # rebound free functions count for themselves: one serves all modules of a class
+def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Callable]]]:
+    """What counts the calls that go the stock way: the record's and every module's counter, and rebound free functions (with their
+    kind), which count for themselves, as one serves all modules of a class."""
+    record = record_of(base)
+    counters, functions = [] if record is None else [record.fallbacks], {}
     for module in base.modules():
         if (slot := slot_of(module)) is not None:
             counters.append(slot.fallbacks)
             functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in getattr(mixin, "FAST", ())})
+    return counters, list(functions.values())
+
+
+@contextmanager
+def _uncounted(base: nn.Module) -> Iterator[None]:
+    """An observation of a model that is patched already puts hooks everywhere: what goes the stock way because of them was nobody's step."""
+    counters, functions = _counters(base)
+    before, numbers = [dict(c) for c in counters], [f.fallbacks for _, f in functions]
+    try:
+        yield
+    finally:
+        for counter, was in zip(counters, before):
+            counter.clear()
+            counter.update(was)
+        for (_, f), was in zip(functions, numbers):
+            f.fallbacks = was
+
+
+def fallbacks_of(model: nn.Module) -> Callable[[], dict[str, int]]:
+    """A function that sums up the calls which went the stock way, up to when it is called. It keeps the counters, and not the model."""
+    counters, functions = _counters(innermost(model))
 
     def total() -> dict[str, int]:
         calls: Counter = Counter()
         for counter in counters:
             calls.update(counter)
-        for kind, f in functions.values():
+        for kind, f in functions:
             if f.fallbacks:
                 calls[f"{kind}: {f.__name__} was called outside its proof"] += f.fallbacks
         return dict(calls)

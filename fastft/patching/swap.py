@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import inspect
 import types
 import weakref
 from collections import Counter
@@ -53,11 +54,22 @@ class Fast:
 _CLASSES: weakref.WeakValueDictionary[tuple[type, ...], type] = weakref.WeakValueDictionary()
 
 
+def _signed(forward: types.FunctionType, stock: type) -> types.FunctionType:
+    """A mixin's forward, which takes anything, under the signature of the stock forward in whose place it runs."""
+    new = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    new.__kwdefaults__, new.__doc__, new.__qualname__ = forward.__kwdefaults__, stock.forward.__doc__, forward.__qualname__
+    new.__signature__ = inspect.signature(stock.forward)
+    return new
+
+
 def _dynamic(stock: type, mixins: tuple[type, ...]) -> type:
     key = (stock, *mixins)
     cls = _CLASSES.get(key)
     if cls is None:
+        forward = next((m.__dict__["forward"] for m in mixins if "forward" in m.__dict__), None)
         body = {"__module__": stock.__module__, "__qualname__": f"Fast{stock.__qualname__}", "__doc__": stock.__doc__}
+        if isinstance(forward, types.FunctionType) and not hasattr(forward, "__wrapped__"):
+            body["forward"] = _signed(forward, stock)
         cls = _CLASSES[key] = type(f"Fast{stock.__name__}", (*mixins, Fast, stock), body)
     return cls
 

@@ -2,7 +2,7 @@
 
     stock    what TRL's trainers do: bf16 autocast over float32 adapters, every layer checkpointed, torch's fused AdamW, gradient clipping
     best     the same with cuDNN's attention first where it is there, and nothing checkpointed if it fits
-    fastft   `fastft.patch(model)`, run as `best` is
+    fastft   cuDNN's attention, and `fastft.patch(model, activation_policy="auto")`: of the layers that are to be checkpointed, as few are as must
 
 The gate comes first, for every stack: losses and gradients of two layers at full width, over several padded batches, against float64.
 With TRL installed, losses go through its fused head; without it through the model's own loss or plain log-probabilities; the rows say which.
@@ -53,12 +53,12 @@ def best(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ours(model: nn.Module, device: torch.device) -> Iterator[None]:
-    with tuned(device), fastft.patched(model):
+    with tuned(device), fastft.patched(model, activation_policy="auto"):
         yield
 
 
 # name -> (context, whether checkpointing is on: the ways tried in turn until one fits)
-STACKS: dict[str, tuple[Callable, tuple[bool, ...]]] = {"stock": (stock, (True,)), "best": (best, (False, True)), "fastft": (ours, (False, True))}
+STACKS: dict[str, tuple[Callable, tuple[bool, ...]]] = {"stock": (stock, (True,)), "best": (best, (False, True)), "fastft": (ours, (True,))}
 
 
 # --- losses

@@ -76,6 +76,37 @@ def verify(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A checkpoint with its tokenizer: name or folder.")],
+    stacks: Annotated[str, typer.Option(help="Some of stock, best, liger, unsloth, fastft, with commas between.")] = "stock,best,liger,unsloth,fastft",
+    cells: Annotated[str, typer.Option(help="Some of sft, packed, long, dpo, grpo, with commas between.")] = "sft,packed,long,dpo,grpo",
+    four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4 (QLoRA).")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 6,
+    seq: Annotated[int | None, typer.Option(min=8, help="Longest row; by default 2048 on a GPU, 64 without.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows; by default 4 on a GPU, 2 without.")] = None,
+    out: Annotated[Path, typer.Option(help="Where bench.json and the plots go.")] = Path("fastft-bench"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Speed and memory of stock, its best flags, the peers and fastft on this machine; what fails the judge prints no speed. Exit code 1
+    when anything is red or fails."""
+    import json
+
+    from rich.console import Console
+
+    from fastft.tools.bench import Options
+    from fastft.tools.bench import bench as run
+
+    split = lambda text: tuple(x.strip() for x in text.split(",") if x.strip())
+    try:
+        options = Options(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    result = run(options)
+    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(140, Console().width)).print(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
 def report(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,

@@ -6,8 +6,9 @@ For T tokens in rows of lengths S_i, frozen linears of sizes in x out, adapters 
     attention  4 Q L sum_i S_i (S_i + 1) / 2 forward; backward 2.5 times that (five products for two, as flash attention recomputes the scores)
     adapters   2 r (in + out) T forward, twice that backward
     head       2 H V for each labelled token, twice: its logits and the gradient of its input; a gradient-free pass once
-    traffic    elementwise work alone, each tensor read and written once in 16 bits: two norms with the residual sums (8 H forward, 8 H
-               backward bytes x 2), rotary (2 (Q + K) each way x 2), the gated product (3 I forward, 6 I backward x 2); three sweeps of the logits
+    traffic    elementwise work alone, each tensor read and written once in 16 bits. Elements a token and layer: two norms with the residual
+               sums 8 H forward, 8 H backward; rotary 2 (Q + K) each way; the gated product of I channels 3 I forward, 6 I backward.
+               Of the logits: written, read by the loss, written as gradient
     NF4        every quantised weight expanded twice: 0.516 bytes read, 2 written for each element
 
 Nothing is recomputed: keeping everything is the fastest where memory allows it. The limit is arithmetic / FLOP/s + traffic / bandwidth.
@@ -79,9 +80,9 @@ def step_bytes(shape: Shape, lengths: Sequence[int], *, labelled: int | None = N
     """Elementwise traffic of the same step in bytes, and that of expanding 4-bit weights."""
     tokens = sum(lengths)
     labelled = tokens if labelled is None else labelled
-    forward = 2 * (4 * shape.hidden + shape.query + shape.key) + 2 * 1.5 * shape.intermediate
-    backward = 2 * (4 * shape.hidden + shape.query + shape.key) + 6.0 * shape.intermediate
-    layers = float(tokens) * shape.layers * ((1 + forwards) * forward + backward)
+    forward = 8 * shape.hidden + 2 * (shape.query + shape.key) + 3 * shape.intermediate
+    backward = forward + 3 * shape.intermediate
+    layers = 2.0 * tokens * shape.layers * ((1 + forwards) * forward + backward)
     head = 2.0 * labelled * shape.vocab * (3 + 2 * forwards)
     expand = (2 + forwards) * shape.linear * (NF4_READ + 2) if four_bit else 0.0
     return layers + head + expand

@@ -168,16 +168,16 @@ def _guarded(cls: type[nn.Module]) -> Callable:
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        call = functools.partial(cls.forward, self)
+        call = functools.partial(cls.forward, self, *args, **kwargs)
         begin = next((h for h in self._forward_pre_hooks.values() if isinstance(h, Begin)), None)
         if begin is None or begin.controller.passed:
             _unguard(self)
-            return call(*args, **kwargs)
+            return call()
         learning = [p for p in self.parameters() if p.requires_grad]
         theirs = [f for layer in begin.stack.alive() if (f := asked_for(layer)) is not None]
-        if not can_be_guarded(self, learning) or not all(map(is_plain, theirs)):  # a reentrant function runs backwards of its own
-            return call(*args, **kwargs)
-        return Attempt(begin.controller, begin.stack, call, learning, args, kwargs)()
+        if not can_be_guarded(self, learning, args, kwargs) or not all(map(is_plain, theirs)):  # a reentrant function runs backwards of its own
+            return call()
+        return Attempt(begin.controller, begin.stack, self, call, learning)()
 
     forward._fastft_guard = True
     return forward

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.memory.forward import Forward
 from fastft.memory.stack import Stack
@@ -24,7 +24,7 @@ from fastft.memory.stack import Stack
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attempt: Attempt, *inputs: torch.Tensor):
+    def forward(ctx, attempt: Attempt, *learning: torch.Tensor):
         ctx.attempt = attempt
         with torch.enable_grad():
             attempt.forward()
@@ -37,25 +37,16 @@ class _Step(torch.autograd.Function):
 
 
 class Attempt:
-    """One guarded call of a stack's owner. `call(*args, **kwargs)` is its own forward; learning: its trainable parameters."""
+    """One guarded call of a stack's owner. call() is its own forward; learning: its trainable parameters. is_shared: a hook may have
+    handed on tensors of the inner graph, from which a second loss is computed."""
 
-    def __init__(self, controller: Any, stack: Stack, call: Callable, learning: list[nn.Parameter], args: tuple, kwargs: dict):
+    def __init__(self, controller: Any, stack: Stack, owner: nn.Module, call: Callable[[], Any], learning: list[nn.Parameter]):
         self.controller, self.stack, self.call, self.learning = controller, stack, call, learning
-        self.given: list[torch.Tensor] = []  # the arguments that want a gradient
-        self.inner: list[torch.Tensor] = []  # they, as leaves of the inner graph
-        self.args, self.kwargs = tree_map_only(torch.Tensor, self._leaf, (args, kwargs))
         self.state = _Randomness(p.device for p in learning)
         self.autocast = _autocast(p.device.type for p in learning)
+        self.is_shared = any(map(_is_foreign, _hooks(owner)))
         self.leaves: list | None = None  # of the output
         self.spec: Any = None
-
-    def _leaf(self, t: torch.Tensor) -> torch.Tensor:
-        if not t.requires_grad:
-            return t
-        leaf = t.detach().requires_grad_()
-        self.given.append(t)
-        self.inner.append(leaf)
-        return leaf
 
     def results(self) -> list[torch.Tensor]:
         """The output's tensors that have a gradient."""
@@ -72,7 +63,7 @@ class Attempt:
         forward = Forward(self.controller, self.stack)
         forward.begin()
         try:
-            self.leaves, self.spec = tree_flatten(self.call(*self.args, **self.kwargs))
+            self.leaves, self.spec = tree_flatten(self.call())
         finally:
             forward.end()
 
@@ -102,27 +93,31 @@ class Attempt:
         self._until_it_fits(body)
 
     def backward(self, grads: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
-        """The gradients of `given` and of `learning`."""
+        """The gradients of `learning`."""
 
         def body() -> list[torch.Tensor | None]:
             if self.leaves is None:  # given up to make room, or used by a backward before this one
                 with self.state.for_a_while(), torch.enable_grad(), self.autocast():
                     self._once()
             wanted = [(t, g) for t, g in zip(self.results(), grads) if g is not None]
-            inputs = [*self.inner, *self.learning]
             if not wanted:
-                return [None] * len(inputs)
-            found = torch.autograd.grad([t for t, _ in wanted], inputs, [g for _, g in wanted], allow_unused=True)
+                return [None] * len(self.learning)
+            outputs, upstream = [t for t, _ in wanted], [g for _, g in wanted]
             self.leaves = None
-            return list(found)
+            return list(torch.autograd.grad(outputs, self.learning, upstream, allow_unused=True, retain_graph=self.is_shared))
 
-        found = self._until_it_fits(body)
+        try:
+            found = self._until_it_fits(body)
+        except RuntimeError as e:
+            if not self.is_shared or "a second time" not in str(e):
+                raise
+            found = self._until_it_fits(body)  # the other loss has been through the inner graph, and has used it up
         self.controller.passed = True
         return found
 
     def __call__(self):
         """The owner's output, by way of the node."""
-        return self.output(_Step.apply(self, *self.given, *self.learning))
+        return self.output(_Step.apply(self, *self.learning))
 
 
 class _Randomness:
@@ -168,10 +163,24 @@ def _autocast(kinds) -> Callable[[], contextlib.AbstractContextManager]:
     return context
 
 
-def can_be_guarded(owner: nn.Module, learning: list[nn.Parameter]) -> bool:
-    """A training forward of one process whose parameters are plain tensors."""
+def can_be_guarded(owner: nn.Module, learning: list[nn.Parameter], args: tuple, kwargs: dict) -> bool:
+    """A training forward of one process, from data that want no gradient, with parameters whose gradients nobody changes on the way."""
     if torch.compiler.is_compiling() or not (owner.training and torch.is_grad_enabled() and learning):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return False
-    return all(type(p) in (torch.Tensor, nn.Parameter) and not hasattr(p, "ds_id") for p in learning)
+    if any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
+        return False
+    return all(type(p) in (torch.Tensor, nn.Parameter) and not hasattr(p, "ds_id") and not p._backward_hooks for p in learning)
+
+
+def _hooks(owner: nn.Module) -> Iterator[Callable]:
+    for module in owner.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+            yield from table.values()
+
+
+def _is_foreign(hook: Callable) -> bool:
+    """Whether it is a user's hook."""
+    name = getattr(hook, "__module__", None) or type(hook).__module__
+    return name.split(".")[0] not in ("transformers", "peft", "trl", "accelerate", "fastft")

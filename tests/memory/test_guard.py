@@ -8,7 +8,7 @@ import torch
 import fastft
 from fastft.memory.controller import controller_of
 from tests.memory.test_activation import N, checkpointed, last, layers_of, model_of
-from tests.swaps.lora_models import BASES, run, same_bits, train_step
+from tests.swaps.lora_models import BASES, gradients, in_float64, judge, run, same_bits, train_step
 
 
 class Full:
@@ -125,12 +125,37 @@ def test_a_graph_used_twice_and_two_forwards():
     same_bits(run(fastft.patch(model_of()), step), run(checkpointed(fastft.patch(model_of(), activation_policy="auto")), step))
 
 
-def test_gradients_of_inputs_and_of_one_parameter():
-    def step(model):
-        embeds = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        loss = model(inputs_embeds=embeds, labels=torch.arange(3, 11)[None]).loss
-        one = next(p for p in model.parameters() if p.requires_grad)
-        dx, dp = torch.autograd.grad(loss, (embeds, one))
-        return {"dx": dx, "dp": dp, "loss": loss}
+def inputs_and_one_parameter(model):
+    embeds = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    loss = model(inputs_embeds=embeds, labels=torch.arange(3, 11)[None]).loss
+    dx, dp = torch.autograd.grad(loss, (embeds, next(p for p in model.parameters() if p.requires_grad)))
+    return {"dx": dx, "dp": dp, "loss": loss}
 
+
+def hooked_parameters(model):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(lambda g: 2 * g)
+    return train_step(model)
+
+
+def loss_from_within(model):
+    seen = []
+    layers_of(model)[1].mlp.register_forward_hook(lambda m, args, out: seen.append(out))
+    ids = torch.arange(3, 11)[None]
+    loss = model(ids, labels=ids).loss + seen[0].square().sum()
+    loss.backward()
+    return {"loss": loss, **gradients(model)}
+
+
+@pytest.mark.parametrize("step", [inputs_and_one_parameter, hooked_parameters])
+def test_who_asks_for_more_than_a_step_is_not_guarded(step):
     same_bits(run(fastft.patch(model_of()), step), run(fastft.patch(model_of(), activation_policy="auto"), step))
+
+
+def test_a_second_loss_from_within_goes_through_the_same_graph():
+    """In the first step the two losses' gradients are summed at the parameters and not on the way: other roundings, no other gradient."""
+    stock = model_of()
+    truth = run(in_float64(stock), loss_from_within, truth=True)
+    ours = fastft.patch(model_of(), activation_policy="auto")
+    judge(run(ours, loss_from_within), truth, run(stock, loss_from_within))

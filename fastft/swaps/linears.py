@@ -25,7 +25,10 @@ from fastft.patching.patcher import Outcome, Record, proof_of, record_of
 from fastft.patching.prove import Proof, undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
-from fastft.swaps.lora_state import Inexpressible, base_of, compute_dtype_4bit, describe, is_quantised_otherwise, is_unit, never_repacked, refusal, trains, would_repack
+from fastft.swaps.lora_state import (
+    Inexpressible, base_of, compute_dtype_4bit, describe, is_dense, is_quantised_otherwise, is_unit, never_repacked, refusal,
+    trains, would_repack,
+)  # fmt: skip
 from fastft_kernels._runtime import wider
 from fastft_kernels.lora_linear import Projection, lora_linear
 from fastft_kernels.recipe import recipe_of
@@ -111,7 +114,7 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     base = base_of(module)
-    dense = stock_class(base) is nn.Linear
+    dense = is_dense(base)
     if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (base.weight, base.bias)):
         raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")  # stock's error is the answer
     if dense or x.dtype == torch.float64:

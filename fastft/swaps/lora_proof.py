@@ -11,7 +11,7 @@ from torch import nn
 from fastft.patching.clone import clone
 from fastft.patching.prove import Proof, cast_parameters, prove
 from fastft.patching.swap import KEY, stock_class
-from fastft.swaps.lora_state import LORA_LAYERS, base_of
+from fastft.swaps.lora_state import LORA_LAYERS, base_of, is_dense
 
 N_IN, N_OUT = 64, 40
 
@@ -28,7 +28,7 @@ class Siblings(nn.Module):
 
 
 def _is_quantised(base: nn.Module) -> bool:
-    return stock_class(base) is not nn.Linear
+    return not is_dense(base)
 
 
 def group_key(members: Sequence[nn.Module]) -> Hashable:
@@ -59,9 +59,12 @@ def _small_base(base: nn.Module, generator: torch.Generator, device: torch.devic
             compress_statistics=base.weight.compress_statistics, quant_type=base.weight.quant_type, quant_storage=base.quant_storage, module=small,
         )  # fmt: skip
         small = small.to(device)
-    else:
+    elif stock_class(base) is nn.Linear:
         small = nn.Linear(N_IN, N_OUT, bias=base.bias is not None, dtype=base.weight.dtype, device=device)
         small.weight.data.copy_(weight)
+    else:
+        small = stock_class(base)(N_OUT, N_IN).to(device, base.weight.dtype)
+        small.weight.data.copy_(weight.t())
     if small.bias is not None:
         small.bias.data = torch.randn(N_OUT, generator=generator).to(device, base.bias.dtype)
     return small

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastft.patching.swap import stock_class
 from fastft_kernels.lora_linear import Adapter, Projection
@@ -39,7 +40,8 @@ def _bnb_classes() -> dict[str, type]:
 
 
 _BNB = _bnb_classes()
-BASES = (nn.Linear, *(c for n, c in _BNB.items() if "." not in n))
+DENSE = (nn.Linear, Conv1D)  # a Conv1D is a linear layer whose weight is [in, out]
+BASES = (*DENSE, *(c for n, c in _BNB.items() if "." not in n))
 LORA_LAYERS = (peft_layer.Linear, *(c for n, c in _BNB.items() if "." in n))
 
 
@@ -58,6 +60,11 @@ def is_quantised_otherwise(module: nn.Module) -> bool:
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside a LoRA layer, or the module itself."""
     return module.base_layer if stock_class(module) in LORA_LAYERS else module
+
+
+def is_dense(module: nn.Module) -> bool:
+    """A base layer whose weight is a matrix of numbers, by its class."""
+    return stock_class(module) in DENSE
 
 
 def _is_4bit(module: nn.Module) -> bool:
@@ -80,8 +87,13 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def base_weight(base: nn.Module) -> FrozenWeight:
-    """The weight of an nn.Linear or of a bitsandbytes layer, uncopied."""
+    """The weight [out, in] of a linear layer, a Conv1D (a view) or a bitsandbytes layer, uncopied."""
     weight = base.weight
+    if stock_class(base) is Conv1D:
+        _plain(weight, "the base weight")
+        if weight.shape != (base.nx, base.nf):
+            raise Inexpressible("the base weight is sharded or gathered elsewhere")
+        return as_weight(weight.t())
     if stock_class(base) is nn.Linear:
         _plain(weight, "the base weight")
         if weight.shape != (base.out_features, base.in_features):
@@ -171,7 +183,7 @@ def describe(module: nn.Module) -> Projection:
             raise Inexpressible(f"its base layer is a {type(base).__name__}")
         if _hooked(base):
             raise Inexpressible("its base layer carries a hook")
-        if getattr(module, "fan_in_fan_out", False):
+        if getattr(module, "fan_in_fan_out", False) and stock_class(base) is not Conv1D:
             raise Inexpressible("fan_in_fan_out")
         found = adapters(module)
         if found and not getattr(module, "cast_input_dtype_enabled", True):
@@ -194,7 +206,7 @@ def refusal(module: nn.Module) -> str:
         return f"its base layer is a {stock_class(base).__name__}"
     if stock_class(base) is _BNB.get("Linear8bitLt"):
         return "8-bit base: its products quantise the input"
-    if layer and getattr(module, "fan_in_fan_out", False):
+    if layer and getattr(module, "fan_in_fan_out", False) and stock_class(base) is not Conv1D:
         return "fan_in_fan_out"
     names = [n for n in module.active_adapters if n in module.lora_variant] if layer else []
     return f"{type(module.lora_variant[names[0]]).__name__}: a variant of LoRA" if names else ""

@@ -26,8 +26,17 @@ from fastft.patching.prove import Proof, undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
 from fastft.swaps.lora_state import (
-    Inexpressible, base_of, compute_dtype_4bit, describe, is_dense, is_quantised_otherwise, is_unit, never_repacked, refusal,
-    trains, would_repack,
+    Inexpressible,
+    base_of,
+    compute_dtype_4bit,
+    describe,
+    is_dense,
+    is_quantised_otherwise,
+    is_unit,
+    never_repacked,
+    refusal,
+    trains,
+    would_repack,
 )  # fmt: skip
 from fastft_kernels._runtime import wider
 from fastft_kernels.lora_linear import Projection, lora_linear

@@ -62,6 +62,10 @@ def true(model):
     return model
 
 
+def stopped_early(model):
+    return [n for n in fastft.report(model).notes if n.startswith("observation")]
+
+
 def evaluate(model):
     model.eval()
     with torch.no_grad():
@@ -118,7 +122,7 @@ def test_a_dense_sibling_is_fast(kind):
 def test_patched_bare_then_wrapped(kind):
     """The layers are in the report before there is an adapter, and stay stock with one."""
     ours = fastft.patch(converted(CONVERT[kind]))
-    assert sum(r.count for r in fastft.report(ours).stock) == 14 and not fastft.report(ours).notes
+    assert sum(r.count for r in fastft.report(ours).stock) == 14 and not stopped_early(ours)
     ours, stock = adapted(ours), adapted(converted(CONVERT[kind]))
     judge(run(ours, train_step), run(true(stock), train_step, truth=True), run(stock, train_step))
     assert sum(r.count for r in fastft.report(ours).stock) == 14
@@ -138,5 +142,5 @@ def test_transformers_own_fp8_layer():
             train_step(model)
         errors.append((e.type, str(e.value)))
     assert errors[0] == errors[1]
-    bare = fastft.report(fastft.patch(converted(lambda linear: fp8(linear, FP8Linear))))
-    assert sum(r.count for r in bare.stock) == 14 and not bare.notes
+    bare = fastft.patch(converted(lambda linear: fp8(linear, FP8Linear)))
+    assert sum(r.count for r in fastft.report(bare).stock) == 14 and not stopped_early(bare)

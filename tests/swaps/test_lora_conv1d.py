@@ -19,7 +19,7 @@ def gpt2(dtype=torch.float32):
     off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, **off)
     model = GPT2LMHeadModel(config)
-    for n, p in model.named_parameters():
+    for p in model.parameters():
         nn.init.normal_(p, std=0.15)
     return model.to(dtype).train()
 
@@ -29,7 +29,7 @@ def with_lora(dtype=torch.float32, **settings):
 
 
 def unfreeze(model):
-    for n, p in model.named_parameters():
+    for p in model.parameters():
         p.requires_grad_(True)
 
 

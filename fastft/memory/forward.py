@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,7 @@ class Forward:
         self.offloader: Offloader | None = None
         self.before: list[tuple[nn.Module, dict]] = []  # what stood in a layer's __dict__
         self.layers: list[nn.Module] = []  # those that the policy is about, in order
+        self.kinds: list[Hashable] = []  # theirs, for "auto"
         self.counts = {"kept": 0, "recomputed": 0, "offloaded": 0}
 
     def begin(self) -> None:
@@ -49,7 +51,7 @@ class Forward:
             if theirs is None and self.mode == "layers" and index >= first:
                 continue
             self.before.append((layer, {n: layer.__dict__[n] for n in (SWITCH, FUNCTION) if n in layer.__dict__}))
-            layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, layer, index, theirs)})
+            layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, index, theirs)})
 
     def end(self) -> None:
         for layer, was in self.before:
@@ -63,16 +65,16 @@ class Forward:
         said = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
         self.stack.last = f"{said} layers{self.why}" if said else ""
 
-    def run(self, index: int, layer: nn.Module, theirs: CheckpointFunction | None, function, args: tuple):
+    def run(self, index: int, theirs: CheckpointFunction | None, function, args: tuple):
         self.ran, x = True, args[0] if args else None
         if not isinstance(x, torch.Tensor) or x.dim() < 2:
             return function(*args) if theirs is None else theirs(function, *args)
         if self.split is None:
             self.split = self._decide(x)
         if self.split is None:
-            return self._measured(layer, function, args)
+            return self._measured(index, function, args)
         if index >= self.split.recomputed:
-            return self._measured(layer, function, args) if self._is_longer(layer, x) else function(*args)
+            return self._measured(index, function, args) if self._is_longer(index, x) else function(*args)
         if theirs is not None and (self.mode == "full" or not is_plain(theirs)):  # reentrant, selective, somebody's own
             self.counts["recomputed"] += 1
             return theirs(function, *args)
@@ -89,8 +91,9 @@ class Forward:
         if self.mode != "auto":
             return {"none": Split(0), "offload": Split(n, n), "layers": Split(min(policy.layers or 0, n))}.get(self.mode, Split(n))
         tokens, length, kept = x.numel() // x.shape[-1], x.shape[-2], []
-        for layer in self.layers:
-            found = self.stack.measured.get(kind_of(layer))
+        self.kinds = self.kinds or [kind_of(layer) for layer in self.layers]
+        for kind in self.kinds:
+            found = self.stack.measured.get(kind)
             if found is None:
                 return None
             per_token, seen = found
@@ -100,28 +103,28 @@ class Forward:
         reserve = WORKSPACE + HEAD_BYTES * x.numel() + max(kept, default=0) + self.controller.missing()
         return choose(kept, [x.numel() * x.element_size()] * n, available, reserve)
 
-    def _is_longer(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        found = self.stack.measured.get(kind_of(layer))
-        return self.mode == "auto" and found is not None and x.shape[-2] > found[1]
+    def _is_longer(self, index: int, x: torch.Tensor) -> bool:
+        found = self.stack.measured.get(self.kinds[index]) if self.mode == "auto" else None
+        return found is not None and x.shape[-2] > found[1]
 
-    def _measured(self, layer: nn.Module, function, args: tuple):
+    def _measured(self, index: int, function, args: tuple):
         x = args[0]
-        with keeping(layer.parameters()) as kept:
+        with keeping(self.layers[index].parameters()) as kept:
             out = function(*args)
-        self.stack.measured[kind_of(layer)] = kept.bytes / (x.numel() // x.shape[-1]), x.shape[-2]
+        self.stack.measured[self.kinds[index]] = kept.bytes / (x.numel() // x.shape[-1]), x.shape[-2]
         return out
 
 
 class Run:
     """What stands in the place of a layer's checkpoint function during one forward. theirs: what stood there, if it was switched on."""
 
-    def __init__(self, forward: Forward, layer: nn.Module, index: int, theirs: CheckpointFunction | None):
-        self.forward, self.layer, self.index, self.theirs = forward, layer, index, theirs
+    def __init__(self, forward: Forward, index: int, theirs: CheckpointFunction | None):
+        self.forward, self.index, self.theirs = forward, index, theirs
 
     def __call__(self, function, *args, **kwargs):
         if kwargs:  # transformers binds a layer's keyword arguments before it checkpoints
             raise TypeError(f"a checkpointed layer: want positional arguments alone, got {sorted(kwargs)}")
-        return self.forward.run(self.index, self.layer, self.theirs, function, args)
+        return self.forward.run(self.index, self.theirs, function, args)
 
 
 def asked_for(layer: nn.Module) -> CheckpointFunction | None:

@@ -24,7 +24,7 @@ import fastft
 from benchmarks.gpu_models import HAS_TRL, RANK, Batch, alpaca_lengths, batch, build, checkpoint_layers, config_8b, with_trl_head
 from benchmarks.sheet import Figures, Red, Sheet
 from fastft.patching.truth import float64_truth
-from fastft.tools.bench_gate import gate
+from fastft.tools.gate import gate
 from fastft.tools.bench_limits import Shape, limit_seconds
 from fastft.tools.bench_timing import Roof, Times, synchronize
 from fastft.tools.verify import in_float64

@@ -115,8 +115,8 @@ class Worker:
         """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for stock and the truth."""
         from safetensors.torch import load_file, save_file
 
-        from fastft.tools.bench_gate import gate
         from fastft.tools.bench_steps import losses_and_gradients
+        from fastft.tools.gate import gate
 
         found = losses_and_gradients(self.spec, cell, self.model, self.tokenizer, DRAWS)
         path = lambda who: self.folder / f"gate-{cell}-{who}.safetensors"

@@ -2,15 +2,14 @@
 
 Two levels. Per group of the patch report one module is taken with its real weights, fed what it really received in the stock forward,
 and run three times: stock, patched, and stock in float64 (`float64_truth`). Then the whole model: loss and the gradient of every trainable
-parameter, the same three ways, where a float64 copy fits in memory; a larger model is verified decoder layer by decoder layer instead.
-Dropout is off meanwhile. The verdict is the judge's; whatever fails is named by its group.
+parameter, the same three ways, where float64 copies fit in memory; a larger model is verified decoder layer by decoder layer instead, all of
+them, and then from the last one's output to the loss. Dropout is off meanwhile. The verdict is the judge's; whatever fails is named by its group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,23 +17,25 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastft.model.api import patch, report, unpatch
 from fastft.patching.clone import clone
 from fastft.patching.patcher import innermost, record_of
-from fastft.patching.prove import cast_parameters
 from fastft.patching.truth import float64_truth
-from fastft.swaps.lora_proof import dense_in_float64
+from fastft.tools.gate import gate
+from fastft.tools.verify_layers import Tail, decoder_layers, tail_of
+from fastft.tools.verify_runs import as_stock, in_float64, results, tensors_in, truth
 from fastft_kernels.numerics import Verdict, compare
 
-WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy
+WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes too long, where it fits
 
 
 @dataclass(frozen=True)
 class Line:
     """One comparison: max error relative to the largest true value, ours and stock's; `worst` names the output or gradient."""
 
-    level: str  # "module", "layer" or "model"
+    level: str  # "module", "layer", "tail" or "model"
     group: str
     module: str
     kernel: str
@@ -92,15 +93,18 @@ class Verification:
         return capture.get()
 
 
-def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: int = 2, seed: int = 0) -> Verification:
+def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: int = 2, seed: int = 0, layers: bool | None = None) -> Verification:
     """Judge `model` (patched or not; afterwards as it was) on `batch`, keyword arguments of one training forward with labels.
 
-    batch None draws random tokens [size, seq] and uses them as labels. Raises ValueError where the model returns no loss for them.
+    batch None draws random tokens [size, seq] and uses them as labels. layers: True verifies decoder layer by decoder layer, with one of them in
+    float64 at a time; False the whole model at once; None by its size and the memory that is free. Raises ValueError where the model returns no
+    loss for the batch.
     """
     was_patched = record_of(model) is not None
     base = innermost(model)
     batch = dict(batch) if batch is not None else _random_batch(base, size, seq, seed)
     batch.setdefault("use_cache", False)  # a cache would be filled twice
+    layers = not _whole_fits(base) if layers is None else layers
     modes = [(m, m.training) for m in model.modules()]
     drops = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
     random = torch.random.get_rng_state()
@@ -109,24 +113,26 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         for m, _ in drops:
             m.p = 0.0
         patch(model)
-        rows = report(model).swapped
-        layers, whole = [], _float64_bytes(base) <= WHOLE_MODEL_BYTES
+        targets = [("module", r.kind, r.group, r.example, r.kernel) for r in report(model).swapped]
         unpatch(model)
         names = dict(base.named_modules())
-        if not whole:
-            layers = _layers(base)
-        examples = [(r.kind, r.group, r.example, r.kernel) for r in rows]
-        calls = _capture(model, batch, {names[n]: n for _, _, n, _ in examples} | {m: n for n, m in layers})
-        targets = [("module", *e) for e in examples] + [("layer", "decoder layer", type(m).__name__, n, "all of its swaps") for n, m in layers]
-        notes = [f"{kind}: {group} ({name}) was not reached by this batch" for _, kind, group, name, _ in targets if name not in calls]
-        targets = [t for t in targets if t[3] in calls]
-        stock = [(_truth(names[n], *calls[n]), _results(names[n], *calls[n])) for _, _, _, n, _ in targets]
-        stock_step = stock_steps(model, batch) if whole else None
+        tail: tuple[Tail, Tail] | None = None
+        notes: list[str] = []
+        if layers:
+            where, stack = decoder_layers(base)
+            targets += [("layer", "decoder layer", f"{i}", f"{where}.{i}", "all of its swaps") for i in range(len(stack))]
+        calls, hidden = _capture(model, batch, {names[n]: n for _, _, _, n, _ in targets}, last=stack[-1] if layers and stack else None)
+        notes += [f"{kind}: {group} ({name}) was not reached by this batch" for _, kind, group, name, _ in targets if name not in calls]
+        stock_step = None if layers else stock_steps(model, batch)
+        if hidden is not None:
+            tail = _stock_tail(base, batch, hidden, notes)
         patch(model)
-        lines = [
-            Line.of(level, f"{kind}: {group}", name, kernel, compare(_results(names[name], *calls[name]), truth, eager))
-            for (level, kind, group, name, kernel), (truth, eager) in zip(targets, stock)
-        ]
+        lines = []
+        for level, kind, group, name, kernel in targets:
+            if name in calls:
+                lines.append(Line.of(level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])))
+        if tail is not None:
+            lines.append(Line.of("tail", "from the last layer to the loss", "", "all swaps", gate(tail_of(base, batch, hidden), *tail)))
         if stock_step is not None:
             lines.append(Line.of("model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)))
     finally:
@@ -143,6 +149,35 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
     return Verification(type(base).__name__, dtype, tuple(lines), tuple(notes))
 
 
+def _verdict(level: str, module: nn.Module, args: tuple, kwargs: dict) -> Verdict:
+    """A patched module against itself as stock, on one call; a layer's gradients are judged together."""
+    with as_stock(module):
+        true, eager = truth(module, args, kwargs), results(module, args, kwargs)
+    ours = results(module, args, kwargs)
+    return gate(ours, true, eager, lambda name: name.startswith("output")) if level == "layer" else compare(ours, true, eager)
+
+
+def _stock_tail(base: nn.Module, batch: dict, hidden: torch.Tensor, notes: list[str]) -> tuple[Tail, Tail] | None:
+    """(truth, eager) of what follows the last layer; None, and a note, where the model does not run without layers or float64 has no room."""
+    try:
+        return tail_of(base, batch, hidden, exact=True), tail_of(base, batch, hidden)
+    except (torch.OutOfMemoryError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
+        notes.append(f"from the last layer to the loss: not verified ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no details'})")
+        return None
+
+
+def _whole_fits(base: nn.Module) -> bool:
+    """Whether the float64 copy with its gradients, and the copies of `stock_steps`, take at most half of what is free."""
+    need, device = _float64_bytes(base), next(base.parameters()).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return need <= WHOLE_MODEL_BYTES and 2 * need <= free
+
+
 def _random_batch(base: nn.Module, size: int, seq: int, seed: int) -> dict:
     config = base.config.get_text_config()
     ids = torch.randint(0, config.vocab_size, (size, seq), generator=torch.Generator().manual_seed(seed))
@@ -155,80 +190,34 @@ def _float64_bytes(base: nn.Module) -> int:
     return 16 * sum(getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in base.parameters())
 
 
-def _layers(base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """First, middle and last of the longest list of modules: the decoder layers."""
-    lists = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        return []
-    name, layers = max(lists, key=lambda nm: len(nm[1]))
-    return [(f"{name}.{i}", layers[i]) for i in sorted({0, len(layers) // 2, len(layers) - 1})]
-
-
-def _capture(model: nn.Module, batch: dict, wanted: dict[nn.Module, str]) -> dict[str, tuple[tuple, dict]]:
-    """What each wanted module received first in the stock forward."""
+def _capture(
+    model: nn.Module, batch: dict, wanted: dict[nn.Module, str], last: nn.Module | None
+) -> tuple[dict[str, tuple[tuple, dict]], torch.Tensor | None]:
+    """What each wanted module received first in the stock forward (a mask that all layers are given is kept once); and what `last` returned."""
     calls: dict[str, tuple[tuple, dict]] = {}
-    keep = lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else type(v)(map(keep, v)) if type(v) in (tuple, list) else v
+    copies, returned = WeakIdKeyDictionary(), []
 
     def note(module, args, kwargs):
-        calls.setdefault(wanted[module], (keep(args), {k: keep(v) for k, v in kwargs.items()}))
+        if wanted[module] not in calls:
+            calls[wanted[module]] = _kept(args, copies), {k: _kept(v, copies) for k, v in kwargs.items()}
 
     with contextlib.ExitStack() as stack:
         for m in wanted:
             stack.callback(m.register_forward_pre_hook(note, with_kwargs=True).remove)
+        if last is not None:
+            stack.callback(last.register_forward_hook(lambda m, args, out: returned.append(next(tensors_in(out)).detach())).remove)
         with torch.no_grad():
             model(**batch)
-    return calls
+    return calls, returned[0] if returned else None
 
 
-def _results(module: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype | None = None, truth: bool = False) -> dict[str, torch.Tensor]:
-    """Floating outputs, gradients of floating inputs and of the parameters that train, for one random upstream gradient."""
-    leaves: dict[str, torch.Tensor] = {}
-
-    def lift(v, name):
-        if isinstance(v, torch.Tensor) and v.is_floating_point():
-            v = v.to(dtype or v.dtype)
-            if not name.startswith(("attention_mask", "position_embeddings", "cos", "sin")):
-                v = v.detach().requires_grad_()
-                leaves[f"d {name}"] = v
-            return v
-        if type(v) in (tuple, list):
-            return type(v)(lift(x, f"{name}.{i}") for i, x in enumerate(v))
-        return v
-
-    args = tuple(lift(v, f"input {i}") for i, v in enumerate(args))
-    kwargs = {k: lift(v, k) for k, v in kwargs.items()}
-    leaves |= {f"d {n}": p for n, p in module.named_parameters() if p.requires_grad}
-    with float64_truth() if truth else contextlib.nullcontext():
-        outs = [t for t in _tensors(module(*args, **kwargs)) if t.is_floating_point()]
-        g = torch.Generator().manual_seed(11)
-        ups = [torch.randn(o.shape, generator=g, dtype=torch.float64).float().to(o.device, o.dtype) for o in outs]
-        pairs = [(o, u) for o, u in zip(outs, ups) if o.requires_grad]
-        grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True) if pairs else ()
-    found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
-    return found | {k: v for k, v in zip(leaves, grads) if v is not None}
-
-
-def _tensors(out) -> Iterator[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        yield out
-    elif isinstance(out, dict):
-        yield from _tensors(tuple(out.values()))
-    elif isinstance(out, (tuple, list)):
-        for o in out:
-            yield from _tensors(o)
-
-
-def _truth(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
-    return {k: v.double() for k, v in _results(in_float64(module), args, kwargs, torch.float64, True).items()}
-
-
-def in_float64(module: nn.Module) -> nn.Module:
-    """A stock copy in float64 (a quantised weight as the matrix that it stands for), with the same parameters training."""
-    quantised = any(hasattr(getattr(m, "weight", None), "quant_state") for m in module.modules())
-    copy = dense_in_float64(module, torch.float64) if quantised else cast_parameters(clone(module), torch.float64)
-    for (_, p), (_, q) in zip(copy.named_parameters(), module.named_parameters()):
-        p.requires_grad_(q.requires_grad and p.is_floating_point())
-    return copy
+def _kept(v, copies: WeakIdKeyDictionary):
+    """v with its tensors copied, each of them once."""
+    if isinstance(v, torch.Tensor):
+        if v not in copies:
+            copies[v] = v.detach().clone()
+        return copies[v]
+    return type(v)(_kept(x, copies) for x in v) if type(v) in (tuple, list) else v
 
 
 def _step(model: nn.Module, batch: dict, truth: bool = False) -> dict[str, torch.Tensor]:
@@ -269,7 +258,9 @@ def stock_steps(stock: nn.Module, batch: dict) -> tuple[dict[str, torch.Tensor],
     return truth, {k: max(runs, key=lambda r, k=k: error(r, k))[k] for k in truth}
 
 
-def verify_checkpoint(name: str, *, dtype: str = "auto", four_bit: bool = False, lora: bool = True, seq: int = 64, size: int = 2) -> Verification:
+def verify_checkpoint(
+    name: str, *, dtype: str = "auto", four_bit: bool = False, lora: bool = True, seq: int = 64, size: int = 2, layers: bool | None = None
+) -> Verification:
     """`verify` of a checkpoint as FastModel loads it, with B of the adapter drawn (at its initial zero no gradient would reach A)."""
     from peft import LoraConfig
 
@@ -281,4 +272,4 @@ def verify_checkpoint(name: str, *, dtype: str = "auto", four_bit: bool = False,
     for n, p in model.named_parameters():
         if "lora_B" in n:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    return verify(model, seq=seq, size=size)
+    return verify(model, seq=seq, size=size, layers=layers)

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from fastft.cli import app
 from fastft.tools import bench, bench_cells, bench_stacks, bench_steps
-from fastft.tools.bench_gate import gate
 from fastft.tools.bench_limits import Shape, limit_seconds, step_bytes, step_flops
 from fastft.tools.bench_spec import Spec, row_lengths
 from fastft.tools.bench_timing import ColdTimer, Roof, Times, measure_roof
 from fastft.tools.bench_worker import Worker
 from fastft.tools.demo_model import train_tokenizer
+from fastft.tools.gate import gate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 STEPS = dict(steps=1, seq=16, batch=2, lengths=(16, 24))

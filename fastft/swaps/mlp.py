@@ -186,6 +186,11 @@ def _there_and_back(linears: dict[str, tuple[int, int]]) -> bool:
     return any(a != b and d == a and (c == b or a != c == b // 2) for (a, b), (c, d) in both)
 
 
+def _in_a_row(linears: dict[str, tuple[int, int]]) -> bool:
+    """One can take what another gives (or half of it): something may stand between them."""
+    return any(c in (b, b // 2) for (_, b), (c, _) in itertools.permutations(linears.values(), 2))
+
+
 def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[nn.Module, list]:
     log: list = []
     g = torch.Generator().manual_seed(3)
@@ -237,7 +242,7 @@ class MLPs:
         if not parents:
             parents.update({child: m for m in context.names for child in m._modules.values() if child is not None})
         parent = parents.get(module)
-        if parent is None or is_fast(parent, KIND) or not _there_and_back(_linear_children(parent)):
+        if parent is None or is_fast(parent, KIND) or not _in_a_row(_linear_children(parent)):
             return None
         key = ("leaf", fingerprint(module))
         if key not in self._known:

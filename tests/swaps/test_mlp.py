@@ -14,6 +14,7 @@ from fastft.patching.kinds import Candidate, Context
 from fastft.patching.observe import Call, Observation
 from fastft.swaps.experts import Experts
 from fastft.swaps.mlp import MLPs
+from fastft_kernels.numerics import compare
 
 WIDTH, INNER = 16, 24
 
@@ -170,6 +171,31 @@ def test_an_activation_inside_a_layer_is_swapped_alone(act, kernel):
     before = layer(x)
     found.apply(layer.act)
     torch.testing.assert_close(layer(x), before)
+
+
+class Router(nn.Module):
+    """One width throughout, and one activation called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(WIDTH), nn.GELU()
+        self.fc1, self.fc2, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        return self.out(self.act(self.fc2(self.act(self.fc1(self.norm(x))))))
+
+
+def test_an_activation_between_layers_of_one_width_is_swapped_alone():
+    router = Router()
+    context = Context(router, Observation(), {m: n for n, m in router.named_modules()})
+    assert MLPs().recognise(router, context) is None
+    found = MLPs().recognise(router.act, context)
+    assert isinstance(found, Candidate) and found.kernel == "activation(gelu)" and found.prove().ok
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+    stock, truth = router(x), Router()
+    truth.load_state_dict(router.state_dict())
+    found.apply(router.act)
+    assert compare(router(x), truth.double()(x.double()), stock) and router.act.__class__.__name__ == "FastGELU"
 
 
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.Dropout(0.0), nn.ReLU(inplace=True), nn.Softmax(-1), nn.PReLU()])

@@ -61,6 +61,9 @@ def verify(
     lora: Annotated[bool, typer.Option(help="With a LoRA adapter on all linear layers; --no-lora verifies full fine-tuning.")] = True,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 2,
+    layers: Annotated[
+        bool | None, typer.Option("--layers/--whole", help="Layer by layer, or all at once; by default by the model's size and the free memory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything fails."""
@@ -70,7 +73,7 @@ def verify(
 
     from fastft.tools.verify import verify_checkpoint
 
-    result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch)
+    result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
     print(json.dumps(result.to_dict(), indent=2)) if as_json else Console().print(result)
     raise typer.Exit(0 if result else 1)
 

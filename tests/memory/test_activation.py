@@ -75,6 +75,15 @@ def test_the_same_bits_under_every_policy(trainer, policy, base):
     same_bits(plain, run(checkpointed(model) if trainer else model, train_step))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_the_same_bits_where_layers_without_adapters_are_among_them(base, dtype):
+    """They are stock's where they are kept."""
+    for adapted in (["q_proj", "v_proj"], ["gate_proj"]):
+        make = lambda: BASES[base](dtype, config={"layers": N, "attention_bias": True}, target_modules=adapted)  # noqa: B023
+        same_bits(run(fastft.patch(make()), train_step), run(fastft.patch(make(), activation_policy="lean"), train_step))
+
+
 @pytest.mark.parametrize("policy", ["lean", "offload", 2])
 def test_the_same_bits_under_autocast_and_in_full_fine_tuning(policy):
     def step(model):
@@ -113,9 +122,12 @@ def test_each_keeps_what_it_says():
     assert bytes_of["lean"] <= stock - state
 
 
-def test_lean_leaves_out_the_last_product():
+@pytest.mark.parametrize("base", BASES)
+def test_lean_leaves_out_the_last_product(base):
+    """(A last layer without an adapter saves first in stock already.)"""
+
     def flops(policy):
-        model, ids = fastft.patch(dense(config={"layers": N}), activation_policy=policy), tokens(2, 16)
+        model, ids = fastft.patch(BASES[base](config={"layers": N}), activation_policy=policy), tokens(2, 16)
         loss = model(ids, labels=ids).loss
         with FlopCounterMode(display=False) as counted:
             loss.backward()

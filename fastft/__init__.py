@@ -19,6 +19,7 @@ _WHERE = {
     "PatchReport": "fastft.patching.report",
     "StrictError": "fastft.patching.patcher",
     "verify": "fastft.tools.verify",
+    "plan": "fastft.tools.plan",
     "FastftError": "fastft.errors",
 }
 __all__ = list(_WHERE)
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fastft.model.loading import FastModel
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
+    from fastft.tools.plan import plan
     from fastft.tools.verify import verify
 
 

@@ -110,6 +110,41 @@ def bench(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
+    gpu: Annotated[str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this` machine's.")] = None,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Rows on the device.")] = 4,
+    r: Annotated[int, typer.Option("--r", min=1, help="LoRA's rank, on all linear layers.")] = 16,
+    four_bit: Annotated[bool, typer.Option("--4bit", help="The base in NF4 (QLoRA).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA.")] = False,
+    optim: Annotated[str, typer.Option(help="As in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ...")] = "adamw_torch_fused",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
+    accumulate: Annotated[int, typer.Option(min=1, help="Gradient accumulation steps.")] = 1,
+    policy: Annotated[str, typer.Option(help="auto, none, lean, offload, a number of layers, or a budget such as 20GiB.")] = "auto",
+    loss: Annotated[str | None, typer.Option(help="trl or model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the bars to this file (.png, .svg, .pdf).")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
+) -> None:
+    """Predict the memory that training takes, the largest batch and the longest sequence that fit, and the policy that would be chosen: from
+    the configuration alone, without a GPU or weights."""
+    import json
+
+    from rich.console import Console
+
+    from fastft.tools.plan import plan as run
+
+    result = run(
+        model, gpu=gpu, seq=seq, batch=batch, r=r, load_in_4bit=four_bit, full=full, optim=optim, dtype=dtype, accumulate=accumulate,
+        policy=policy, loss=loss, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if plot is not None:
+        result.plot(plot)
+    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(140, Console().width)).print(result)
+
+
+@app.command()
 def report(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,

@@ -41,3 +41,7 @@ class LigerError(FastftError):
 
 class PolicyError(FastftError):
     """An activation policy that is none."""
+
+
+class PlanError(FastftError):
+    """What `plan` was asked for is not there, or the model cannot be followed without its values."""

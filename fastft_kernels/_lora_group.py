@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from fastft_kernels import dropout
-from fastft_kernels._runtime import wider
+from fastft_kernels._runtime import goes_to_cuda, wider
 from fastft_kernels.weights import Layout, expand
 
 
@@ -430,4 +430,4 @@ def _pool(shapes, dtype: torch.dtype, device: torch.device, scratch: torch.Tenso
 
 def _widens(a: torch.Tensor, dtype: torch.dtype) -> bool:
     """Can a product of half-precision matrices leave its float32 accumulator unrounded?"""
-    return a.is_cuda and torch.version.hip is None and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16)
+    return goes_to_cuda(a) and torch.version.hip is None and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16)

@@ -9,7 +9,7 @@ second launch in one. Operators have no autograd formula: they are called from `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,6 +17,8 @@ from fastft_kernels._triton import HAS_TRITON, InterpretedFunction, triton
 
 _LIBRARY = torch.library.Library("fastft", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAUNCHERS: dict[str, Callable] = {}  # an operator's name -> its launcher, for those who ask what it allocates inside
+_plans = 0  # how many `planned_for_cuda` are open
 
 
 @triton.jit
@@ -51,6 +53,7 @@ def op(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverloa
 
     def register(launcher: Callable) -> torch._ops.OpOverload:
         _LIBRARY.define(schema)
+        LAUNCHERS[name] = launcher
         _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastft::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.fastft, name).default
@@ -63,6 +66,22 @@ def on_device(x: torch.Tensor):
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def planned_for_cuda() -> Iterator[None]:
+    """Inside, CPU tensors stand for tensors of a CUDA device: for fake tensors, whose backward torch cannot run on "cuda" without a driver."""
+    global _plans
+    _plans += 1
+    try:
+        yield
+    finally:
+        _plans -= 1
+
+
+def goes_to_cuda(x: torch.Tensor) -> bool:
+    """Is x on a CUDA device, or planned for one?"""
+    return x.is_cuda or _plans > 0
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft_kernels import online_softmax as osm
-from fastft_kernels._runtime import math_dtype
+from fastft_kernels._runtime import goes_to_cuda, math_dtype
 
 TOKEN_TILE, VOCAB_TILE = 4096, 8192
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -102,7 +102,7 @@ def no_autocast(device: torch.device):
 def operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x (a tile) as operand of a product of `dtype` values with a float32 result; cast to float32 where no product gives that."""
     x = x.to(dtype)
-    return x if x.is_cuda else x.to(math_dtype(dtype))
+    return x if goes_to_cuda(x) else x.to(math_dtype(dtype))
 
 
 def mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
     except (OSError, ValueError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelNotFoundError(f"no configuration at {name_or_path!r}: {first}") from e
-    model = _on_meta(config, trust_remote_code)
+    model = on_meta(config, trust_remote_code)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -34,11 +34,11 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
     return report(patch(model))
 
 
-def _on_meta(config, trust_remote_code: bool) -> torch.nn.Module:
+def on_meta(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The class that the configuration names, else the first auto class that knows it."""
     import transformers
 
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
     named = next((c for n in config.architectures or () if (c := getattr(transformers, n, None)) is not None), None)
     with torch.device("meta"):
         if named is not None:

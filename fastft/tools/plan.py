@@ -1,0 +1,249 @@
+"""`fastft plan`: the memory that training will take, before a GPU or the weights are there.
+
+The real patched model runs a real step on fake tensors (`plan_predict`), from its configuration alone; stock runs beside it. From a few
+such runs follow the largest batch and the longest sequence that fit a GPU, and what the activation policy "auto" would choose there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from fastft.errors import DtypeError, ModelNotFoundError, PlanError
+from fastft.memory.choose import choose
+from fastft.memory.forward import HEAD_BYTES, WORKSPACE
+from fastft.memory.policy import parse
+from fastft.tools.plan_gpus import Gpu, find, known
+from fastft.tools.plan_predict import Peak, Setting, Subject, subject
+from fastft.tools.plan_search import Limits, search
+from fastft.tools.plan_step import LOSSES
+
+UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GPU"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch: rows of `seq`
+    tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the smallest that it fits."""
+
+    stack: str
+    policy: str
+    recomputed: int
+    offloaded: int
+    peak: Peak
+    fits: bool | None
+    largest_batch: int | None
+    longest: int | None
+    smallest_gpu: str | None
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"total": self.peak.total}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line of the policy that
+    was asked for."""
+
+    model: str
+    what: str
+    batch: int
+    seq: int
+    layers: int
+    gpu: Gpu | None
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = (UNMEASURED,)
+
+    @property
+    def chosen(self) -> Line:
+        return self.lines[0]
+
+    def to_dict(self) -> dict:
+        gpu = None if self.gpu is None else asdict(self.gpu) | {"usable": self.gpu.usable}
+        return {**asdict(self), "gpu": gpu, "lines": [x.to_dict() for x in self.lines]}
+
+    def plot(self, path: str | os.PathLike) -> None:
+        from fastft.tools.plan_show import plot
+
+        plot(self, path)
+
+    def __rich_console__(self, console, options):
+        from fastft.tools.plan_show import render
+
+        yield from render(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=150, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def plan(
+    model: str | os.PathLike | PretrainedConfig,
+    *,
+    gpu: str | None = None,
+    seq: int = 2048,
+    batch: int = 4,
+    r: int = 16,
+    load_in_4bit: bool = False,
+    full: bool = False,
+    dtype: torch.dtype | str = "auto",
+    optim: str = "adamw_torch_fused",
+    accumulate: int = 1,
+    policy: str | int = "auto",
+    loss: str | None = None,
+    peft_config: Any = None,
+    device: str = "cuda",
+    stock: bool = True,
+    limits: bool = True,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, or a config), nothing padded.
+
+    gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
+    seq, batch: tokens of a row, rows on the device. accumulate: gradient_accumulation_steps.
+    r: LoRA's rank, on all linears but the head (peft_config: any other PEFT config); full: no adapter, everything is trained.
+    load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without bfloat16. The step
+        runs under autocast to that dtype; adapters are float32, and in bfloat16 on a 4-bit base (both as TRL does it).
+    optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
+    policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL is installed), or
+        "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an allocator's rounding.
+    stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch and longest row.
+
+    Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs its values.
+    """
+    config = model if isinstance(model, PretrainedConfig) else _config(os.fspath(model), trust_remote_code)
+    card = None if gpu is None else find(gpu)
+    loss = loss or ("trl" if importlib.util.find_spec("trl") is not None else "model")
+    for what, value, known_values in (("loss", loss, LOSSES), ("device", device, ("cuda", "cpu"))):
+        if value not in known_values:
+            raise PlanError(f"{what}={value!r}: want one of {known_values}")
+    if min(seq, batch, accumulate, r) < 1:
+        raise PlanError(f"seq={seq}, batch={batch}, accumulate={accumulate}, r={r}: want numbers from 1")
+    if full and load_in_4bit:
+        raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
+    base = _dtype(dtype, config, card)
+    adapters = None if full else peft_config or _lora(r)
+    on_4bit = torch.bfloat16 if loss == "trl" else torch.float32  # SFTTrainer casts the adapters of a quantised base
+    setting = Setting(
+        dtype=base,
+        autocast=None if base == torch.float32 else base,
+        adapters=adapters,
+        adapter_dtype=on_4bit if load_in_4bit else torch.float32,
+        four_bit=load_in_4bit,
+        optim=optim,
+        accumulate=accumulate > 1,
+        loss=loss,
+        for_cuda=device == "cuda",
+    )
+    ours = subject(config, setting, trust_remote_code)
+    work = _Work(ours, batch, seq, card, limits and card is not None)
+    lines = work.fastft(policy)
+    if stock:
+        work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code))
+        lines += work.stock()
+    name = config.name_or_path if isinstance(model, PretrainedConfig) else os.fspath(model)
+    trained = "full fine-tuning" if full else f"LoRA r={getattr(adapters, 'r', '?')}"
+    what = f"{'NF4' if load_in_4bit else str(base).removeprefix('torch.')}, {trained}, {optim}, {loss}'s loss"
+    what += f", {accumulate} accumulated" if accumulate > 1 else ""
+    notes = (UNMEASURED,) if device == "cuda" else ()
+    return Plan(name or type(config).__name__, what, batch, seq, ours.depth, card, tuple(lines), notes)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The lines of one subject."""
+
+    subject: Subject
+    batch: int
+    seq: int
+    gpu: Gpu | None
+    limits: bool
+
+    def fastft(self, policy: str | int) -> list[Line]:
+        """The policy asked for, then the others."""
+        depth, asked = self.subject.depth, parse(policy)
+        ways = {"none": (0, depth, 0), "lean": (depth, 0, 0), "offload": (depth, 0, depth)}
+        if not depth:
+            return [self._line("fastft", "none (no layers to checkpoint)", (0, 0, 0))]
+        lines = {n: self._line("fastft", n, way) for n, way in ways.items()}
+        if asked.mode in ("none", "lean", "offload"):
+            first = lines.pop(asked.mode)
+        elif asked.mode in ("full", "trainer"):
+            raise PlanError(f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under 'auto'")
+        elif asked.mode == "layers":
+            n = min(asked.layers or 0, depth)
+            first = self._line("fastft", f"{n} layers", (n, depth - n, 0))
+        else:
+            first = self._auto(lines, asked.budget)
+        return [first, *lines.values()]
+
+    def _auto(self, lines: dict[str, Line], budget: int | None) -> Line:
+        s, depth = self.subject, self.subject.depth
+        usable = budget if budget is not None else None if self.gpu is None else self.gpu.usable
+        if usable is None:
+            return replace(lines["none"], policy="auto (no limit)")
+        kept, checkpoint = (s.kept(n, self.batch, self.seq) for n in ((0, depth), (depth, 0)))
+        parts = lines["none"].peak.parts
+        held = sum(v for k, v in parts.items() if k not in ("temporary", "activations", "gradients"))
+        numel = checkpoint / s.setting.dtype.itemsize
+        gradients = sum(p.numel() * p.element_size() for p in s.model.parameters() if p.requires_grad)
+        reserve = WORKSPACE + HEAD_BYTES * numel + kept + gradients
+        split = choose([int(kept)] * depth, [int(checkpoint)] * depth, usable - held, int(reserve))
+        line = self._line("fastft", "auto", (split.recomputed, depth - split.recomputed, split.offloaded), search_too=False)
+        best = lambda name: max((v for x in lines.values() if (v := getattr(x, name)) is not None), default=None)
+        return replace(line, largest_batch=best("largest_batch"), longest=best("longest"))
+
+    def stock(self) -> list[Line]:
+        depth = self.subject.depth
+        full = [self._line("stock", "every layer checkpointed (TRL's default)", (depth, 0, 0))] if depth else []
+        return [*full, self._line("stock", "no checkpointing", (0, depth, 0))]
+
+    def _line(self, stack: str, policy: str, way: tuple[int, int, int], search_too: bool = True) -> Line:
+        recomputed, kept, offloaded = way
+        peak = self.subject.peak((recomputed, kept), self.batch, self.seq, offloaded)
+        taken = lambda gpu: peak.total + (gpu.cublas if self.subject.setting.for_cuda else 0)
+        fits = None if self.gpu is None else taken(self.gpu) <= self.gpu.usable
+        smallest = next((g.name for g in known() if taken(g) <= g.usable and (g.has_bfloat16 or self.subject.setting.dtype != torch.bfloat16)), None)
+        found = Limits()
+        if self.limits and search_too and self.gpu is not None:
+            found = search(self.subject, (recomputed, kept), offloaded, self.gpu.usable - self.gpu.cublas, self.batch, self.seq)
+        return Line(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
+
+
+def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelNotFoundError(f"no configuration at {name!r}: {first}") from e
+
+
+def _lora(r: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _dtype(dtype: torch.dtype | str, config: PretrainedConfig, gpu: Gpu | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise DtypeError(f'dtype={dtype!r} is no floating-point dtype: pass bfloat16, float16, float32 or "auto"')
+        return found
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    stored = stored or torch.bfloat16
+    return torch.float16 if stored == torch.bfloat16 and gpu is not None and not gpu.has_bfloat16 else stored

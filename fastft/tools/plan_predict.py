@@ -1,0 +1,290 @@
+"""Peak memory of one training step of one stack (fastft under a policy, or stock), at any batch and length, from runs on fake tensors.
+
+A deep model is many like layers, and memory is linear in their number at every moment of the code. So a model cut to a few layers is
+run twice, with a period of layers more the second time, and every moment is extrapolated to the whole depth; layers that differ
+(sliding and full attention in turn) are periods of several. A model whose layers show no period is run whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from fastft.memory.controller import control
+from fastft.memory.policy import Policy
+from fastft.memory.stack import kind_of, stacks
+from fastft.model.api import patch
+from fastft.patching.patcher import innermost
+from fastft.tools import plan_fake
+from fastft.tools.plan_gpus import BLOCK
+from fastft.tools.plan_measure import TAGS, Ledger, Phase, deeper
+from fastft.tools.plan_optim import states
+from fastft.tools.plan_step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
+
+STATIC = ("weights", "quantisation", "adapters", "buffers")
+ACTIVATIONS = TAGS.index("activations")
+LONGEST_PERIOD = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains everything."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    adapters: object | None
+    adapter_dtype: torch.dtype
+    four_bit: bool
+    optim: str
+    accumulate: bool
+    loss: str
+    for_cuda: bool
+    patched: bool = True
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the fullest moment of a step. parts: by what they are for; phase: when."""
+
+    parts: dict[str, int]
+    phase: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    static: dict[str, int]
+    phases: list[Phase]
+
+
+@dataclass
+class Subject:
+    """A model to plan for. depth: its layers; period: how many of them repeat; counts that are run are smaller."""
+
+    config: PretrainedConfig
+    setting: Setting
+    model: nn.Module
+    pool: list[nn.Module]
+    container: nn.ModuleList | None
+    depth: int
+    period: int | None
+    fake: plan_fake.FakeRun
+    runs: dict[tuple, Run] = field(default_factory=dict)
+    square: float | None = None  # bytes for each square of a row's length, once `plan_search` has asked
+
+    def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Peak:
+        """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the recomputed ones have
+        their input on the host."""
+        whole = self.whole(layers, rows, tokens, offloaded)
+        return _peak_of(whole)
+
+    def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> Peak:
+        """The peak of the few layers alone."""
+        return _peak_of(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
+
+    def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Run:
+        """The run of the whole model, extrapolated from those of a few layers."""
+        small = (self._less(layers[0]), self._less(layers[1]))
+        base, longs = self._run(small, rows, tokens), []
+        static = dict(base.static)
+        for i in range(2):
+            steps = (layers[i] - small[i]) // (self.period or 1)
+            if not steps:
+                continue
+            further = (small[0] + (self.period or 1) * (i == 0), small[1] + (self.period or 1) * (i == 1))
+            run = self._run(further, rows, tokens)
+            longs.append((steps, run.phases))
+            static = {k: v + steps * (run.static[k] - base.static[k]) for k, v in static.items()}
+        return Run(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))))
+
+    def kept(self, layers: tuple[int, int], rows: int, tokens: int) -> float:
+        """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there is none, a kept one."""
+        small, p = (self._less(layers[0]), self._less(layers[1])), self.period or 1
+        if self.period is None:
+            return self._run(layers, rows, tokens).phases[0].live[-1, ACTIVATIONS] / max(self.depth, 1)
+        further = (small[0] + p, small[1]) if layers[0] else (small[0], small[1] + p)
+        a, b = (self._run(n, rows, tokens).phases[0].live[-1, ACTIVATIONS] for n in (small, further))
+        return (b - a) / p
+
+    def _less(self, count: int) -> int:
+        """The fewest layers that show what `count` of them do."""
+        p = self.period
+        if p is None:
+            return count
+        while count - p >= max(2, p):
+            count -= p
+        return count
+
+    def _run(self, layers: tuple[int, int], rows: int, tokens: int) -> Run:
+        key = (layers, rows, tokens)
+        if key not in self.runs:
+            with self.fake():
+                self._cut(sum(layers))
+                self._prepare(layers)
+                self.runs[key] = self._step(rows, tokens)
+        return self.runs[key]
+
+    def _cut(self, depth: int) -> None:
+        if self.container is not None:
+            self.container._modules = {str(i): m for i, m in enumerate(self.pool[:depth])}
+
+    def _prepare(self, layers: tuple[int, int]) -> None:
+        base = innermost(self.model)
+        if not self.setting.patched:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if layers[0] else _store(base)
+        elif not layers[1]:
+            control(base, Policy("lean"))
+        else:
+            control(base, Policy("layers", layers=layers[0]) if layers[0] else Policy("none"))
+
+    def _step(self, rows: int, tokens: int) -> Run:
+        """The second step of a run, and the last of its accumulated batches: the optimizer's state is there, and so may gradients be."""
+        s, model = self.setting, self.model
+        with contextlib.ExitStack() as context:
+            if s.for_cuda:
+                context.enter_context(_as_on_cuda(innermost(model)))
+            batch = plan_fake.batch(self.config, rows, tokens)
+            learning = [p for p in model.parameters() if p.requires_grad]
+            step, kept = states(model, s.optim, s.for_cuda)
+            held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))]
+            ledger = Ledger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
+            with ledger:
+                for t in kept:
+                    ledger.adopt(t, "optimizer")
+                for t in batch.values():
+                    ledger.adopt(t, "activations")
+                if s.accumulate:
+                    for p in learning:
+                        p.grad = torch.empty_like(p)
+                    ledger.tag([p.grad for p in learning], "gradients")
+                ledger.phase("forward")
+                loss = forward(model, batch, s.loss, s.autocast)
+                ledger.tag(None, "activations")
+                ledger.phase("backward")
+                loss.backward()
+                ledger.tag([p.grad for p in learning if p.grad is not None], "gradients")
+                ledger.phase("optimizer")
+                finish(model, step)
+            for p in learning:
+                p.grad = None
+            return Run(_static(model, BLOCK if s.for_cuda else 1), ledger.phases())
+
+
+def _peak_of(run: Run) -> Peak:
+    best = max(run.phases, key=lambda p: p.peak)
+    moment = best.live[best.live.sum(1).argmax()]
+    return Peak(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, best.name)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """Of what a further layer adds: the part of its activations that is on the host is not there."""
+
+    on_host: float
+
+    def __call__(self, growth: np.ndarray) -> np.ndarray:
+        growth = growth.copy()
+        growth[:, ACTIVATIONS] *= 1 - self.on_host
+        return growth
+
+
+@contextlib.contextmanager
+def _as_on_cuda(base: nn.Module) -> Iterator[None]:
+    from fastft_kernels._runtime import planned_for_cuda
+
+    with planned_for_cuda(), head_as_on_cuda(base):
+        yield
+
+
+def _store(base: nn.Module) -> None:
+    base.gradient_checkpointing_disable()
+
+
+def _static(model: nn.Module, rounding: int) -> dict[str, int]:
+    """Bytes that live through the whole run, each storage once."""
+    seen: set[int] = set()
+
+    def size(tensors) -> int:
+        total = 0
+        for t in tensors:
+            storage = t.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                total += -(-storage.nbytes() // rounding) * rounding
+        return total
+
+    lora = hasattr(model, "peft_config")
+    parameters = list(model.parameters())
+    return {
+        "adapters": size(p for p in parameters if lora and p.requires_grad),
+        "quantisation": size(plan_fake.quantisation_tensors(model)),
+        "weights": size(parameters),
+        "buffers": size(model.buffers()),
+    }
+
+
+def subject(config: PretrainedConfig, setting: Setting, trust_remote_code: bool = False) -> Subject:
+    """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors."""
+    model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
+    pool, container, period = _repeating(model)
+    depth = len(pool)
+    if period is not None:
+        pool = pool[: min(depth, 2 * (2 * period + max(2, period)))]
+        assert container is not None
+        container._modules = {str(i): m for i, m in enumerate(pool)}
+    if setting.loss == "trl":
+        with_trl_head(model)
+    if setting.adapters is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
+            model = get_peft_model(model, setting.adapters, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(setting.adapter_dtype)
+    model.train()
+    trains_through_base(model)
+    if setting.patched:
+        patch(model)
+    fake = plan_fake.FakeRun()
+    with fake():
+        plan_fake.to_fake(model)
+    return Subject(config, setting, model, pool, container, depth, period, fake)
+
+
+def _repeating(model: nn.Module) -> tuple[list[nn.Module], nn.ModuleList | None, int | None]:
+    """(the layers of the largest stack, the list that holds them, the period in which they repeat or None)."""
+    found = stacks(model)
+    if not found:
+        return [], None, None
+    layers = max(found, key=lambda s: s.share).alive()
+    container = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == layers), None)
+    if container is None:
+        return layers, None, None
+    signatures = [_signature(m) for m in layers]
+    for p in range(1, LONGEST_PERIOD + 1):
+        if len(layers) > 2 * max(2, p) + p and signatures[p:] == signatures[:-p]:
+            return layers, container, p
+    return layers, container, None
+
+
+def _signature(layer: nn.Module) -> tuple:
+    """Layers with the same do the same."""
+    plain = (bool, int, float, str, type(None))
+    settings = [
+        (name, k, v)
+        for name, m in layer.named_modules()
+        for k, v in vars(m).items()
+        if isinstance(v, plain) and k not in ("layer_idx", "layer_id", "training")
+    ]
+    return kind_of(layer), tuple(settings)
+

@@ -1,0 +1,84 @@
+"""A plan as a table and as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fastft.tools.plan import Line, Plan
+
+GIB = 2**30
+COLUMNS = {  # a column and the parts that it adds up
+    "weights": ("weights", "quantisation", "buffers"),
+    "adapters": ("adapters",),
+    "optimizer": ("optimizer",),
+    "gradients": ("gradients",),
+    "activations": ("activations",),
+    "temporary": ("temporary",),
+}
+COLOURS = ("#4c6a92", "#7fa7d0", "#b0c4de", "#c9a66b", "#d9804f", "#b3b3b3")
+
+
+def parts(line: Line) -> dict[str, float]:
+    """GiB by column."""
+    return {c: sum(line.peak.parts.get(p, 0) for p in of) / GIB for c, of in COLUMNS.items()}
+
+
+def label(line: Line, layers: int) -> str:
+    how = line.policy
+    if how.startswith("auto"):
+        did = f"{line.recomputed} of {layers} layers recomputed" if line.recomputed else "nothing recomputed"
+        how += f": {did}" + (f", {line.offloaded} offloaded" if line.offloaded else "")
+    return f"{line.stack}, {how}"
+
+
+def render(plan: Plan) -> Iterator[Table | Text]:
+    where = "" if plan.gpu is None else f" on {plan.gpu.name} ({plan.gpu.usable / GIB:.1f} of {plan.gpu.total / GIB:.1f} GiB usable)"
+    table = Table(title=f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}", title_justify="left")
+    table.add_column("GiB at the peak", overflow="fold", min_width=24)
+    for c in (*COLUMNS, "total"):
+        table.add_column(c, justify="right")
+    last = ("largest batch", "longest row") if plan.gpu is not None else ("smallest GPU",)
+    for c in (*(["fits"] if plan.gpu is not None else []), *last):
+        table.add_column(c, justify="right")
+    for i, x in enumerate(plan.lines):
+        row = [Text(label(x, plan.layers)), *(f"{v:.2f}" for v in parts(x).values()), f"{x.peak.total / GIB:.2f}"]
+        if plan.gpu is not None:
+            number = lambda v: "" if v is None else f"{v:,}"
+            row += ["yes" if x.fits else "NO", number(x.largest_batch), number(x.longest)]
+        else:
+            row += [x.smallest_gpu or "none"]
+        table.add_row(*row, style="bold" if i == 0 else "" if x.fits is not False else "dim")
+    yield table
+    for note in plan.notes:
+        yield Text(note)
+
+
+def plot(plan: Plan, path: str | os.PathLike) -> None:
+    """One bar for each line, by what the memory is for; the GPU's usable memory as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = plan.lines[::-1]
+    figure = Figure(figsize=(10, 1.6 + 0.5 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    left = [0.0] * len(lines)
+    for column, colour in zip(COLUMNS, COLOURS):
+        widths = [parts(x)[column] for x in lines]
+        axes.barh(range(len(lines)), widths, left=left, label=column, color=colour)
+        left = [a + b for a, b in zip(left, widths)]
+    for y, total in enumerate(left):
+        axes.text(total, y, f" {total:.1f}", va="center")
+    axes.set_yticks(range(len(lines)), [label(x, plan.layers) for x in lines])
+    axes.set_xlabel("GiB at the peak of a step (predicted)")
+    axes.set_title(f"{plan.model}: {plan.what}, {plan.batch} x {plan.seq}", fontsize=10)
+    axes.set_xlim(0, 1.1 * max(left))
+    if plan.gpu is not None:
+        axes.axvline(plan.gpu.usable / GIB, color="black", linestyle="--", linewidth=1, label=f"{plan.gpu.name}: usable")
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18))
+    FigureCanvasAgg(figure).print_figure(path, dpi=120)

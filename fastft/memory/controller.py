@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import types
+import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +52,7 @@ class Controller:
                 per_token = max((b for b, _ in stack.measured.values()), default=0.0)
                 size = f"; a kept layer holds {per_token / 1000:.0f} kB a token" if per_token else ""
                 lines.append(f"{type(owner).__name__}, last forward: {stack.last}{size}")
-        return lines
+        return [] if len(lines) == 1 and self.policy == Policy() else lines
 
     @property
     def mode(self) -> str:
@@ -159,32 +159,44 @@ def control(base: nn.Module, policy: Policy) -> Controller:
         owner.register_forward_hook(End(begin), always_call=True)
     main = max(controller.stacks, key=lambda s: s.share).owner()
     if policy.mode == "auto" and main is not None and "forward" not in main.__dict__ and torch.cuda.device_count() <= 1:
-        main.__dict__["forward"] = types.MethodType(_guarded(type(main)), main)  # several devices: DataParallel would share it
+        main.__dict__["forward"] = Guarded(main)  # several devices: DataParallel would share it
     return controller
 
 
-def _guarded(cls: type[nn.Module]) -> Callable:
-    """The forward of an instance of `cls` until one backward has passed. (By its name, pickle finds the class's own instead.)"""
+class Guarded:
+    """The forward of an instance until one backward has passed: of a stack's owner, which it knows weakly."""
 
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        call = functools.partial(cls.forward, self, *args, **kwargs)
-        begin = next((h for h in self._forward_pre_hooks.values() if isinstance(h, Begin)), None)
+    def __init__(self, owner: nn.Module):
+        self.owner, self.__signature__ = weakref.ref(owner), inspect.signature(owner.forward)
+
+    def __call__(self, *args, **kwargs):
+        owner = self.owner()
+        assert owner is not None
+        if torch.compiler.is_compiling():
+            return type(owner).forward(owner, *args, **kwargs)
+        call = functools.partial(type(owner).forward, owner, *args, **kwargs)
+        begin = next((h for h in owner._forward_pre_hooks.values() if isinstance(h, Begin)), None)
         if begin is None or begin.controller.passed:
-            _unguard(self)
+            _unguard(owner)
             return call()
-        learning = [p for p in self.parameters() if p.requires_grad]
+        learning = [p for p in owner.parameters() if p.requires_grad]
         theirs = [f for layer in begin.stack.alive() if (f := asked_for(layer)) is not None]
-        if not can_be_guarded(self, learning, args, kwargs) or not all(map(is_plain, theirs)):  # a reentrant function runs backwards of its own
+        if not can_be_guarded(owner, learning, args, kwargs) or not all(map(is_plain, theirs)):  # a reentrant one runs backwards of its own
             return call()
-        return Attempt(begin.controller, begin.stack, self, call, learning)()
+        return Attempt(begin.controller, begin.stack, owner, call, learning)()
 
-    forward._fastft_guard = True
-    return forward
+    def __deepcopy__(self, memo) -> Guarded:
+        new = memo[id(self)] = Guarded.__new__(Guarded)
+        new.owner, new.__signature__ = weakref.ref(copy.deepcopy(self.owner(), memo)), self.__signature__
+        return new
+
+    def __reduce__(self):
+        """A pickled model is a stock model: what comes back is the class's own forward."""
+        return getattr, (self.owner(), "forward")
 
 
 def _unguard(owner: nn.Module) -> None:
-    if hasattr(getattr(owner.__dict__.get("forward"), "__func__", None), "_fastft_guard"):
+    if isinstance(owner.__dict__.get("forward"), Guarded):
         del owner.__dict__["forward"]
 
 

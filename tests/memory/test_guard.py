@@ -7,7 +7,7 @@ import torch
 
 import fastft
 from fastft.memory.controller import controller_of
-from tests.memory.test_activation import N, checkpointed, last, layers_of, model_of
+from tests.memory.test_activation import N, checkpointed, last, layers_of, model_of, notes
 from tests.swaps.lora_models import BASES, gradients, in_float64, judge, run, same_bits, train_step
 
 
@@ -51,7 +51,7 @@ def test_the_step_is_run_again_with_less(where, enough, base):
     full.enough = full.controller.mode
     same_bits(plain, run(model, step))
     assert last(model).startswith(f"{N} {'recomputed' if enough == 'lean' else 'offloaded'}")
-    assert f"lowered to {enough} when memory ran out" in fastft.report(model).notes[0]
+    assert f"lowered to {enough} when memory ran out" in notes(model)[0]
     assert "forward" not in model.get_base_model().model.__dict__
 
 

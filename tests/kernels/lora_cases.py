@@ -13,6 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from fastft_kernels.lora_linear import Adapter, Projection
+from fastft_kernels.numerics import compare
 from fastft_kernels.weights import NF4, Int8, as_weight
 
 
@@ -138,26 +139,27 @@ def compute_dtype(mode: str, dtype: torch.dtype) -> torch.dtype | None:
 
 
 class Truth:
-    """The formula in float64; parameters by identity become float64 leaves. Draws dropout's masks as stock does."""
+    """The formula in float64 (or `dtype`); parameters by identity become leaves of it. Draws dropout's masks as stock does."""
 
-    def __init__(self):
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        self.dtype = dtype
         self.wide: dict[int, torch.Tensor] = {}
 
     def of(self, t: torch.Tensor | None) -> torch.Tensor | None:
         if t is None:
             return None
         if id(t) not in self.wide:
-            self.wide[id(t)] = t.detach().double().requires_grad_(t.requires_grad)
+            self.wide[id(t)] = t.detach().to(self.dtype, copy=True).requires_grad_(t.requires_grad)
         return self.wide[id(t)]
 
     def linear(self, x: torch.Tensor, p: Projection) -> torch.Tensor:
         weight = as_weight(p.weight)
-        W = self.of(weight.tensors()[0]) if weight.layout().kind == "dense" else weight.dense(torch.float64)
+        W = self.of(weight.tensors()[0]) if weight.layout().kind == "dense" else weight.dense(self.dtype)
         y = F.linear(x, W, self.of(p.bias))
         for a in p.adapters:
             dropped = x
             if a.dropout:
-                mask = F.dropout(torch.ones(x.shape, dtype=a.A.dtype, device=x.device), a.dropout) != 0
+                mask = F.dropout(torch.ones_like(x, dtype=a.A.dtype), a.dropout) != 0
                 dropped = x * mask / (1 - a.dropout)
             y = y + F.linear(F.linear(dropped, self.of(a.A)), self.of(a.B), self.of(a.bias)) * a.scaling
         return y
@@ -170,6 +172,30 @@ def pooled(once: Callable[[], tuple[dict, dict, dict]], draws: int) -> tuple[dic
     """
     runs = [once() for _ in range(draws)]
     return tuple({k: torch.stack([run[i][k] for run in runs]) for k in runs[0][i]} for i in range(3))
+
+
+def judge_gradients(ours: Callable, setup: Callable[[], tuple], formula: Callable, draws: int = 4) -> None:
+    """Gradients alone, judged beside the formula in float32 under the same masks.
+
+    setup() -> x, what the function takes besides, and the tensors that take gradients. ours(*setup()) -> their gradients, None where there
+    is none. formula(truth, x, besides) -> what torch.autograd.grad differentiates, and the upstream gradients or None.
+    """
+
+    def plain(dtype, x, besides, inputs):
+        torch.manual_seed(5)
+        truth = Truth(dtype)
+        outputs, upstream = formula(truth, truth.of(x), besides)
+        return torch.autograd.grad(outputs, [truth.of(t) for t in inputs], upstream, allow_unused=True)
+
+    def once():
+        group = setup()
+        torch.manual_seed(5)
+        results = ours(*group), plain(torch.float64, *group), plain(torch.float32, *group)
+        assert len({tuple(g is None for g in r) for r in results}) == 1, "a gradient is missing, or there is one too many"
+        return tuple({f"d{i}": g for i, g in enumerate(r) if g is not None} for r in results)
+
+    verdict = compare(*pooled(once, draws))
+    assert verdict, str(verdict)
 
 
 def gradients(ys: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

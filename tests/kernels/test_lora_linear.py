@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.lora_linear import Adapter, Projection, lora_linear
@@ -18,6 +17,7 @@ from tests.kernels.lora_cases import (
     build,
     compute_dtype,
     gradients,
+    judge_gradients,
     leaves,
     pooled,
     projection_of,
@@ -217,72 +217,78 @@ def test_the_stream_is_left_alone_by_the_backward(device):
     assert torch.equal(got, torch.rand(4, device=device))
 
 
+def judge_group(ours, setup, loss):
+    """loss(ys) -> what is differentiated, and the upstream gradients or None."""
+    judge_gradients(ours, setup, lambda truth, x, projections: loss([truth.linear(x, p) for p in projections]))
+
+
+def of_squares(ys):
+    return sum(y.square().sum() for y in ys), None
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
 def test_incoming_gradients_of_any_layout(layout, device):
-    x, projections, inputs = setup_group(device, dropout=0.5)
-    torch.manual_seed(5)
-    ys = lora_linear(x, projections)
-    dys = []
-    for y in ys:
-        if layout == "expanded":
-            dys.append(torch.randn(1, 1, y.shape[-1], device=device).expand_as(y))
-        elif layout == "transposed":
-            dys.append(torch.randn(y.shape[::-1], device=device).permute(2, 1, 0))
-        else:
-            dys.append(torch.randn(*y.shape[:-1], 2 * y.shape[-1], device=device)[..., ::2])
-    got = torch.autograd.grad(ys, inputs, dys)
-    torch.manual_seed(5)
-    want = torch.autograd.grad(lora_linear(x, projections), inputs, [dy.contiguous() for dy in dys])
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    def upstream(ys):
+        g = torch.Generator(device).manual_seed(9)
+        draw = lambda *shape: torch.randn(*shape, device=device, generator=g)
+        dys = []
+        for y in ys:
+            if layout == "expanded":
+                dy = draw(1, 1, y.shape[-1]).to(y.dtype).expand_as(y)
+            elif layout == "transposed":
+                dy = draw(*y.shape[::-1]).to(y.dtype).permute(2, 1, 0)
+            else:
+                dy = draw(*y.shape[:-1], 2 * y.shape[-1]).to(y.dtype)[..., ::2]
+            assert not dy.is_contiguous()
+            dys.append(dy)
+        return ys, dys
+
+    def ours(x, projections, inputs):
+        ys, dys = upstream(lora_linear(x, projections))
+        return torch.autograd.grad(ys, inputs, dys)
+
+    judge_group(ours, lambda: setup_group(device, dropout=0.5), upstream)
 
 
-def test_transposed_input(device):
-    for dropout in (0.0, 0.5):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_transposed_input(dropout, device):
+    """Its masks are those that stock's dropout of a transposed input draws."""
+
+    def setup():
         x, projections, inputs = setup_group(device, dropout=dropout)
-        xt = torch.randn(x.shape[-1], 5, 2, device=device).permute(2, 1, 0).requires_grad_()
-        torch.manual_seed(5)
-        got = torch.autograd.grad(sum(y.square().sum() for y in lora_linear(xt, projections)), [xt, *inputs[1:]])
-        torch.manual_seed(5)
-        truth, wide = Truth(), None
-        wide = truth.of(xt)
-        loss = 0
-        for p in projections:  # stock's dropout of a transposed input
-            a = p.adapters[0]
-            mask = nn.functional.dropout(torch.ones_like(xt), dropout) / 1.0 if dropout else torch.ones_like(xt)
-            y = wide @ truth.of(p.weight).t() + (wide * mask) @ truth.of(a.A).t() @ truth.of(a.B).t() * a.scaling
-            loss = loss + y.square().sum()
-        want = torch.autograd.grad(loss, [wide, *(truth.of(t) for t in inputs[1:])])
-        for a, b in zip(got, want):
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+        x = torch.randn(x.shape[-1], 5, 2, device=device).permute(2, 1, 0).requires_grad_()
+        return x, projections, [x, *inputs[1:]]
+
+    judge_group(lambda x, projections, inputs: torch.autograd.grad(of_squares(lora_linear(x, projections))[0], inputs), setup, of_squares)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_each_gradient_alone(dropout, device):
-    x, projections, inputs = setup_group(device, dropout=dropout)
-    torch.manual_seed(5)
-    want = torch.autograd.grad(sum(y.square().sum() for y in lora_linear(x, projections)), inputs)
-    for t, expected in zip(inputs, want):
-        torch.manual_seed(5)
-        for other in inputs:
-            other.requires_grad_(other is t)
-        (got,) = torch.autograd.grad(sum(y.square().sum() for y in lora_linear(x, projections)), [t])
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    def ours(x, projections, inputs):
+        found = []
+        for t in inputs:
+            torch.manual_seed(5)
+            for other in inputs:
+                other.requires_grad_(other is t)
+            found += torch.autograd.grad(of_squares(lora_linear(x, projections))[0], [t])
+        for t in inputs:
+            t.requires_grad_()
+        return found
+
+    judge_group(ours, lambda: setup_group(device, dropout=dropout), of_squares)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_unused_outputs(dropout, device):
-    x, projections, inputs = setup_group(device, dropout=dropout)
-    torch.manual_seed(5)
-    y = lora_linear(x, projections)[1]
-    got = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
-    assert [g is None for g in got] == [False, True, True, False, False, True, True]
-    torch.manual_seed(5)
-    ys = lora_linear(x, projections)
-    want = torch.autograd.grad(ys[1].square().sum() + 0 * ys[0].sum() + 0 * ys[2].sum(), inputs)
-    for a, b in zip(got, want):
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    def second(ys):
+        return ys[1].square().sum(), None
+
+    def ours(x, projections, inputs):
+        got = torch.autograd.grad(second(lora_linear(x, projections))[0], inputs, allow_unused=True)
+        assert [g is None for g in got] == [False, True, True, False, False, True, True]
+        return got
+
+    judge_group(ours, lambda: setup_group(device, dropout=dropout), second)
 
 
 def test_outputs_may_be_written_into(device):

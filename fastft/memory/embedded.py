@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Embedded:
@@ -29,7 +30,7 @@ class Embedded:
         held = [*module.parameters(), *module.buffers()]
         if any(type(h) is not Embedded and not _makes_it_a_leaf(h) for h in module._forward_hooks.values()):
             return  # somebody else looks at the output, and may want its gradient
-        plain = all(type(t) in (torch.Tensor, nn.Parameter) and not hasattr(t, "ds_id") for t in held)
+        plain = all(type(t) in (torch.Tensor, nn.Parameter, FakeTensor) and not hasattr(t, "ds_id") for t in held)
         if not plain or any(t.requires_grad for t in held) or not isinstance(ids, torch.Tensor) or ids.is_inference() or ids.is_floating_point():
             return
         self.output = weakref.ref(output)

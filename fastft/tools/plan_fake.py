@@ -121,7 +121,8 @@ def tensors_in(args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 
 class RealIntegers(TorchDispatchMode):
-    """On top of `fake`, an operator whose tensors are all real (so integers) is really run; what it returns in floating point becomes fake."""
+    """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's count of steps) is really
+    run; what it returns in floating point becomes fake, but for single numbers."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
@@ -143,7 +144,7 @@ class RealIntegers(TorchDispatchMode):
                 return out
         with unset_fake_temporarily():
             out = func(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda t: self.fake.from_tensor(t) if t.is_floating_point() else t, out)
+        return tree_map_only(torch.Tensor, lambda t: self.fake.from_tensor(t) if t.is_floating_point() and t.numel() > 1 else t, out)
 
 
 def _is_mask(t: torch.Tensor | None) -> bool:

@@ -3,7 +3,8 @@
 Until one backward has passed, the forward of the module that calls the layers is one node of the autograd graph, with the trainable
 parameters as its inputs: it runs the module in a graph of its own, and its backward differentiates that graph. So both can be tried
 again with more recomputation when they run out of memory: nothing has been added to a gradient yet, the random streams are set back,
-and what comes out is, bit for bit, what a larger device would have given. After that backward the node is gone, and the policy stays.
+and what comes out is, bit for bit, what a larger device would have given. The LM head, which comes after, may ask for the graph's memory
+(relief.py). After that backward the node is gone, and the policy stays.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.memory.forward import Forward
 from fastft.memory.stack import Stack
+from fastft.patching.relief import GIVERS
 
 
 class _Step(torch.autograd.Function):
@@ -47,6 +49,7 @@ class Attempt:
         self.is_shared = any(map(_is_foreign, _hooks(owner)))
         self.leaves: list | None = None  # of the output
         self.spec: Any = None
+        GIVERS.add(self)
 
     def results(self) -> list[torch.Tensor]:
         """The output's tensors that have a gradient."""
@@ -67,21 +70,30 @@ class Attempt:
         finally:
             forward.end()
 
+    def _lower(self, error: torch.OutOfMemoryError) -> bool:
+        lowered = self.controller.lower()
+        if lowered is None:
+            return False
+        self.leaves = None
+        warnings.warn(
+            f"fastft: out of memory in the first step ({str(error).splitlines()[0] if str(error) else 'no details'}); the activation policy is "
+            f"lowered to {lowered!r}, for later steps too, and the step is run again from its start with the same random state",
+            stacklevel=3,
+        )
+        return True
+
+    def give(self, error: torch.OutOfMemoryError) -> bool:
+        """Let go of the inner graph, for who runs out of memory after it; the backward runs the forward again."""
+        return self.leaves is not None and not self.controller.passed and self._lower(error)
+
     def _until_it_fits(self, body: Callable[[], Any]) -> Any:
         """body(), again with a lower policy when it is out of memory, as long as there is one."""
         while True:
             try:
                 return body()
             except torch.OutOfMemoryError as e:
-                lowered = self.controller.lower()
-                if lowered is None:
+                if not self._lower(e):
                     raise
-                self.leaves = None
-                warnings.warn(
-                    f"fastft: out of memory in the first step ({str(e).splitlines()[0] if str(e) else 'no details'}); the activation policy is "
-                    f"lowered to {lowered!r}, for later steps too, and the step is run again from its start with the same random state",
-                    stacklevel=2,
-                )
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
 

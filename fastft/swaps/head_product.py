@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from fastft.patching.relief import with_room
 from fastft_kernels.head_tiles import TOKEN_TILE, VOCAB_TILE, even_tile, no_autocast, operand, project, spans
 from fastft_kernels.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.linear_logprob import linear_logprob
@@ -157,22 +158,21 @@ class Product:
     def cross_entropy(self, target: torch.Tensor, reduction: str, ignore_index: int, label_smoothing: float) -> torch.Tensor:
         hidden, weight, settings = self._operands()
         target = target.reshape(-1)
-        loss = linear_cross_entropy(
-            hidden, weight, target, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, **settings
-        )
+        settings |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        loss = with_room(linear_cross_entropy, hidden, weight, target, **settings)
         return loss.reshape(self.rows) if reduction == "none" else loss
 
     def log_probs(self, index: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(log p(index), entropy or None), flat."""
         hidden, weight, settings = self._operands()
         outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
-        got = linear_logprob(hidden, weight, index.reshape(-1), ignore_index=NO_INDEX_IGNORED, outputs=outputs, compact=False, **settings)
+        got = with_room(linear_logprob, hidden, weight, index.reshape(-1), ignore_index=NO_INDEX_IGNORED, outputs=outputs, compact=False, **settings)
         return got.log_probs, got.entropy
 
     def entropy(self) -> torch.Tensor:
         hidden, weight, settings = self._operands()
         zeros = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        return linear_logprob(hidden, weight, zeros, outputs=("entropy",), compact=False, **settings).entropy
+        return with_room(linear_logprob, hidden, weight, zeros, outputs=("entropy",), compact=False, **settings).entropy
 
     def selected(self, index: torch.Tensor) -> torch.Tensor:
         """z[index] by row."""
@@ -187,7 +187,7 @@ class Product:
 
     def log_sum_exp(self) -> torch.Tensor:
         hidden, weight, settings = self._operands()
-        return linear_logsumexp(hidden, weight, **settings)
+        return with_room(linear_logsumexp, hidden, weight, **settings)
 
     def mean(self) -> torch.Tensor:
         """Mean of z over the vocabulary by row; without a cap it is one product with the mean of the weight's rows."""
@@ -197,7 +197,7 @@ class Product:
             x = hidden.to(wide) @ weight.mean(0, dtype=wide)
             return (x if self.bias is None else x + self.bias.mean(dtype=wide)) * self.a
         zeros = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        return linear_logprob(hidden, weight, zeros, outputs=("mean_logits",), compact=False, **settings).mean_logits
+        return with_room(linear_logprob, hidden, weight, zeros, outputs=("mean_logits",), compact=False, **settings).mean_logits
 
     @torch.no_grad()
     def argmax(self) -> torch.Tensor:

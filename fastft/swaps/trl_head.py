@@ -23,6 +23,7 @@ from torch import nn
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import Proof
 from fastft.patching.rebind import over_globals
+from fastft.patching.relief import with_room
 from fastft.patching.truth import float64_truth
 from fastft.swaps.liger import one_of_each_class, refuse
 from fastft_kernels.linear_logprob import linear_logprob
@@ -44,7 +45,8 @@ class FusedHead:
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
             hidden = hidden.to(torch.get_autocast_dtype(device))
         wanted = ("log_probs", *(n for n in OUTPUTS if n in outputs))
-        r = linear_logprob(hidden, weight, targets, bias, temperature=temperature, softcap=softcap, scale=logit_scale, outputs=wanted, compact=False)
+        head = {"temperature": temperature, "softcap": softcap, "scale": logit_scale}
+        r = with_room(linear_logprob, hidden, weight, targets, bias, outputs=wanted, compact=False, **head)
         return r.log_probs, r.entropy, r.log_sum_sq_probs, r.mean_logits, r.is_top1
 
 

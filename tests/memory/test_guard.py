@@ -1,12 +1,14 @@
 """Out of memory in the first step: the step is run again under a lower policy, with the same bits, and later steps keep it."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
 
 import fastft
 from fastft.memory.controller import controller_of
+from fastft.swaps import head_product
 from tests.memory.test_activation import N, checkpointed, last, layers_of, model_of, notes
 from tests.swaps.lora_models import BASES, gradients, in_float64, judge, run, same_bits, train_step
 
@@ -67,6 +69,34 @@ def test_without_checkpointing_too_and_under_autocast():
     Full(model, "backward", "lean")
     with pytest.warns(UserWarning, match="lowered"):
         same_bits(plain, run(model, step))
+
+
+@pytest.mark.parametrize("enough", ["lean", "never"])
+def test_the_head_asks_for_the_memory_of_the_layers(enough, monkeypatch):
+    plain = run(fastft.patch(model_of()), train_step)
+    model = checkpointed(fastft.patch(model_of(), activation_policy="auto"))
+    controller, whole, states = controller_of(model.get_base_model()), head_product.linear_cross_entropy, []
+    look = model.get_base_model().model.layers[N - 1].register_forward_hook(lambda m, args, out: states.append(weakref.ref(args[0])))
+
+    def head(*args, **kwargs):
+        if controller.mode != enough:
+            assert (len(states) == 1 and states[0]() is not None) or controller.lowered  # the layers' activations are there
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert states[0]() is None  # and gone
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(head_product, "linear_cross_entropy", head)
+    if enough == "never":
+        with pytest.warns(UserWarning, match="lowered"), pytest.raises(torch.OutOfMemoryError):
+            run(model, train_step)
+        return
+    with pytest.warns(UserWarning, match="lowered to 'lean'"):
+        same_bits(plain, run(model, train_step))
+    look.remove()
+    monkeypatch.undo()
+    model.zero_grad(set_to_none=True)
+    same_bits(plain, run(model, train_step))
+    assert last(model).startswith(f"{N} recomputed")
 
 
 def test_what_is_there_of_a_gradient_stays():

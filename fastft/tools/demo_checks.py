@@ -10,7 +10,6 @@ judged by the distance of reordered stock from stock.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -130,7 +129,7 @@ def check_reload(job: Job, adapter: Path, live: torch.Tensor, ids: torch.Tensor)
     high = str(truth_dtype(job)).removeprefix("torch.")
     arguments = [str(adapter), str(ids_file), str(out_file), str(torch.get_num_threads()), high, str(int(job.four_bit))]
     name = "adapter reloads in plain transformers + PEFT"
-    run = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True, env=dict(os.environ))
+    run = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True)
     if run.returncode != 0:
         return Check(
             name, False, f"the reload failed: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else run.returncode}"

@@ -12,7 +12,7 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 import fastft
 from tests.trainers import harness as h
 
-STEPS = 4
+STEPS = 20
 TRIPLES = [
     {"prompt": h.TEXTS[i], "chosen": " " + h.TEXTS[(i + 5) % 24], "rejected": " " + h.TEXTS[(i + 11) % 24], "reference": " " + h.TEXTS[(i + 3) % 24]}
     for i in range(24)

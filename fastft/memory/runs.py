@@ -39,10 +39,10 @@ class Remembered(torch.autograd.graph.saved_tensors_hooks):
     `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
 
     def __init__(self, x: torch.Tensor | None, rows: Callable[[], torch.Tensor] | None, offloader: Offloader | None):
-        where = None if x is None else x.data_ptr()
+        where = None if x is None else x.untyped_storage()._cdata
 
         def pack(t: torch.Tensor):
-            if rows is not None and t.data_ptr() == where:
+            if rows is not None and t.untyped_storage()._cdata == where:
                 return rows
             return offloader.park(t) if offloader is not None and t.is_floating_point() else t
 

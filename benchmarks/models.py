@@ -185,6 +185,8 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
     out |= judge(stock, ours, eager, inputs, loss_of)
     report = fastft.report(model)
     out["report"] = report.to_dict()
+    if mute := [r for r in report if not r.is_swapped and not r.reason]:
+        out["problems"].append(f"{mute[0].kind} {mute[0].group} stays stock without a reason")
     fastft.unpatch(model)
     after = snapshot(model)
     odd = [n for n in before if before[n] != after.get(n)]

@@ -12,9 +12,11 @@ import fastft
 from fastft.errors import FastftError
 from fastft.patching import patcher
 from fastft.patching import prove as prove_module
+from fastft.patching.kinds import Candidate
 from fastft.patching.prove import prove
 from fastft.patching.swap import is_fast
 from fastft.swaps import linears
+from tests.swaps import test_mlp, test_norms
 from tests.swaps.lora_models import adapted, dense, fallbacks, groups_of, in_float64, judge, llama, run, tokens, train_step
 
 NO_ROOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -64,6 +66,25 @@ def test_out_of_memory_in_a_candidate_is_no_failed_proof():
     stock = torch.nn.Linear(4, 4)
     with pytest.raises(torch.OutOfMemoryError):
         prove(stock, lambda m: setattr(m, "__class__", Full), lambda g, s: [torch.randn(2, 4, generator=g)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("recognise", "module", "given"),
+    [(test_norms.recognise, test_norms.RMS(), ("",)), (test_norms.recognise, test_norms.Gated(), ("", "gate")), (test_mlp.recognise, test_mlp.Plain(), ())],
+    ids=["norm", "gated-norm", "mlp"],
+)
+def test_out_of_memory_while_recognising_is_no_reason(recognise, module, given):
+    """A module that runs into it when it is probed is not taken for one that cannot be run."""
+    probed = copy.deepcopy(module)
+
+    class Full(type(module)):
+        def forward(self, *args, **kwargs):
+            raise NO_ROOM
+
+    assert isinstance(recognise(probed, *given), Candidate)
+    probed.__class__ = Full
+    with pytest.raises(torch.OutOfMemoryError):
+        recognise(probed, *given)
 
 
 def test_patching_again_without_memory_keeps_what_was_patched(monkeypatch):

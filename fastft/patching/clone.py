@@ -1,9 +1,13 @@
 """A copy of a module to run proofs on: its own parameters, buffers and children; everything else (configurations, tables, functions)
-is shared with the original, which is faster than a deepcopy and leaves no trace on the classes of what is not copied."""
+is shared with the original, which is faster than a deepcopy and leaves no trace on the classes of what is not copied.
+
+A forward that is bound on the instance is bound to the copy in it. One that wraps another (TRL's fused head, Accelerate's autocast) holds the
+original in its closure, where the copy would run the original's weights: there the copy goes by its class."""
 
 from __future__ import annotations
 
 import copy
+import types
 
 from torch import nn
 
@@ -15,6 +19,11 @@ def clone(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module
         return memo[id(module)]
     new = memo[id(module)] = module.__class__.__new__(module.__class__)
     new.__dict__.update(module.__dict__)
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        del new.__dict__["forward"]
+        if not hasattr(forward.__func__, "__wrapped__"):
+            new.__dict__["forward"] = types.MethodType(forward.__func__, new)
     for name, value in module.__dict__.items():
         if name.endswith("_hooks") and isinstance(value, dict):
             new.__dict__[name] = value.copy()

@@ -16,6 +16,7 @@ from fastft.tools.bench_cells import lengths_in, make_trainer
 from fastft.tools.bench_spec import Spec
 from fastft.tools.bench_stacks import WAYS, attention, device
 from fastft.tools.bench_timing import synchronize
+from fastft.tools.peak import held_bytes, peak_of_events
 
 GATE_SEQ = 64
 BEFORE = 2  # steps that are not timed: the first, and the one whose memory is watched on a CPU
@@ -88,7 +89,7 @@ class Meter(TrainerCallback):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if step == BEFORE - 1 and self.where.type == "cpu":
-            self.resident = _resident_bytes(kwargs.get("model"), kwargs.get("optimizer"))
+            self.resident = held_bytes(kwargs.get("model"), kwargs.get("optimizer"))
             self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
             self.profile.__enter__()
         synchronize(self.where)
@@ -99,30 +100,12 @@ class Meter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begun)
         if self.profile is not None:
             self.profile.__exit__(None, None, None)
-            self.peak = self.resident + _peak_of_events(self.profile)
+            self.peak = self.resident + peak_of_events(self.profile)
             self.profile = None
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.where.type == "cuda":
             self.peak, self.reserved = float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
-
-
-def _resident_bytes(model: Any, optimizer: Any) -> float:
-    """Of the storages of parameters, buffers and optimizer states, each once."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)] if optimizer is not None else []
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers(), *states)}
-    return float(sum(storages.values()))
-
-
-def _peak_of_events(profile: Any) -> float:
-    """The most that lived at once of what the CPU's allocator gave and took back."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        peak = max(peak, now)
-    return float(peak)
 
 
 def measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, tidy: Callable[[], None]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         for m, _ in drops:
             m.p = 0.0
         patch(model)
-        targets = [("module", r.kind, r.group, r.example, r.kernel) for r in report(model).swapped]
+        targets = [("module", r.kind, r.group, r.example, r.kernel) for r in report(model).swapped if r.example]
         unpatch(model)
         names = dict(base.named_modules())
         tail: tuple[Tail, Tail] | None = None

@@ -13,7 +13,7 @@ from fastft.cli import app
 from fastft.patching.patcher import record_of
 from fastft.swaps import norms
 from fastft.tools import verify as module
-from fastft.tools.bench_steps import _peak_of_events
+from fastft.tools.peak import peak_of_events
 
 FAMILIES = {"llama": LlamaConfig, "gemma2": Gemma2Config}
 
@@ -77,7 +77,7 @@ def peak(layers: int) -> tuple[int, int]:
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         assert fastft.verify(model, seq=4, size=1, layers=True)
-    return int(_peak_of_events(profile)), sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    return int(peak_of_events(profile)), sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
 
 
 def test_memory_is_that_of_a_few_layers_however_many_there_are():

@@ -1,0 +1,100 @@
+"""The notebooks run from top to bottom with a tiny model, are committed clean, and differ from stock TRL in three lines at most."""
+
+import difflib
+import re
+
+import nbformat
+import pytest
+import torch
+
+from tests import notebook_support as support
+
+NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
+COMPARED = ["01_quickstart_sft"]
+SMALL = dict(SPLIT="train", STEPS=6, BATCH=2, MAX_LENGTH=48)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return support.material(tmp_path_factory.mktemp("notebooks"))
+
+
+@pytest.fixture(scope="module")
+def kernel(folder):
+    with support.kernel(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def execute(folder, kernel):
+    def run(name, data, ask, **parameters):
+        given = dict(SMALL, MODEL=str(folder / "model"), DATASET=str(folder / data), **parameters)
+        return support.execute(name, kernel, folder / name, given, ask)
+
+    return run
+
+
+def curves_agree(found) -> None:
+    """Float32 on a CPU: what 6 steps make of rounding, and no more (the judge follows 20 steps in tests/trainers)."""
+    stock, fast = (torch.tensor(found[k], dtype=torch.float64) for k in ("stock", "fast"))
+    assert len(stock) == len(fast) == SMALL["STEPS"] and len(stock.unique()) > 1
+    assert float(((fast - stock) / stock).abs().max()) < 64 * torch.finfo(torch.float32).eps, found
+
+
+def memory_as_predicted(found) -> None:
+    for measured, predicted in zip(found["measured"], found["predicted"]):
+        assert abs(measured - predicted) < 0.05 * measured, found
+    assert found["measured"][1] < found["measured"][0]
+
+
+def test_01_quickstart(execute, folder):
+    ask = """dict(stock=stock_losses, fast=fast_losses, measured=[stock_memory.bytes, fast_memory.bytes],
+    predicted=[next(x for x in plan.lines if x.stack == 'stock').peak.total, plan.chosen.peak.total])"""
+    notebook, found = execute("01_quickstart_sft", "chat", ask)
+    curves_agree(found)
+    memory_as_predicted(found)
+    assert support.pictures(notebook) == 1
+    for words in ("modules swapped", "fastft plan:", "fastft verify: Qwen3ForCausalLM, float32: PASS"):
+        assert words in support.shown(notebook)
+    assert (folder / "01_quickstart_sft" / "adapter" / "adapter_model.safetensors").exists()
+
+
+# --- as they are committed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_clean(name):
+    notebook = support.read(name)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not re.search(r"/(?:work|home|root|tmp|Users|content)/", "".join(c.source for c in notebook.cells))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_line_installs_it_and_parameters_come_first(name):
+    notebook = support.read(name)
+    (install,) = support.tagged(notebook, "install")
+    assert install.source.startswith("%pip install ") and "\n" not in install.source and not re.search(r"[=<>~]=", install.source)
+    assert sum(c.source.count("pip install") for c in notebook.cells) == 1
+    (parameters,) = support.tagged(notebook, "parameters")
+    before = [c for c in notebook.cells[: notebook.cells.index(parameters)] if c.cell_type == "code"]
+    assert before == [install]
+    for line in parameters.source.splitlines():
+        assert re.fullmatch(r"[A-Z_, ]+ = .+", line), line
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_three_lines_at_most_differ_from_stock(name):
+    """Of the two cells that load and train; whatever else names fastft shows something of it, or reads the memory."""
+    notebook = support.read(name)
+    (stock,), (fast,) = support.tagged(notebook, "stock"), support.tagged(notebook, "fastft")
+    named = lambda text: [line.replace("stock_", "x_").replace("fast_", "x_") for line in text.splitlines() if line.strip()]
+    added = [d for d in difflib.ndiff(named(stock.source), named(fast.source)) if d.startswith("+ ")]
+    assert 0 < len(added) <= 3, added
+    assert all("fastft" in line or "FastModel" in line for line in added), added
+    trains = next(c.source for c in notebook.cells if c.cell_type == "code" and c.source.startswith("def train("))
+    assert "fastft" not in trains and "FastModel" not in trains
+    assert "fastft" not in stock.source and "FastModel" not in stock.source

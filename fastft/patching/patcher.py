@@ -133,13 +133,19 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
 
 
 def devices_note(model: nn.Module) -> list[str]:
-    """One line where the parameters lie on several devices, or are fetched for each call by Accelerate's hooks."""
+    """Lines where the parameters lie on several devices, or are fetched for each call by Accelerate's hooks."""
     where = {str(p.device) for p in model.parameters()}
     hooked = "meta" in where and any("_hf_hook" in m.__dict__ for m in model.modules())
     if len(where) < 2 and not hooked:
         return []
     places = sorted(where - {"meta"}) + ["offloaded"] * hooked
-    return [f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"]
+    lines = [f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"]
+    if hooked and (lost := sum(p.requires_grad and p.device.type == "meta" for p in model.parameters())):
+        lines.append(
+            f"{lost} of the parameters that are to learn are offloaded, where a gradient has no place to go (stock's backward leaves it out, or "
+            "fails): keep their layers on a device by another device_map, load in 4 bits, or train no adapter there"
+        )
+    return lines
 
 
 def proof_of(kind: str, candidate: Candidate) -> Proof:

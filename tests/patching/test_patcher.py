@@ -111,13 +111,14 @@ def test_no_memory_in_the_middle_of_a_run_goes_on_as_stock(monkeypatch):
     assert all(r.is_swapped for r in fastft.report(fastft.patch(model)))
 
 
+ON_DISK = {**dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"), "model.layers.1": "disk"}
+
+
 def test_layers_on_the_disk(tmp_path):
     """A device map with an offloaded layer: what is swapped there runs on the weights that Accelerate fetches."""
     llama().save_pretrained(tmp_path / "model")
-    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
-    places = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
 
-    make = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload").train()
+    make = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload").train()
     stock, ours = make(), fastft.patch(make())
     assert any(p.device.type == "meta" for p in ours.parameters())
     eager = run(stock, train_step)
@@ -129,6 +130,20 @@ def test_layers_on_the_disk(tmp_path):
         m.zero_grad(set_to_none=True)
     fastft.unpatch(ours)
     assert all(torch.equal(a, b) for a, b in zip(run(ours, train_step).values(), run(stock, train_step).values()))
+
+
+def test_adapters_on_the_disk_cannot_learn_and_the_report_says_so(tmp_path):
+    """Stock's error in the backward says nothing of that; it stays the error."""
+    llama().save_pretrained(tmp_path / "model")
+    said = []
+    for patch in (lambda m: m, fastft.patch):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload")
+        model = patch(adapted(loaded))
+        with pytest.raises(RuntimeError, match="expected device meta but got cpu") as e:
+            train_step(model)
+        said.append(type(e.value))
+    assert said[0] is said[1]
+    assert any(n.startswith("14 of the parameters that are to learn are offloaded") and "4 bits" in n for n in fastft.report(model).notes)
 
 
 def test_every_layer_fetched_for_its_call():

@@ -51,29 +51,34 @@ def pack(
             for a in (a for p in projections for a in p.adapters):
                 adapter_dtype = group.wider(group.wider(adapter_dtype, a.A.dtype), a.B.dtype)
     tensors: list[torch.Tensor] = []
-
-    def add(*new: torch.Tensor | None) -> int:
-        if new[0] is None:
-            return -1
-        tensors.extend(new)
-        return len(tensors) - len(new)
-
     slots, column = [], 0
     for p in projections:
         weight = as_weight(p.weight)
         out, width = weight.shape
         if width != features:
             raise ValueError(f"{where}: want a weight [out, {features}] for an input [..., {features}], got {(out, width)}")
-        held = weight.tensors()
-        index, bias, adapters = add(*held), add(p.bias), []
+        held, index = weight.tensors(), len(tensors)
+        tensors += held
+        bias, adapters = _place(tensors, p.bias), []
         for a in p.adapters:
-            r = a.A.shape[0]
-            if a.A.shape != (r, width) or a.B.shape != (out, r):
-                raise ValueError(f"{where}: want A [r, {width}] and B [{out}, r], got {tuple(a.A.shape)} and {tuple(a.B.shape)}")
-            adapters.append(AdapterSlot(r, column, float(a.scaling), float(a.dropout), add(a.A), add(a.B), add(a.bias)))
+            A, B = a.A, a.B
+            r = A.shape[0]
+            if A.shape != (r, width) or B.shape != (out, r):
+                raise ValueError(f"{where}: want A [r, {width}] and B [{out}, r], got {tuple(A.shape)} and {tuple(B.shape)}")
+            at = len(tensors)
+            tensors += (A, B)
+            adapters.append(AdapterSlot(r, column, float(a.scaling), float(a.dropout), at, at + 1, _place(tensors, a.bias)))
             column += r
         slots.append(ProjectionSlot(weight.layout(), index, len(held), bias, tuple(adapters)))
     return Group(compute, adapter_dtype, out_dtype or compute, tuple(slots), column, dropout_dtype), tensors
+
+
+def _place(tensors: list[torch.Tensor], new: torch.Tensor | None) -> int:
+    """The index at which `new` is put, -1 for None."""
+    if new is None:
+        return -1
+    tensors.append(new)
+    return len(tensors) - 1
 
 
 def saved_input(g: Group, x: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     base = base_of(module)
     dense = is_dense(base)
-    if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (base.weight, base.bias)):
+    if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (*own.weight.tensors(), own.bias)):
         raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")  # stock's error is the answer
     if dense or x.dtype == torch.float64:
         return {"compute_dtype": autocast if x.dtype != torch.float64 else None, "out_dtype": None}

@@ -20,8 +20,6 @@ from fastft.patching.swap import stock_class
 from fastft_kernels.lora_linear import Adapter, Projection
 from fastft_kernels.weights import FrozenWeight, as_weight
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class Inexpressible(Exception):
     """The reason why a call goes the stock way."""
@@ -59,7 +57,7 @@ def is_quantised_otherwise(module: nn.Module) -> bool:
 
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside a LoRA layer, or the module itself."""
-    return module.base_layer if stock_class(module) in LORA_LAYERS else module
+    return module._modules["base_layer"] if stock_class(module) in LORA_LAYERS else module
 
 
 def is_dense(module: nn.Module) -> bool:
@@ -73,7 +71,7 @@ def _is_4bit(module: nn.Module) -> bool:
 
 def _plain(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
     """A parameter whose values are all here and are what they seem: no DTensor, no torchao subclass, no shard, no meta tensor."""
-    if p is None:
+    if p is None or (type(p) is nn.Parameter and not p.is_meta and p.dim() == dim):
         return
     if p.device.type == "meta" or not (type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, torch._subclasses.FakeTensor)):
         raise Inexpressible(f"{what} is a {type(p).__name__} on {p.device.type}")
@@ -81,14 +79,21 @@ def _plain(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
         raise Inexpressible(f"{what} is sharded or gathered elsewhere")
 
 
+def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, a parameter, quicker than nn.Module finds it."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def _hooked(module: nn.Module) -> bool:
     d = module.__dict__
-    return any(d.get(h) for h in _HOOKS) or "forward" in d
+    hooks = d.get("_forward_hooks") or d.get("_forward_pre_hooks") or d.get("_backward_hooks") or d.get("_backward_pre_hooks")
+    return bool(hooks) or "forward" in d
 
 
 def base_weight(base: nn.Module) -> FrozenWeight:
     """The weight [out, in] of a linear layer, a Conv1D (a view) or a bitsandbytes layer, uncopied."""
-    weight = base.weight
+    weight = parameter(base, "weight")
     if stock_class(base) is Conv1D:
         _plain(weight, "the base weight")
         if weight.shape != (base.nx, base.nf):
@@ -146,39 +151,44 @@ def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
 
 
 def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
-    """The active adapters of a LoRA layer, in stock's order. Raises Inexpressible for variants and merged state."""
-    if layer.disable_adapters:
-        if layer.merged:
-            raise Inexpressible("adapters are merged")
-        return ()
+    """The active adapters of a LoRA layer, in stock's order. Raises Inexpressible for variants and merged state.
+
+    Runs at every call of every layer, so children and parameters are looked up where nn.Module keeps them: its attributes cost the host more.
+    """
     if layer.merged:
         raise Inexpressible("adapters are merged")
-    out = []
+    if layer.disable_adapters:
+        return ()
+    children, out = layer._modules, []
+    As, Bs, drops = children["lora_A"]._modules, children["lora_B"]._modules, children["lora_dropout"]._modules
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        a = As.get(name)
+        if a is None:
             continue
         if name in layer.lora_variant:
             raise Inexpressible(f"{type(layer.lora_variant[name]).__name__}: a variant of LoRA")
-        a, b, drop = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or _hooked(a) or _hooked(b) or _hooked(drop):
+        b, drop = Bs[name], drops[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or _hooked(a) or _hooked(b) or _hooked(drop) or parameter(a, "bias") is not None:
             raise Inexpressible("lora_A, lora_B or the dropout is no plain module or carries a hook")
-        if type(drop) not in (nn.Dropout, nn.Identity):
-            raise Inexpressible(f"dropout is a {type(drop).__name__}")
-        _plain(a.weight, "lora_A")
-        _plain(b.weight, "lora_B")
-        _plain(b.bias, "the bias of lora_B", 1)
-        scaling = layer.scaling[name]
+        A, B, bias = parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")
+        _plain(A, "lora_A")
+        _plain(B, "lora_B")
+        _plain(bias, "the bias of lora_B", 1)
+        scaling, p = layer.scaling[name], 0.0
         if isinstance(scaling, torch.Tensor):
             raise Inexpressible("the scaling is a tensor")
-        p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-        out.append(Adapter(a.weight, b.weight, float(scaling), b.bias, p))
+        if type(drop) is nn.Dropout:
+            p = drop.p if drop.training else 0.0
+        elif type(drop) is not nn.Identity:
+            raise Inexpressible(f"dropout is a {type(drop).__name__}")
+        out.append(Adapter(A, B, float(scaling), bias, p))
     return tuple(out)
 
 
 def describe(module: nn.Module) -> Projection:
     """The projection that `module` computes now. Raises Inexpressible."""
     if stock_class(module) in LORA_LAYERS:
-        base = module.base_layer
+        base = module._modules["base_layer"]
         if stock_class(base) not in BASES:
             raise Inexpressible(f"its base layer is a {type(base).__name__}")
         if _hooked(base):
@@ -193,8 +203,9 @@ def describe(module: nn.Module) -> Projection:
 
 
 def _bias(base: nn.Module) -> torch.Tensor | None:
-    _plain(base.bias, "the bias", 1)
-    return base.bias
+    bias = parameter(base, "bias")
+    _plain(bias, "the bias", 1)
+    return bias
 
 
 def refusal(module: nn.Module) -> str:

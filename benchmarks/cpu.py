@@ -11,6 +11,7 @@ Writes cpu-DATE.json and cpu-DATE.md. Exit code 1 when a figure is above its cei
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -36,10 +37,14 @@ from trl.trainer import utils as trl_utils
 
 import fastft
 from benchmarks.fake import FORMULAS, Live, layer_cost
+from fastft.patching.swap import slot_of
+from fastft.swaps.linears import HOLDER
+from fastft.swaps.lora_state import describe
 from fastft_kernels import aot
 from fastft_kernels._triton import HAS_TRITON
 from fastft_kernels.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.linear_logprob import linear_logprob
+from fastft_kernels.lora_linear import pack
 
 BATCH = (4, 2048)
 ARCHS = aot.ARCHS
@@ -163,6 +168,24 @@ def _attention_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
 
+def _group_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
+    """Medians over `repeats`: (the three projections of one input, forward; of that, reading and packing what they are now, 0 for stock)."""
+    attention = model.get_base_model().model.layers[0].self_attn
+    members, x = (attention.q_proj, attention.k_proj, attention.v_proj), torch.randn(1, 4, 64, requires_grad=True)
+    slot = slot_of(attention)
+    times = []
+    for _ in range(repeats):
+        with slot.state(HOLDER).running() if slot is not None else contextlib.nullcontext():
+            start = time.perf_counter_ns()
+            for m in members:
+                m(x)
+            end = time.perf_counter_ns()
+        if slot is not None:
+            pack("benchmark", x.shape[-1], x.dtype, [describe(m) for m in members], None, None, None)
+        times.append((end - start, time.perf_counter_ns() - end if slot is not None else 0))
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
 def host(quick: bool) -> list[Figure]:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64
@@ -172,14 +195,21 @@ def host(quick: bool) -> list[Figure]:
     try:
         make = lambda: get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")).train()
         stock, ours = make(), fastft.patch(make())
-        rounds = [(_attention_ns(stock, 50), _attention_ns(ours, 50)) for _ in range(4 if quick else 20)][1:]  # alternating: shared load
+        count = 4 if quick else 20
+        rounds = [(_attention_ns(stock, 50), _attention_ns(ours, 50)) for _ in range(count)][1:]  # alternating: shared load
+        groups = [(_group_ns(stock, 50), _group_ns(ours, 50)) for _ in range(count)][1:]
     finally:
         torch.set_num_threads(threads)
     found = []
     for i, part in enumerate(("forward", "backward")):
         theirs, mine = (statistics.median(r[who][i] for r in rounds) / 1e3 for who in (0, 1))
         found.append(Figure("host", f"an attention layer with four adapted projections, {part}", "us", mine, theirs))
-    return found
+    theirs, mine, reading = (statistics.median(r[who][i] for r in groups) for who, i in ((0, 0), (1, 0), (1, 1)))
+    return [
+        *found,
+        Figure("host", "one group call (three adapted projections of one input), forward", "ns", mine, theirs),
+        Figure("host", "of it, reading and packing the three layers as they are now", "ns", reading),
+    ]
 
 
 SECTIONS = {"layer": layer, "head": head, "kernels": kernels, "host": host}

@@ -142,14 +142,21 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
+def _input_embeddings(base: nn.Module) -> nn.Module | None:
+    """None where a model has none, or does not say: transformers' own method then raises."""
+    try:
+        return base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
+
+
 def control(base: nn.Module, policy: Policy) -> Controller:
     """Put the model's layers under the policy, in place of one that it had."""
     release(base)
     controller = Controller(weakref.ref(base), policy, stacks(base))
     if not controller.stacks:
         return controller
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    if isinstance(embeddings, nn.Module):
+    if isinstance(embeddings := _input_embeddings(base), nn.Module):
         controller.embedded = Embedded()
         embeddings.register_forward_hook(controller.embedded, prepend=True)
     for stack in controller.stacks:

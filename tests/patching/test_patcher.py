@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fastft
 from fastft.errors import FastftError
@@ -165,6 +165,18 @@ def test_members_on_several_devices_compute_for_themselves():
         attention.q_proj(torch.empty(1, 4, 32, requires_grad=True))
         assert list(group.left) == [id(attention.v_proj)]
         group.clear()
+
+
+def test_a_model_that_does_not_say_where_its_embedding_is():
+    """transformers' method raises then, as it does for some models that read images."""
+
+    class Mute(LlamaForCausalLM):
+        def get_input_embeddings(self):
+            raise NotImplementedError("please override in the subclass")
+
+    model, stock = llama(), llama()
+    model.__class__ = Mute
+    judge(run(fastft.patch(model), train_step), run(in_float64(stock), train_step, truth=True), run(stock, train_step))
 
 
 def test_a_model_on_one_device_says_nothing_of_it():

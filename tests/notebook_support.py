@@ -31,7 +31,7 @@ def material(folder: Path) -> Path:
 
     from fastft.tools.demo_model import train_tokenizer
 
-    tokenizer = train_tokenizer(SENTENCES, 320)
+    tokenizer = train_tokenizer(SENTENCES, 480)
     tokenizer.chat_template = CHAT
     config = Qwen3Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -24,9 +24,9 @@ import fastft
 from benchmarks.gpu_models import HAS_TRL, RANK, Batch, alpaca_lengths, batch, build, checkpoint_layers, config_8b, with_trl_head
 from benchmarks.sheet import Figures, Red, Sheet
 from fastft.patching.truth import float64_truth
-from fastft.tools.gate import gate
 from fastft.tools.bench_limits import Shape, limit_seconds
 from fastft.tools.bench_timing import Roof, Times, synchronize
+from fastft.tools.gate import gate
 from fastft.tools.verify import in_float64
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -166,6 +166,7 @@ class Step:
     checkpointing: bool
     allocated: float = 0.0  # bytes, peak of the steps after the first
     reserved: float = 0.0
+    policy: str = ""  # what fastft says it did about checkpointing
 
 
 def train(model: nn.Module, loss: Loss, b: Batch, device: torch.device, *, checkpointing: bool, seconds: float, most: int = 8, least: int = 3) -> Step:
@@ -216,7 +217,10 @@ def fitting(model: nn.Module, stack: str, loss: Loss, b: Batch, device: torch.de
     for i, checkpointing in enumerate(ways):
         try:
             with context(model, device):
-                return train(model, loss, b, device, checkpointing=checkpointing, seconds=seconds)
+                step = train(model, loss, b, device, checkpointing=checkpointing, seconds=seconds)
+                if stack == "fastft":
+                    step.policy = "; ".join(n for n in fastft.report(model).notes if "activation policy" in n or "last forward" in n)
+                return step
         except torch.OutOfMemoryError:
             if i == len(ways) - 1:
                 raise
@@ -231,6 +235,8 @@ def figures(step: Step, lengths: Sequence[int], shape: Shape, roof: Roof, loss: 
         "% of limit": 100 * limit_seconds(shape, lengths, RANK, roof, forwards=extra_forwards(loss), four_bit=four_bit) / t.median,
         "checkpointing": step.checkpointing, "first loss": step.losses[0], "last loss": step.losses[-1],
     }  # fmt: skip
+    if step.policy:
+        found["policy"] = step.policy
     if step.allocated:
         found |= {"peak GiB": step.allocated / 2**30, "reserved GiB": step.reserved / 2**30}
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,12 +20,13 @@ from benchmarks.sheet import Figures, Missing, Red, Sheet
 from fastft.tools.bench_timing import Roof, measure_roof
 
 ROOT = Path(__file__).parent.parent
+TINY_ROOF = {"n": 128, "copy_bytes": 8 << 20, "seconds": 0.02}
 TINY_TESTS = ("tests/kernels/test_weights.py",)
 
 
 def roof_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
     def measure() -> Figures:
-        found = measure_roof(device, torch.bfloat16, **({"n": 128, "copy_bytes": 8 << 20, "seconds": 0.02} if tiny else {}))
+        found = measure_roof(device, torch.bfloat16, **TINY_ROOF if tiny else {})
         return {"bf16 TFLOP/s": found.flops / 1e12, "copy GB/s": found.bandwidth / 1e9}
 
     sheet.run("bf16 product and copy", measure)
@@ -92,8 +92,10 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    known = go["roof"] or {"bf16 TFLOP/s": math.nan, "copy GB/s": math.nan}  # its section failed, or is this one
-    roof = Roof(known["bf16 TFLOP/s"] * 1e12, known["copy GB/s"] * 1e9, "bfloat16")
+    if known := go["roof"]:
+        roof = Roof(known["bf16 TFLOP/s"] * 1e12, known["copy GB/s"] * 1e9, "bfloat16")
+    else:  # its section failed, was not asked for, or is this one
+        roof = measure_roof(device, torch.bfloat16, **TINY_ROOF if tiny else {})
     section(Sheet(path, name, go["until"], tuple(go["done"])), tiny, device, roof, **more)
     return 0
 

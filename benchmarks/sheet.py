@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import time
 import traceback
@@ -56,7 +57,7 @@ class Sheet:
             return self.write(row)
         self._append({"begun": name})
         try:
-            row.figures = measure()
+            row.figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measure().items()}
         except Red as e:
             row.state, row.note = "red", str(e)
         except (Missing, ImportError) as e:

@@ -63,6 +63,7 @@ def test_steps_of_all_stacks(sheet, monkeypatch, trl):
     assert len(rows) == 9 and all(r.figures["tokens/s"] > 0 and r.figures["head"] == ("TRL's" if trl else "the model's") for r in rows)
     stock, best, fast = (r.figures for r in rows[:3])
     assert stock["checkpointing"] and not best["checkpointing"] and fast["checkpointing"]
+    assert "policy auto" in fast["policy"] and "policy" not in stock
     assert stock["first loss"] == pytest.approx(fast["first loss"], rel=1e-2)
 
 
@@ -173,6 +174,13 @@ def test_what_has_no_time_left_is_listed(tmp_path):
     gpu.run(["roof", "kernels"], True, result, 0.0, tmp_path)
     assert [(r.section, r.state) for r in result.rows] == [("roof", "not run"), ("kernels", "not run")]
     assert "| all of it | not run |" in "\n".join(markdown(result.rows))
+
+
+def test_a_figure_that_is_no_number_is_left_out(sheet):
+    sheet.run("a", lambda: {"x": float("nan"), "y": float("inf"), "z": 2.0, "s": "text", "b": True})
+    rows = read(sheet.path)[0]
+    assert rows[0].figures == {"x": None, "y": None, "z": 2.0, "s": "text", "b": True}
+    assert "| a | ok |  |  | 2 | text | yes |  |" in markdown(rows)
 
 
 XDIST = "[gw0] [ 50%] PASSED tests/kernels/test_a.py::test_x[bf16] \n[gw1] [100%] FAILED tests/kernels/test_a.py::test_y[bf16] \nFAILED tests/kernels/test_a.py::test_y[bf16] - x\n"

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fastft.memory.controller import control, controller_of, release
+from fastft.memory.packed import attach, packing_of
+from fastft.memory.packed import release as release_packing
 from fastft.memory.policy import Policy, parse
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
@@ -20,7 +22,7 @@ from fastft.swaps.liger import refuse
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None) -> Model:
+def patch(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None, unpad: bool | None = None) -> Model:
     """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same instance.
 
     Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules
@@ -29,6 +31,10 @@ def patch(model: Model, *, strict: bool = False, activation_policy: str | int | 
     activation_policy: which layers keep their activations for the backward, see fastft/memory/policy.py: "trainer" (the default of a
     first patch: those that the trainer does not checkpoint), "auto", "none", "lean", "full", "offload", a number of layers to
     recompute, or a memory budget such as "20GiB". Gradients are the same bits under all of them.
+
+    unpad: whether padded training batches run without their padding, see fastft/memory/packed.py. None (the default of a first patch):
+    where that is provably the same; True: also where dropout is on, which then draws other values of the same distribution; False: never.
+    Hidden states, and so logits, at padded positions then come from zeros.
 
     Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which Liger's kernels
     stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser looked at stays stock.
@@ -43,6 +49,7 @@ def patch(model: Model, *, strict: bool = False, activation_policy: str | int | 
         base = innermost(model)
         trl_head.watch(model, base)
         trl_head.bind(base)
+    attach(model, base, unpad)
     if policy is not None or controller_of(base) is None:
         control(base, policy or Policy())
     if strict:
@@ -60,14 +67,15 @@ def unpatch(model: Model) -> Model:
     trl_head.release(base)
     trl_head.unwatch(model, base)
     release(base)
+    release_packing(model, base)
     undo(model)
     return model
 
 
 @contextmanager
-def patched(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None) -> Iterator[Model]:
+def patched(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None, unpad: bool | None = None) -> Iterator[Model]:
     """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an exception."""
-    patch(model, strict=strict, activation_policy=activation_policy)
+    patch(model, strict=strict, activation_policy=activation_policy, unpad=unpad)
     try:
         yield model
     finally:
@@ -80,6 +88,8 @@ def report(model: nn.Module) -> PatchReport:
     found = build_report(model)
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
+    if (packing := packing_of(innermost(model))) is not None:
+        found = replace(found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines()))
     proof = trl_head.bind(innermost(model))
     if proof is None:
         return found

@@ -84,7 +84,7 @@ def outputs_and_gradients(
     return result
 
 
-def _agree(a: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> str:
+def agree(a: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> str:
     """Empty when equal to float64 rounding, else which result differs and by how much."""
     if a.keys() != truth.keys():
         return f"results differ: {sorted(a.keys() ^ truth.keys())}"
@@ -162,7 +162,7 @@ def prove(
             truth = run(plain64, torch.float64, True)
             eager = run(plain, d)
             try:
-                if reason := _agree(run(fast64, torch.float64, True), truth):
+                if reason := agree(run(fast64, torch.float64, True), truth):
                     return Proof(False, dtype=str(d).removeprefix("torch."), reason=reason)
                 ours = run(fast, d)
             except Exception as e:

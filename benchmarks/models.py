@@ -17,11 +17,12 @@ import copy
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -298,10 +299,12 @@ def present(model: nn.Module) -> dict[str, int]:
 def worker(keys: list[str], builder_path: str | None, log: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = git.stdout.strip() or "no repository"
     builder = load_builder(builder_path)
     for key in keys:
         start = time.perf_counter()
-        row = check(key, builder) | {"wall": round(time.perf_counter() - start, 1)}
+        row = check(key, builder) | {"wall": round(time.perf_counter() - start, 1), "commit": commit}
         with open(log, "a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -392,6 +395,7 @@ def table(results: list[dict], keys: list[str], builder: str | None) -> str:
         f"peft {peft.__version__}, torch {torch.__version__.partition('+')[0]}: tiny random models in float32, with LoRA on all linears.",
         "A number is how many modules are swapped, of how many were looked at (0/n: of how many are there by their names).",
         "`right`: loss and every gradient pass the judge, for full fine-tuning and with LoRA; greedy generation gives stock's tokens; `unpatch` restores every bit.",
+        f"Rows ran at: {', '.join(f'{c} ({n})' for c, n in Counter(r.get('commit', 'a commit not noted') for r in results).most_common())}.",
         "`images`: so they do with one image per row, the vision tower trained as well.",
         "",
         "| architecture | right | images | " + " | ".join(KINDS) + " | stays stock, and why |",

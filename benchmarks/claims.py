@@ -130,10 +130,10 @@ def markdown(r: Row) -> str:
 HEADER = ["| what | PEFT's defaults | TRL's defaults | fastft | published by a peer | ratio | met |", "|---|--:|--:|--:|---|--:|---|"]
 
 
-def write(rows: list[Row], folder: Path, command: str) -> Path:
+def write(rows: list[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"claims-{datetime.date.today().isoformat()}.json"
-    versions = environment()
+    versions, command = environment(), "python -m benchmarks.claims"
     path.write_text(json.dumps({"command": command, "note": UNMEASURED, "environment": versions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     lines = [f"`{command}`: {UNMEASURED}. " + ", ".join(f"{k} {v}" for k, v in versions.items()), "", *HEADER, *map(markdown, rows)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases:
             rows.append(measure(case))
             print(markdown(rows[-1]), flush=True)
-    print(write(rows, options.out, " ".join(["python -m benchmarks.claims", *(sys.argv[1:] if argv is None else argv)])))
+    print(write(rows, options.out))
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict
 
 import pytest
@@ -119,6 +120,19 @@ def test_two_runs_that_differ_are_red(sheet, monkeypatch):
     monkeypatch.setattr(gpu_host, "_step", step)
     gpu_host.determinism_section(sheet, True, CPU, ROOF)
     assert [(r.state, "1 of " in r.note) for r in read(sheet.path)[0]] == [("red", True)]
+
+
+def test_the_planner_is_measured_or_said_to_be_missing(sheet, monkeypatch):
+    Outcome = types.SimpleNamespace
+    found = Outcome(predicted={"forward": 2.0**20, "backward": 3 * 2.0**20}, measured={"forward": 2 * 2.0**20}, error=0.5)
+    module = types.SimpleNamespace(cases=lambda device, tiny: [types.SimpleNamespace(name=n) for n in "abcd"], outcome=lambda case, device: found)
+    monkeypatch.setitem(sys.modules, "benchmarks.plan_error", module)
+    gpu_host.planner_section(sheet, True, CPU, ROOF)
+    monkeypatch.setitem(sys.modules, "benchmarks.plan_error", None)
+    gpu_host.planner_section(sheet, True, CPU, ROOF)
+    *rows, last = read(sheet.path)[0]
+    assert [r.name for r in rows] == ["a", "b", "c"] and rows[0].figures == {"predicted MiB": 3.0, "measured MiB": 2.0, "error %": 50.0}
+    assert last.state == "missing" and "plan_error" in last.note
 
 
 class Worker(gpu.Worker):

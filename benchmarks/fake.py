@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastft.patching.rebind import rebind
+from fastft.tools.plan_fake import to_fake
 
 Patch = Callable[[nn.Module], nn.Module]
 _FREE = {
@@ -143,21 +144,6 @@ def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn
             if p.requires_grad:
                 p.data = p.data.to(torch.bfloat16)
     return model.train()
-
-
-def to_fake(model: nn.Module) -> None:
-    """Inside a FakeTensorMode: meta tensors become fake CPU tensors (tied ones stay tied)."""
-    known: dict[int, torch.Tensor] = {}
-
-    def fake(t: torch.Tensor) -> torch.Tensor:
-        if id(t) not in known:
-            empty = torch.empty(t.shape, dtype=t.dtype, device="cpu")
-            known[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
-        return known[id(t)]
-
-    for module in model.modules():
-        module._parameters.update({n: fake(p) for n, p in module._parameters.items() if p is not None})
-        module._buffers.update({n: fake(b) for n, b in module._buffers.items() if b is not None})
 
 
 def _causal(backbone: nn.Module) -> None:

@@ -79,17 +79,21 @@ class Subject:
     period: int | None
     fake: plan_fake.FakeRun
     runs: dict[tuple, Run] = field(default_factory=dict)
-    square: float | None = None  # bytes for each square of a row's length, once `plan_search` has asked
+    has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `plan_search` has asked
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Peak:
         """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the recomputed ones have
         their input on the host."""
         whole = self.whole(layers, rows, tokens, offloaded)
-        return _peak_of(whole)
+        return max(_peaks(whole), key=lambda p: p.total)
 
-    def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> Peak:
-        """The peak of the few layers alone."""
-        return _peak_of(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
+    def peaks(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> list[Peak]:
+        """Of each phase."""
+        return _peaks(self.whole(layers, rows, tokens, offloaded))
+
+    def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[Peak]:
+        """Of each phase, of the few layers alone."""
+        return _peaks(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
 
     def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Run:
         """The run of the whole model, extrapolated from those of a few layers."""
@@ -179,10 +183,12 @@ class Subject:
             return Run(_static(model, BLOCK if s.for_cuda else 1), ledger.phases())
 
 
-def _peak_of(run: Run) -> Peak:
-    best = max(run.phases, key=lambda p: p.peak)
-    moment = best.live[best.live.sum(1).argmax()]
-    return Peak(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, best.name)
+def _peaks(run: Run) -> list[Peak]:
+    found = []
+    for phase in run.phases:
+        moment = phase.live[phase.live.sum(1).argmax()] if len(phase.live) else np.zeros(len(TAGS))
+        found.append(Peak(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, phase.name))
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The largest batch and the longest row that fit.
 
-Beyond one tile of the head, activations and temporary buffers are V(T) = i + T v in tokens T; all else is constant. The intercept i (a
+In each phase of a step, beyond one tile of the head, activations and temporary buffers are V(T) = i + T v in tokens T; all else is constant. The intercept i (a
 head's tile) does not depend on the depth, so that a second run of a few layers gives it, and V of the whole model, which is known at the
-tokens asked for, the slope. Where a mask is made, the square of a row's length adds to it, which a third run shows. Nothing as large as
+tokens asked for, the slope. Where a mask is made, the square of a row's length adds to it, which further runs show. Nothing as large as
 the answer is run.
 """
 
@@ -15,6 +15,7 @@ from fastft.tools.plan_predict import Peak, Subject
 
 TILE, MULTIPLE = 4096, 64  # tokens of the head's tile; rows are found in multiples
 NOISE = 1e-3  # of the bytes that vary
+ENDLESS = 2**62  # a phase in which tokens play no part
 VARYING = ("activations", "temporary")
 
 
@@ -29,30 +30,42 @@ class Limits:
 def search(subject: Subject, layers: tuple[int, int], offloaded: int, room: int, batch: int, seq: int) -> Limits:
     """layers, offloaded: as `Subject.peak` takes them; room: bytes for a step."""
     rows = batch if batch * seq >= TILE else math.ceil(TILE / seq)
-    t = rows * seq
-    here = subject.peak(layers, rows, seq, offloaded)
-    first, second = (subject.shallow(layers, n, seq) for n in (rows, 2 * rows))
+    square = _square(subject, layers, offloaded, rows, seq)
+    phases = zip(
+        subject.peaks(layers, rows, seq, offloaded),
+        subject.shallow(layers, rows, seq),
+        subject.shallow(layers, 2 * rows, seq),
+    )
+    found = [_of_phase(*p, room, rows, seq, square if p[0].phase != "optimizer" else 0.0) for p in phases]
+    return Limits(min(b for b, _ in found), min(t for _, t in found))
+
+
+def _of_phase(here: Peak, first: Peak, second: Peak, room: int, rows: int, seq: int, square: float) -> tuple[int, int]:
+    """(rows of `seq` tokens, tokens of one row) with which this phase fits. here: its peak with rows x seq tokens; first, second: of a few
+    layers with as many tokens, and twice as many; square: bytes for each square of a row's length."""
     intercept = 2 * varying(first) - varying(second)
-    slope = (varying(here) - intercept) / t
-    fixed = here.total - varying(here) + intercept
-    square = _square(subject, layers, rows, seq)
-    slope -= square * seq  # of the slope above, this much is a mask's
-    most = math.floor((room - fixed) / (seq * (slope + square * seq)))
-    if square > 0:
-        longest = (-slope + math.sqrt(max(slope * slope + 4 * square * (room - fixed), 0.0))) / (2 * square)
-    else:
-        longest = (room - fixed) / slope
-    return Limits(max(most, 0), max(int(longest) // MULTIPLE * MULTIPLE, 0))
+    slope = (varying(here) - intercept) / (rows * seq) - square * seq  # of bytes for a token, this much is a mask's
+    left = room - (here.total - varying(here) + intercept)
+    if left <= 0:
+        return 0, 0
+    if slope <= 0:
+        return ENDLESS, ENDLESS
+    most = math.floor(left / (seq * (slope + square * seq)))
+    longest = (-slope + math.sqrt(slope * slope + 4 * square * left)) / (2 * square) if square > 0 else left / slope
+    return most, int(longest) // MULTIPLE * MULTIPLE
 
 
 def varying(peak: Peak) -> int:
     return sum(peak.parts[k] for k in VARYING)
 
 
-def _square(subject: Subject, layers: tuple[int, int], rows: int, seq: int) -> float:
+def _square(subject: Subject, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
     """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes more."""
-    if subject.square is None:
-        many, one = (varying(subject.shallow(layers, n, s)) for n, s in ((2 * rows, seq), (1, 2 * rows * seq)))
-        more = (one - many) / ((2 * rows * seq) ** 2 - 2 * rows * seq**2)
-        subject.square = max(0.0, more) if abs(one - many) > NOISE * many else 0.0
-    return subject.square
+    shapes = ((2 * rows, seq), (1, 2 * rows * seq))
+    if subject.has_squares is None:  # a question of the architecture, not of the policy
+        many, one = (max(map(varying, subject.shallow(layers, *s))) for s in shapes)
+        subject.has_squares = one - many > NOISE * many
+    if not subject.has_squares:
+        return 0.0
+    many, one = (varying(subject.peak(layers, *s, offloaded)) for s in shapes)
+    return max(0.0, (one - many) / ((2 * rows * seq) ** 2 - 2 * rows * seq**2))

@@ -46,7 +46,7 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
-def form_of(module, dropout=0.0, scaling=None, sliding_window=None, softcap=None, s_aux=None, is_causal=None, head_dim=None, **rest) -> Form:
+def form_of(module, dropout=0.0, scaling=None, sliding_window=None, softcap=None, s_aux=None, is_causal=None, *, head_dim: int, **rest) -> Form:
     """Read from the arguments of a call on the attention interface. Raises UnsupportedError for what is not known here."""
     unknown = sorted(k for k, v in rest.items() if v is not None and k not in _HARMLESS)
     if unknown:

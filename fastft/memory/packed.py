@@ -282,7 +282,7 @@ class Enter(_Hook):
         if torch.compiler.is_compiling():
             return
         given = _named(module, args, kwargs)
-        if given is None or given.get("adapter_names") is not None:  # rows with adapters of their own
+        if given is None:
             self.packing.entered.append(None)
             return
         shifted = given.get("shift_labels")

@@ -280,7 +280,7 @@ def test_patched_bare_then_wrapped(base):
     kernels = {r.kernel: r.count for r in report if r.kind == "linear group"}
     assert kernels == {"lora_linear(group of 3)": 6, "lora_linear(group of 2)": 4, "lora_linear(group of 1)": 4}
     assert not report.stock and not fallbacks(ours)
-    assert all(r.error == r.error for r in report.swapped), "a proof without its error"
+    assert all(r.error == r.error for r in report.swapped if r.kind == "linear group"), "a proof without its error"
     stock_again = fastft.unpatch(ours)
     assert not any("Fast" in type(m).__name__ for m in stock_again.modules())
     ours.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_steps, gpu_worker
-from benchmarks.sheet import Red, Row, Sheet, markdown, read
+from benchmarks.sheet import Missing, Red, Row, Sheet, markdown, read
 from fastft.tools.bench_timing import Roof
 
 CPU = torch.device("cpu")
@@ -207,3 +207,25 @@ def test_pytests_output_is_read():
         gpu_worker.summary(XDIST, False, 1)
     with pytest.raises(Red, match="exit code 4"):
         gpu_worker.summary("no tests ran", False, 4)
+
+
+def test_without_hypothesis_its_files_are_named(monkeypatch):
+    commands = []
+
+    class Popen:
+        returncode = 0
+
+        def __init__(self, command, **kwargs):
+            commands.append(command)
+
+        def communicate(self, timeout=None):
+            return PLAIN, None
+
+    monkeypatch.setattr(gpu_worker.subprocess, "Popen", Popen)
+    monkeypatch.setattr(gpu_worker.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "xdist") else object())
+    found = gpu_worker._pytest(("tests/kernels/test_weights.py", "tests/kernels/test_glu.py"), "not slow", 9)
+    assert found["left out, for want of hypothesis"] == "test_glu"
+    assert commands[0][-1] == "tests/kernels/test_weights.py" and "-n" not in commands[0]
+    monkeypatch.setattr(gpu_worker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Missing, match="need pytest"):
+        gpu_worker._pytest((), "slow", 9)

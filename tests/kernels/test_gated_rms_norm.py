@@ -1,5 +1,7 @@
 """gated_rms_norm against the formula in float64, and no worse than the formula in the dtype itself: y and every gradient."""
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,6 +10,7 @@ from fastft_kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from fastft_kernels.numerics import compare
 
 EPS = 1e-5
+DEVICE = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +20,15 @@ def _uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _on_device(device, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device)
+
+
 def draw(shape, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
-    x, gate, dy = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
-    return x, gate, (torch.randn(shape[-1], generator=g, dtype=torch.float64) * 0.3 + 1).to(dtype), dy
+    x, gate, dy = (torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3))
+    return x, gate, (torch.randn(shape[-1], generator=g, dtype=torch.float64) * 0.3 + 1).to(DEVICE, dtype), dy
 
 
 def stock(x, gate, weight, eps, *, activation, gate_first, groups):
@@ -71,7 +79,7 @@ def test_float64_is_the_formula(gate_first):
 def test_strides_and_an_expanded_gradient(gate_first, dtype):
     x, gate, w, _ = draw((6, 4, 16), dtype)
     kwargs = dict(activation="silu", gate_first=gate_first, groups=2)
-    dy = torch.ones(1, 1, 16, dtype=dtype).expand(4, 6, 16)
+    dy = torch.ones(1, 1, 16, dtype=dtype, device=x.device).expand(4, 6, 16)
     views = [x.transpose(0, 1), torch.cat([gate, gate], -1)[..., :16].transpose(0, 1), w, dy]
     whole = [*(t.contiguous() for t in views[:2]), w, dy.contiguous()]
     ours, same = results(gated_rms_norm, views, **kwargs), results(gated_rms_norm, whole, **kwargs)

@@ -182,8 +182,9 @@ def _run(spec: Spec, folder: Path, seconds: float, env: dict[str, str]) -> list[
 
 
 def _result(options: Options, lines: dict[str, list[dict]]) -> Result:
-    about = next((x["about"] for x in lines["truth"] if "about" in x), {})
-    about = {"device": "unknown", "versions": {}} | about
+    about: dict[str, Any] = {"device": "unknown", "versions": {}}
+    for stack in ("truth", "stock"):  # the truth may have run on another device: where both speak, stock is right
+        about |= next((x["about"] for x in lines[stack] if "about" in x), {})
     gates = [x for s in lines for x in lines[s] if "gate" in x]
     rows = []
     for cell in (c for c in CELLS if c in options.cells):
@@ -220,7 +221,7 @@ def _row(stack: str, cell: str, lines: list[dict], about: dict, options: Options
 
 def _percent(x: dict, cell: str, about: dict, options: Options) -> float | None:
     """Of the physical limit, over all timed steps together; None where there is none."""
-    if not about.get("shape"):
+    if not about.get("shape") or not about.get("roof"):
         return None
     shape, roof = Shape(**about["shape"]), Roof(**about["roof"])
     forwards = 1 if cell == "dpo" else 0

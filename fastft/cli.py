@@ -141,7 +141,7 @@ def plan(
     )  # fmt: skip
     if plot is not None:
         result.plot(plot)
-    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(140, Console().width)).print(result)
+    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(150, Console().width)).print(result)
 
 
 @app.command()

@@ -57,7 +57,7 @@ def test_the_largest_batch_fits_and_a_little_more_does_not(small, ours):
     at = lambda batch, seq: ours.peak((0, 8), batch, seq).total
     assert at(line.largest_batch, 512) <= room * 1.001
     assert at(line.largest_batch + 2, 512) > room  # the head's tiles are even: up to a row's worth less than at a multiple of 4096 tokens
-    assert at(1, line.longest) == pytest.approx(room, rel=0.01)
+    assert 0.95 * room < at(1, line.longest) <= room
 
 
 def test_auto_recomputes_no_more_than_it_must(ours):

@@ -18,7 +18,7 @@ import inspect
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -59,6 +59,7 @@ class Packing:
     attentions: list[weakref.ref[nn.Module]] = field(default_factory=list)
     implementation: str = ""
     counts: Counter = field(default_factory=Counter)
+    used: dict[str, str] = field(default_factory=dict)  # kernels, and why no faster ones
     proofs: dict[str, Proof] = field(default_factory=dict)
     entered: list[Labels | None] = field(default_factory=list)
     is_entrance: bool = False  # the owner is itself what the user calls
@@ -87,7 +88,7 @@ class Packing:
         self.counts["packed"] += 1
         self.counts["packed tokens"] += segments.tokens
         self.counts["packed documents"] += len(segments.lengths)
-        return {**given, "attention_mask": SegmentMask.of(segments)}
+        return {**given, "attention_mask": SegmentMask.of(replace(segments, used=self.used))}
 
     def _unpad(self, module: nn.Module, given: dict, mask: torch.Tensor) -> Unpadded | None:
         labels = Labels() if self.is_entrance else self.entered[-1] if self.entered else None
@@ -107,7 +108,7 @@ class Packing:
         self.counts["unpadded"] += 1
         self.counts["real tokens"] += found.segments.tokens
         self.counts["padded tokens"] += mask.numel()
-        return found
+        return replace(found, segments=replace(found.segments, used=self.used))
 
     def _count(self, why: str) -> None:
         base = self.base()
@@ -151,14 +152,14 @@ class Packing:
         return self.proofs[kind]
 
     def rows(self) -> list[Row]:
-        """For the report: one row for each class of attention."""
+        """For the report, from the first packed or padded batch on: one row for each class of attention."""
         proof = self.proofs.get("packed") or self.proofs.get("padded")
-        if self.why_not or (proof is not None and not proof.ok):
+        if self.why_not or proof is None or not proof.ok:
             return []
         classes = Counter(stock_class(m).__name__ for r in self.attentions if (m := r()) is not None)
-        numbers = () if proof is None else (proof.error, proof.stock_error, proof.dtype)
-        note = "" if proof is not None else "proven at the first packed or padded batch"
-        return [Row(KIND, name, n, "by document", *numbers, reason=note) for name, n in classes.items()]
+        note = "; ".join(dict.fromkeys(filter(None, self.used.values())))
+        kernel = ", ".join(sorted(self.used)) or "within documents"
+        return [Row(KIND, name, n, kernel, proof.error, proof.stock_error, proof.dtype, note) for name, n in classes.items()]
 
     def lines(self) -> list[str]:
         """For the report."""
@@ -318,7 +319,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     packing = Packing(weakref.ref(base), weakref.ref(owner), unpad)
     if before is not None:
         packing.unpad = before.unpad if unpad is None else unpad
-        packing.counts, packing.proofs = before.counts, before.proofs
+        packing.counts, packing.used, packing.proofs = before.counts, before.used, before.proofs
     packing.implementation = owner.config._attn_implementation or ""
     packing.why_not = _prepare(packing, owner)
     look = Look(packing)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,10 +28,13 @@ class MaskReadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Segments:
-    """lengths: tokens of each document, in the order of the row (on the host: no sync later). device: where the row is."""
+    """lengths: tokens of each document, in the order of the row (on the host: no sync later). device: where the row is. kept: what a
+    kernel computed once for all layers. used: the kernels that attended, and why no faster ones (one dict for all rows of a model)."""
 
     lengths: tuple[int, ...]
     device: torch.device
+    kept: dict = field(default_factory=dict, compare=False, repr=False)
+    used: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -96,7 +99,7 @@ class SegmentMask(torch.Tensor):
             if name in _MOVES and isinstance(mask, SegmentMask):
                 moved = func(*args, **(kwargs or {}))
                 if moved.shape == mask.shape and moved.dtype == torch.bool:
-                    return mask if moved.device == mask.device else SegmentMask.of(Segments(mask.segments.lengths, moved.device))
+                    return mask if moved.device == mask.device else SegmentMask.of(Segments(mask.segments.lengths, moved.device, used=mask.segments.used))
         raise MaskReadError(f"a packed row's mask is read by {owner or name or func}: packing needs attention on transformers' attention interface")
 
     def __deepcopy__(self, memo) -> SegmentMask:

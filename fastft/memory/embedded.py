@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.memory.hooks import has_foreign_hooks
+
 
 class Embedded:
     """A forward hook of an embedding module: remembers its last output, weakly, and what it came from."""
@@ -28,7 +30,7 @@ class Embedded:
             return
         ids = args[0]
         held = [*module.parameters(), *module.buffers()]
-        if any(type(h) is not Embedded and not _makes_it_a_leaf(h) for h in module._forward_hooks.values()):
+        if has_foreign_hooks(module):
             return  # somebody else looks at the output, and may want its gradient
         plain = all(type(t) in (torch.Tensor, nn.Parameter, FakeTensor) and not hasattr(t, "ds_id") for t in held)
         if not plain or any(t.requires_grad for t in held) or not isinstance(ids, torch.Tensor) or ids.is_inference() or ids.is_floating_point():
@@ -50,11 +52,6 @@ class Embedded:
     def __reduce__(self):
         """A pickled model is a stock model: what comes back does nothing, and needs the standard library alone."""
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _makes_it_a_leaf(hook: Callable) -> bool:
-    """transformers' and PEFT's `enable_input_require_grads`, which wants a gradient to flow and not the gradient itself."""
-    return getattr(hook, "__module__", "").split(".")[0] in ("transformers", "peft")
 
 
 class _Again:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastft.memory.choose import Split, choose
+from fastft.memory.hooks import has_foreign_hooks
 from fastft.memory.meter import Meter, keeping
 from fastft.memory.offload import Offloader
 from fastft.memory.runs import CheckpointFunction, is_plain, lean
@@ -82,7 +83,7 @@ class Forward:
         if index < self.split.offloaded:
             offloader = self.offloader = self.offloader or Offloader(x.device)
         self.counts["recomputed" if offloader is None else "offloaded"] += 1
-        embedded = self.controller.embedded if index == 0 else None
+        embedded = self.controller.embedded if index == 0 and not has_foreign_hooks(self.layers[0]) else None
         return lean(function, args, embedded, offloader, again_in_full=self.mode == "full")
 
     def _decide(self, x: torch.Tensor) -> Split | None:

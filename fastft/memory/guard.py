@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.memory.forward import Forward
+from fastft.memory.hooks import has_foreign_hooks
 from fastft.memory.stack import Stack
 from fastft.patching.relief import GIVERS
 
@@ -46,7 +47,7 @@ class Attempt:
         self.controller, self.stack, self.call, self.learning = controller, stack, call, learning
         self.state = _Randomness(p.device for p in learning)
         self.autocast = _autocast(p.device.type for p in learning)
-        self.is_shared = any(map(_is_foreign, _hooks(owner)))
+        self.is_shared = has_foreign_hooks(owner)
         self.leaves: list | None = None  # of the output
         self.spec: Any = None
         GIVERS.add(self)
@@ -184,15 +185,3 @@ def can_be_guarded(owner: nn.Module, learning: list[nn.Parameter], args: tuple, 
     if any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
         return False
     return all(type(p) in (torch.Tensor, nn.Parameter) and not hasattr(p, "ds_id") and not p._backward_hooks for p in learning)
-
-
-def _hooks(owner: nn.Module) -> Iterator[Callable]:
-    for module in owner.modules():
-        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            yield from table.values()
-
-
-def _is_foreign(hook: Callable) -> bool:
-    """Whether it is a user's hook."""
-    name = getattr(hook, "__module__", None) or type(hook).__module__
-    return name.split(".")[0] not in ("transformers", "peft", "trl", "accelerate", "fastft")

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import pickle
-import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -285,14 +284,11 @@ def test_undo_copy_and_pickle():
 def test_the_first_checkpoint_is_given_up():
     """Not only unsaved: nobody holds the embedding's rows after the forward, and the ids give them again."""
     model = checkpointed(fastft.patch(model_of(), activation_policy="lean"))
-    rows = []
-    embedding = model.get_input_embeddings()
-    look = model.get_base_model().model.layers[0].register_forward_pre_hook(lambda m, args: rows.append(weakref.ref(args[0])))
+    embedding, rows = model.get_input_embeddings(), controller_of(model.get_base_model()).embedded
     plain = run(fastft.patch(model_of()), train_step)
     loss = model(tokens(), labels=tokens()).loss
-    assert rows[0]() is None
+    assert rows.came_from is not None and rows.output() is None
     loss.backward()
-    look.remove()
     model.zero_grad(set_to_none=True)
     same_bits(plain, run(model, train_step))
 
@@ -304,19 +300,20 @@ def test_the_first_checkpoint_is_given_up():
     assert not embedding.weight.requires_grad
 
 
-@pytest.mark.parametrize("who", ["hook on the embedding", "hook on its output", "trained"])
+@pytest.mark.parametrize("who", ["hook on the embedding", "hook on its output", "hook within the layer", "trained"])
 def test_the_first_input_is_kept_for_whoever_wants_its_gradient(who):
     model = checkpointed(fastft.patch(model_of(), activation_policy="lean"))
     seen, embedding = [], model.get_input_embeddings()
     if who == "hook on the embedding":
         embedding.register_forward_hook(lambda m, args, out: seen.append(out))
-    elif who == "hook on its output":
-        model.get_base_model().model.layers[0].register_forward_pre_hook(lambda m, args: args[0].register_hook(seen.append) and None)
+    elif who.startswith("hook"):
+        layer = model.get_base_model().model.layers[0]
+        (layer if "output" in who else layer.input_layernorm).register_forward_pre_hook(lambda m, args: args[0].register_hook(seen.append) and None)
     else:
         embedding.weight.requires_grad_()
     run(model, train_step)
-    found = {"hook on the embedding": lambda: seen[0].grad, "hook on its output": lambda: seen[0], "trained": lambda: embedding.weight.grad}
-    assert found[who]() is not None and found[who]().abs().sum() > 0
+    found = embedding.weight.grad if who == "trained" else seen[0].grad if who == "hook on the embedding" else seen[-1]
+    assert found is not None and found.abs().sum() > 0
 
 
 def test_several_stacks_share_the_memory():

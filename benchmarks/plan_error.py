@@ -220,7 +220,8 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
 
 
 def planner_error(device: torch.device | str = "cpu", tiny: bool = True) -> dict[str, float | str]:
-    """Of every configuration: predicted and measured MiB and the relative error; and the largest of these by size."""
+    """Of every configuration (tiny: of three): predicted and measured MiB and the relative error; and the largest error, without its sign.
+    For `python -m benchmarks.gpu`."""
     device = torch.device(device)
     found: dict[str, float | str] = {}
     worst = 0.0

@@ -177,7 +177,7 @@ class Packing:
     def __deepcopy__(self, memo) -> Packing:
         base, owner = self.base(), self.owner()
         new = memo[id(self)] = Packing(self.base, self.owner, self.unpad, self.why_not, [], self.implementation, is_entrance=self.is_entrance)
-        new.proofs = dict(self.proofs)
+        new.proofs, new.used = dict(self.proofs), dict(self.used)
         if base is not None and owner is not None:
             new.base, new.owner = weakref.ref(copy.deepcopy(base, memo)), weakref.ref(copy.deepcopy(owner, memo))
         new.attentions = [weakref.ref(copy.deepcopy(m, memo)) for r in self.attentions if (m := r()) is not None]

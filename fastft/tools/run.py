@@ -31,18 +31,19 @@ class PatchOnFirstStep:
     """Context in which the first model that trains is patched. `seen` counts the models that were."""
 
     def __init__(self, patch: Callable[[nn.Module], object], show: Callable[[nn.Module], None]):
-        self.patch, self.show, self.seen, self._handle = patch, show, 0, None
+        self.patch, self.show, self.seen, self._handle, self._over = patch, show, 0, None, False
 
     def __enter__(self) -> PatchOnFirstStep:
+        self._over = False
         self._arm()
         return self
 
     def __exit__(self, *_) -> None:
+        self._over = True
         self._disarm()
-        self.patch = lambda model: None
 
     def _arm(self) -> None:
-        if self._handle is None:
+        if self._handle is None and not self._over:  # a model may outlive the script
             self._handle = nn.modules.module.register_module_forward_pre_hook(self._before)
 
     def _disarm(self) -> None:

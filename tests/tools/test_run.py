@@ -1,5 +1,6 @@
 """fastft run: a script that knows nothing of fastft trains patched, keeps its arguments and exit code; TRL's own scripts run."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -195,3 +196,19 @@ def test_what_goes_the_stock_way_is_said_at_the_end(folder, capsys):
     assert run_patched(train) == 0
     report, _, since = capsys.readouterr().out.partition("modules swapped")
     assert "went the stock way" not in report and "calls: linear group: mixed batch by adapter_names" in since
+
+
+def test_a_model_that_outlives_the_script_leaves_no_global_hook(folder):
+    """The hook comes back when a patched model is gone, for the next one; not once the script is over."""
+    hooks, ids = torch.nn.modules.module._global_forward_pre_hooks, torch.arange(6)[None]
+    with PatchOnFirstStep(lambda m: None, lambda m: None) as watch:
+        first, second = (h.load(folder, "stock").train() for _ in range(2))
+        first(input_ids=ids)
+        assert not hooks
+        del first
+        gc.collect()
+        assert len(hooks) == 1
+        second(input_ids=ids)
+    del second
+    gc.collect()
+    assert watch.seen == 2 and not hooks

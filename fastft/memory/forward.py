@@ -100,9 +100,12 @@ class Forward:
             per_token, seen = found
             kept.append(int(per_token * tokens * max(1.0, length / seen)))  # attention may keep the square of a length
         meter = self.controller.meter or Meter(x.device, policy.budget)
-        available = int(meter.available() * self.stack.share)
+        available = meter.available()
+        if available is None:
+            self.mode, self.why = "trainer", f" (as the trainer says: the free memory of a {x.device.type} device is not known)"
+            return Split(n)
         reserve = WORKSPACE + HEAD_BYTES * x.numel() + max(kept, default=0) + self.controller.missing()
-        return choose(kept, [x.numel() * x.element_size()] * n, available, reserve)
+        return choose(kept, [x.numel() * x.element_size()] * n, int(available * self.stack.share), reserve)
 
     def _is_longer(self, index: int, x: torch.Tensor) -> bool:
         found = self.stack.measured.get(self.kinds[index]) if self.mode == "auto" else None

@@ -73,7 +73,7 @@ class Watch:
         return getattr, ({}, "get")
 
 
-def _places(owner: dict, key: str, depth: int = 0) -> Iterator[tuple[types.FunctionType, Callable[[Callable], None]]]:
+def places(owner: dict, key: str, depth: int = 0) -> Iterator[tuple[types.FunctionType, Callable[[Callable], None]]]:
     """Every TRL forward reachable from a bound forward through the wrappers that belong to this instance, with a way to replace it."""
     value = owner.get(key)
     function = getattr(value, "__func__", value)
@@ -110,7 +110,7 @@ def bind(base: nn.Module) -> Proof | None:
     if "forward" not in base.__dict__:
         return None
     proof = None
-    for function, put in _places(base.__dict__, "forward"):
+    for function, put in places(base.__dict__, "forward"):
         theirs = function.__globals__.get(NAME)
         if theirs is None or theirs is FusedHead:
             proof = _PROOFS.get(getattr(function, "_fastft_replaces", None), proof)
@@ -128,7 +128,7 @@ def bind(base: nn.Module) -> Proof | None:
 
 def release(base: nn.Module) -> None:
     """The exact undo of `bind`."""
-    for function, put in list(_places(base.__dict__, "forward")):
+    for function, put in list(places(base.__dict__, "forward")):
         original = function.__dict__.get("_fastft_original")
         if original is not None:
             put(original)

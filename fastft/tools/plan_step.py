@@ -47,7 +47,7 @@ def with_trl_head(base: nn.Module) -> None:
 def head_as_on_cuda(base: nn.Module) -> Iterator[None]:
     """Where TRL's fused head is bound on `base`, it takes the way that it takes on CUDA (rows without a label left out, tiles in Triton)."""
     undo = []
-    for function, put in list(trl_head._places(base.__dict__, "forward")):
+    for function, put in list(trl_head.places(base.__dict__, "forward")):
         names: dict[str, object] = {"_use_triton": lambda device: True}
         if function.__globals__.get(trl_head.NAME) is not trl_head.FusedHead:
             names[trl_head.NAME] = _TrlHead

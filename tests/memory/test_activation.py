@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastft
 from fastft.errors import PolicyError
 from fastft.memory.controller import controller_of
-from fastft.memory.meter import keeping
+from fastft.memory.meter import Meter, keeping
 from tests.swaps.lora_models import BASES, HIDDEN, llama, run, same_bits, tokens, train_step
 
 N = 4
@@ -49,7 +49,7 @@ def held(model):
 class Free:
     """A meter that shows what the test says."""
 
-    bytes: int
+    bytes: int | None
 
     def available(self):
         return self.bytes
@@ -216,6 +216,16 @@ def test_saved_tensor_hooks_of_others_see_every_tensor():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         run(model, train_step)
     assert last(model).startswith(f"{N} recomputed") and "hook" in last(model)
+
+
+def test_on_a_device_that_does_not_say_the_trainer_decides():
+    plain, model = run(fastft.patch(model_of()), train_step), checkpointed(fastft.patch(model_of(), activation_policy="auto"))
+    with_free(model, None)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        same_bits(plain, run(model, train_step))
+    assert last(model).startswith(f"{N} recomputed layers (as the trainer says: the free memory of a cpu device is not known)")
+    assert Meter(torch.device("hpu")).available() is None
 
 
 @pytest.mark.parametrize("policy", ["lean", "none", 2, "auto"])

@@ -38,7 +38,7 @@ def base_of(model):
 
 
 def is_ours(model):
-    functions = [f for f, _ in trl_head._places(base_of(model).__dict__, "forward")]
+    functions = [f for f, _ in trl_head.places(base_of(model).__dict__, "forward")]
     return [f.__globals__[trl_head.NAME] is trl_head.FusedHead for f in functions] == [True]
 
 

@@ -17,9 +17,9 @@ SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_lay
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "granite": GraniteConfig}
 
 
-def build(family="llama", lora=True):
+def build(family="llama", lora=True, **sizes):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**SIZES), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**SIZES | sizes), attn_implementation="eager")
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
         for n, p in model.named_parameters():

@@ -4,8 +4,6 @@ import gc
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from typer.testing import CliRunner
 
 import fastft
@@ -14,21 +12,13 @@ from fastft.patching.patcher import record_of
 from fastft.swaps import norms
 from fastft.tools import verify as module
 from fastft.tools.peak import peak_of_events
+from tests.tools.test_verify import build as tiny
 
-FAMILIES = {"llama": LlamaConfig, "gemma2": Gemma2Config}
+FAMILIES = ("llama", "gemma2")
 
 
 def build(family="llama", layers=3, hidden=32, lora=True):
-    sizes = dict(hidden_size=hidden, intermediate_size=hidden * 3 // 2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    torch.manual_seed(0)
-    config = FAMILIES[family](vocab_size=64, num_hidden_layers=layers, **sizes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
-        for n, p in model.named_parameters():
-            if "lora_B" in n:
-                torch.nn.init.normal_(p, std=0.1)
-    return model
+    return tiny(family, lora, vocab_size=64, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=hidden * 3 // 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from torch import nn
 from fastft.patching.fingerprint import ById
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.observe import FunctionCall
+from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import Proof, prove
 from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import install, stock_class
@@ -222,7 +223,8 @@ def _guess(fn: Callable) -> FunctionCall | None:
         kwargs = {n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in shapes.items()}
         try:
             out = fn(**kwargs)
-        except Exception:  # it wants other shapes: nothing is learned from which error it raises
+        except Exception as e:  # it wants other shapes: nothing is learned from which error it raises
+            not_for_want_of_memory(e)
             continue
         outs = [out] if isinstance(out, torch.Tensor) else list(out)
         if [o.shape for o in outs] == [kwargs[n].shape for n in rotated]:

@@ -13,8 +13,8 @@ from benchmarks.fake import counting
 from benchmarks.gpu_models import Batch, batch, build, config_small
 from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, ours, sft_loss
 from benchmarks.sheet import Figures, Red, Row, Sheet
-from fastft.tools.bench_limits import Shape
-from fastft.tools.bench_timing import Roof, synchronize
+from fastft.tools.bench.limits import ModelShape
+from fastft.tools.bench.timing import Roof, synchronize
 
 
 def _step(model: nn.Module, b: Batch, device: torch.device) -> torch.Tensor:
@@ -58,7 +58,7 @@ def host_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
         model = made["model"]
         b = batch(lengths, model.config.vocab_size, device)
         step = fitting(model, stack, sft_loss, b, device, seconds=0.0 if tiny else 2.0)
-        found = figures(step, lengths, Shape.of(model.get_base_model()), roof, sft_loss, False)
+        found = figures(step, lengths, ModelShape.of(model.get_base_model()), roof, sft_loss, False)
         with STACKS[stack][0](model, device):
             run = lambda: _step(model, b, device)
             run()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks.sheet import Figures, Red, Sheet
 from fastft.patching.truth import float64_truth
-from fastft.tools.bench_timing import ColdTimer, Roof, Times
+from fastft.tools.bench.timing import ColdTimer, Roof, Times
 from fastft_kernels.activation import activation
 from fastft_kernels.gated_rms_norm import gated_rms_norm
 from fastft_kernels.glu import glu

@@ -24,10 +24,10 @@ import fastft
 from benchmarks.gpu_models import HAS_TRL, RANK, Batch, alpaca_lengths, batch, build, checkpoint_layers, config_8b, with_trl_head
 from benchmarks.sheet import Figures, Red, Sheet
 from fastft.patching.truth import float64_truth
-from fastft.tools.bench_limits import Shape, limit_seconds
-from fastft.tools.bench_timing import Roof, Times, synchronize
+from fastft.tools.bench.limits import ModelShape, limit_seconds
+from fastft.tools.bench.timing import Roof, Times, synchronize
 from fastft.tools.gate import gate
-from fastft.tools.verify import in_float64
+from fastft.tools.verify.runner import in_float64
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -228,7 +228,7 @@ def fitting(model: nn.Module, stack: str, loss: Loss, b: Batch, device: torch.de
     raise AssertionError("unreachable: the last way returns or raises")
 
 
-def figures(step: Step, lengths: Sequence[int], shape: Shape, roof: Roof, loss: Loss, four_bit: bool) -> Figures:
+def figures(step: Step, lengths: Sequence[int], shape: ModelShape, roof: Roof, loss: Loss, four_bit: bool) -> Figures:
     tokens, t = sum(lengths), step.times
     found: Figures = {
         "tokens/s": tokens / t.median, "p20": tokens / t.p80, "p80": tokens / t.p20, "step ms": t.median * 1e3, "first step ms": step.first * 1e3,
@@ -277,8 +277,8 @@ def section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof, *, four_
             sheet.run(f"8B shape, {base}, {cell}: {stack}", lambda stack=stack, loss=loss, lengths=lengths: measure(stack, loss, lengths), least)
 
 
-def _shape(tiny: bool) -> Shape:
+def _shape(tiny: bool) -> ModelShape:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return Shape.of(AutoModelForCausalLM.from_config(config_8b(tiny)))
+        return ModelShape.of(AutoModelForCausalLM.from_config(config_8b(tiny)))

@@ -18,7 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs
 import torch
 
 from benchmarks.sheet import Figures, Missing, Red, Sheet
-from fastft.tools.bench_timing import Roof, measure_roof
+from fastft.tools.bench.timing import Roof, measure_roof
 
 ROOT = Path(__file__).parent.parent
 TINY_ROOF = {"n": 128, "copy_bytes": 8 << 20, "seconds": 0.02}

@@ -18,7 +18,7 @@ _WHERE = {
     "report": "fastft.model.api",
     "PatchReport": "fastft.patching.report",
     "StrictError": "fastft.patching.patcher",
-    "verify": "fastft.tools.verify",
+    "verify": "fastft.tools.verify.runner",
     "plan": "fastft.tools.plan",
     "FastftError": "fastft.errors",
 }
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
     from fastft.tools.plan import plan
-    from fastft.tools.verify import verify
+    from fastft.tools.verify.runner import verify
 
 
 def __getattr__(name: str):

@@ -31,10 +31,10 @@ def demo(
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4 (QLoRA).")] = False,
 ) -> None:
     """Fine-tune with stock and with fastft from the same seed, compare, save, reload, undo. Exit code 0 if all of it held."""
-    from fastft.tools.demo import Options
-    from fastft.tools.demo import demo as run
+    from fastft.tools.demo.runner import DemoOptions
+    from fastft.tools.demo.runner import demo as run
 
-    raise typer.Exit(run(Options(model=model, dataset=dataset, out=out, steps=steps, seed=seed, four_bit=four_bit)))
+    raise typer.Exit(run(DemoOptions(model=model, dataset=dataset, out=out, steps=steps, seed=seed, four_bit=four_bit)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -71,7 +71,7 @@ def verify(
 
     from rich.console import Console
 
-    from fastft.tools.verify import verify_checkpoint
+    from fastft.tools.verify.runner import verify_checkpoint
 
     result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
     print(json.dumps(result.to_dict(), indent=2)) if as_json else Console().print(result)
@@ -96,12 +96,12 @@ def bench(
 
     from rich.console import Console
 
-    from fastft.tools.bench import Options
-    from fastft.tools.bench import bench as run
+    from fastft.tools.bench.runner import BenchOptions
+    from fastft.tools.bench.runner import bench as run
 
     split = lambda text: tuple(x.strip() for x in text.split(",") if x.strip())
     try:
-        options = Options(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
+        options = BenchOptions(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e
     result = run(options)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastft.patching.clone import clone
-from fastft.tools.verify import judge
+from fastft.tools.verify.runner import judge
 
 if TYPE_CHECKING:
     from fastft_kernels.numerics import Verdict

@@ -29,7 +29,7 @@ def material(folder: Path) -> Path:
     """`folder` with model/ (Qwen3, tiny, random), chat/, preferences/ and prompts/ (each a data set that `load_dataset` takes)."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from fastft.tools.demo_model import train_tokenizer
+    from fastft.tools.demo.model import train_tokenizer
 
     tokenizer = train_tokenizer(SENTENCES, 480)
     tokenizer.chat_template = CHAT

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_steps, gpu_worker
 from benchmarks.sheet import Missing, Red, Row, Sheet, markdown, read
-from fastft.tools.bench_timing import Roof
+from fastft.tools.bench.timing import Roof
 
 CPU = torch.device("cpu")
 ROOF = Roof(1e10, 1e10, "bfloat16")

@@ -25,7 +25,7 @@ def hub_model_in_a_folder(tmp_path, monkeypatch):
     """A tiny random model and tokenizer in the relative folder that the README's Hub name reads as; the test runs there."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from fastft.tools.demo_model import train_tokenizer
+    from fastft.tools.demo.model import train_tokenizer
 
     monkeypatch.chdir(tmp_path)
     (name,) = re.findall(r'^name = "([^"]+)"', "".join(blocks("python")), flags=re.M)

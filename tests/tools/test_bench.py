@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from fastft.cli import app
-from fastft.tools import bench, bench_cells, bench_stacks, bench_steps
-from fastft.tools.bench_limits import Shape, limit_seconds, step_bytes, step_flops
-from fastft.tools.bench_spec import Spec, row_lengths
-from fastft.tools.bench_timing import ColdTimer, Roof, Times, measure_roof
-from fastft.tools.bench_worker import Worker
-from fastft.tools.demo_model import train_tokenizer
+from fastft.tools.bench import cells as bench_cells
+from fastft.tools.bench import runner as bench
+from fastft.tools.bench import stacks as bench_stacks
+from fastft.tools.bench import steps as bench_steps
+from fastft.tools.bench.limits import ModelShape, limit_seconds, step_bytes, step_flops
+from fastft.tools.bench.spec import Spec, row_lengths
+from fastft.tools.bench.timing import ColdTimer, Roof, Times, measure_roof
+from fastft.tools.bench.worker import Worker
+from fastft.tools.demo.model import train_tokenizer
 from fastft.tools.gate import gate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -83,14 +86,14 @@ def test_a_stack_that_is_off_prints_no_speed(checkpoint, tmp_path, here, monkeyp
         return model
 
     monkeypatch.setattr(bench_stacks, "load", planted)
-    result = bench.bench(bench.Options(checkpoint, ("best",), ("sft", "long"), out=tmp_path, **STEPS))
+    result = bench.bench(bench.BenchOptions(checkpoint, ("best",), ("sft", "long"), out=tmp_path, **STEPS))
     assert not result.ok and [(r.cell, r.state, r.rate) for r in result.rows] == [("sft", "red", None), ("long", "red", None)]
     assert "FAIL" in result.rows[0].note
     assert not (tmp_path / "speed.png").exists()
 
 
 def test_nf4(checkpoint, tmp_path, here):
-    result = bench.bench(bench.Options(checkpoint, ("stock", "fastft"), ("sft",), four_bit=True, out=tmp_path, **STEPS))
+    result = bench.bench(bench.BenchOptions(checkpoint, ("stock", "fastft"), ("sft",), four_bit=True, out=tmp_path, **STEPS))
     assert result.ok, [(r.stack, r.note) for r in result.rows]
     assert result.about["truth"] == "float32"
 
@@ -105,7 +108,7 @@ def test_memory_that_runs_out_is_a_row_and_ends_the_lengths(checkpoint, tmp_path
         return real(spec, cell, model, tokenizer, seq, steps, checkpointing)
 
     monkeypatch.setattr(bench_steps, "_measure", measure)
-    result = bench.bench(bench.Options(checkpoint, ("best",), ("sft", "long"), out=tmp_path, **STEPS))
+    result = bench.bench(bench.BenchOptions(checkpoint, ("best",), ("sft", "long"), out=tmp_path, **STEPS))
     sft, long = result.rows
     assert (sft.state, sft.note, sft.rate) == ("out of memory", "CUDA out of memory", None)
     assert long.state == "ok" and long.tokens == 16 and [p["tokens"] for p in long.by_length] == [16]
@@ -115,7 +118,7 @@ def test_memory_that_runs_out_is_a_row_and_ends_the_lengths(checkpoint, tmp_path
 def test_a_process_that_dies_is_a_row(tmp_path):
     spec = Spec(str(tmp_path / "nothing"), "stock", ("sft",), str(tmp_path), 16, 2, (16,), steps=1)
     lines = bench._run(spec, tmp_path, 60, {})
-    row = bench._row("stock", "sft", lines, {}, bench.Options("m"))
+    row = bench._row("stock", "sft", lines, {}, bench.BenchOptions("m"))
     assert row.state == "error" and "the process ended with 1" in row.note and "nothing" in row.note
 
 
@@ -140,10 +143,10 @@ def test_row_lengths_of_what_trainers_see():
     assert sorted(drawn)[1000] == pytest.approx(120, rel=0.1) and max(drawn) <= 2048 and row_lengths(spec, "long", 2, 64) == [64, 64]
 
 
-def llama_8b() -> Shape:
+def llama_8b() -> ModelShape:
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
     with torch.device("meta"):
-        return Shape.of(AutoModelForCausalLM.from_config(config))
+        return ModelShape.of(AutoModelForCausalLM.from_config(config))
 
 
 def test_the_limit_of_a_known_shape():
@@ -154,7 +157,7 @@ def test_the_limit_of_a_known_shape():
     assert step_flops(shape, rows, 16) < step_flops(shape, [8192], 16) and step_bytes(shape, rows) == step_bytes(shape, [8192])
     assert step_flops(shape, rows, 16, forwards=1) / step_flops(shape, rows, 16) == pytest.approx(1.5, abs=0.02)
     with pytest.raises(ValueError, match="dense decoder"):
-        Shape.of(torch.nn.ParameterList([torch.zeros(2, 3, 4)]))
+        ModelShape.of(torch.nn.ParameterList([torch.zeros(2, 3, 4)]))
 
 
 def test_times_and_roof():

@@ -10,13 +10,15 @@ from typer.testing import CliRunner
 
 from fastft import errors
 from fastft.cli import app, main
-from fastft.tools import demo as demo_module
-from fastft.tools import demo_checks, demo_corpus, demo_run
-from fastft.tools.demo import Options, demo
-from fastft.tools.demo_model import Size
-from fastft.tools.demo_run import Run
+from fastft.tools.demo import checks as demo_checks
+from fastft.tools.demo import corpus as demo_corpus
+from fastft.tools.demo import runner as demo_module
+from fastft.tools.demo import training as demo_run
+from fastft.tools.demo.model import DecoderSize
+from fastft.tools.demo.runner import DemoOptions, demo
+from fastft.tools.demo.training import TrainingRun
 
-SMALL = Size(vocab=400, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, steps=8, batch=4, tokens=32)
+SMALL = DecoderSize(vocab=400, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, steps=8, batch=4, tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def done(tmp_path_factory):
     """One small demo: exit code, folder, what it printed."""
     out = tmp_path_factory.mktemp("demo")
     console = Console(width=120, record=True, quiet=False)
-    code = demo(Options(out=out, steps=6, size=SMALL, held_out=16, pairs=300, least_drop=0.01), console)
+    code = demo(DemoOptions(out=out, steps=6, size=SMALL, held_out=16, pairs=300, least_drop=0.01), console)
     return code, out, console.export_text()
 
 
@@ -69,7 +71,7 @@ def test_exit_code_is_one_when_a_promise_is_broken(done, tmp_path, monkeypatch):
     _, first, _ = done
     figures = json.loads((first / "demo.json").read_text())
     monkeypatch.setattr(demo_module, "_compare", lambda *a: figures)
-    options = Options(model=str(first / "model"), out=tmp_path, steps=2, held_out=8, pairs=40)
+    options = DemoOptions(model=str(first / "model"), out=tmp_path, steps=2, held_out=8, pairs=40)
     console = Console(width=120, record=True)
     assert demo(options, console) == 0
     figures["checks"][2]["ok"] = False
@@ -85,7 +87,7 @@ def test_the_drop_that_is_asked_for():
 
 
 def curve(*losses):
-    return Run("x", list(losses))
+    return TrainingRun("x", list(losses))
 
 
 def test_judge_of_curves():
@@ -111,7 +113,7 @@ def test_checks_see_a_wrong_model(done):
 
     _, out, _ = done
     rows = [{"prompt": "def f(x)", "completion": "Return x."}]
-    job = demo_run.Job(str(out / "model"), Dataset.from_list(rows), Dataset.from_list(rows), out, steps=2)
+    job = demo_run.DemoSettings(str(out / "model"), Dataset.from_list(rows), Dataset.from_list(rows), out, steps=2)
     model = FastModel.from_pretrained(out / "adapter")
     ids = torch.arange(24).view(2, 12)
     trained = demo_checks.trainable(model)

@@ -10,8 +10,8 @@ import fastft
 from fastft.cli import app
 from fastft.patching.patcher import record_of
 from fastft.swaps import norms
-from fastft.tools import verify as module
 from fastft.tools.peak import peak_of_events
+from fastft.tools.verify import runner as module
 from tests.tools.test_verify import build as tiny
 
 FAMILIES = ("llama", "gemma2")

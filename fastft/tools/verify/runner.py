@@ -24,15 +24,15 @@ from fastft.patching.clone import clone
 from fastft.patching.patcher import innermost, record_of
 from fastft.patching.truth import float64_truth
 from fastft.tools.gate import gate
-from fastft.tools.verify_layers import Tail, decoder_layers, tail_of
-from fastft.tools.verify_runs import as_stock, in_float64, results, tensors_in, truth
+from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
+from fastft.tools.verify.modules import as_stock, in_float64, results, tensors_in, truth
 from fastft_kernels.numerics import Verdict, compare
 
 WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes too long, where it fits
 
 
 @dataclass(frozen=True)
-class Line:
+class VerificationLine:
     """One comparison: max error relative to the largest true value, ours and stock's; `worst` names the output or gradient."""
 
     level: str  # "module", "layer", "tail" or "model"
@@ -45,7 +45,7 @@ class Line:
     worst: str
 
     @classmethod
-    def of(cls, level: str, group: str, module: str, kernel: str, v: Verdict) -> Line:
+    def of(cls, level: str, group: str, module: str, kernel: str, v: Verdict) -> VerificationLine:
         return cls(level, group, module, kernel, v.ok, v.error, v.eager_error, f"{v.name} {v.reason}".strip())
 
 
@@ -55,14 +55,14 @@ class Verification:
 
     model: str
     dtype: str
-    lines: tuple[Line, ...]
+    lines: tuple[VerificationLine, ...]
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.lines) and all(line.ok for line in self.lines)
 
     @property
-    def failed(self) -> tuple[Line, ...]:
+    def failed(self) -> tuple[VerificationLine, ...]:
         return tuple(line for line in self.lines if not line.ok)
 
     def to_dict(self) -> dict:
@@ -130,11 +130,11 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         lines = []
         for level, kind, group, name, kernel in targets:
             if name in calls:
-                lines.append(Line.of(level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])))
+                lines.append(VerificationLine.of(level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])))
         if tail is not None:
-            lines.append(Line.of("tail", "from the last layer to the loss", "", "all swaps", gate(tail_of(base, batch, hidden), *tail)))
+            lines.append(VerificationLine.of("tail", "from the last layer to the loss", "", "all swaps", gate(tail_of(base, batch, hidden), *tail)))
         if stock_step is not None:
-            lines.append(Line.of("model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)))
+            lines.append(VerificationLine.of("model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)))
     finally:
         for m, mode in modes:
             m.training = mode

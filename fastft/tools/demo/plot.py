@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastft.tools.demo_run import Run
+from fastft.tools.demo.training import TrainingRun
 
 
-def plot(path: Path, fast: Run, stock: Run, reordered: Run, truth: Run | None, title: str) -> None:
+def plot(path: Path, fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None, title: str) -> None:
     """Write a PNG. Below, on a logarithmic scale, the distance of each run from the float64 run (from stock where there is
     none)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

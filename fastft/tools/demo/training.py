@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from fastft.patching.truth import float64_truth
+from fastft.tools.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Job:
+class DemoSettings:
     """What all runs of one demo share. `small` is the demo's own model: float32 throughout, no checkpointing."""
 
     model: str
@@ -48,7 +49,7 @@ class Job:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Outcome of one run. `saved_bytes` is what autograd keeps for the backward pass of one step, parameters excluded;
     `peak_bytes` is the CUDA allocator's peak during training (0 without a GPU)."""
 
@@ -75,23 +76,14 @@ class Run:
         }
 
 
-def load_tokenizer(job: Job):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_fast(job: Job):
+def load_fast(job: DemoSettings):
     from fastft import FastModel
 
     torch.manual_seed(job.seed)
     return FastModel.from_pretrained(job.model, load_in_4bit=job.four_bit)
 
 
-def load_stock(job: Job, *, exact: bool = False):
+def load_stock(job: DemoSettings, *, exact: bool = False):
     """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same weights, bit for bit,
     in the dtype of `truth_dtype`."""
     import transformers
@@ -119,7 +111,7 @@ def load_stock(job: Job, *, exact: bool = False):
     return model.to(truth_dtype(job)) if exact and not job.four_bit else model
 
 
-def truth_dtype(job: Job) -> torch.dtype:
+def truth_dtype(job: DemoSettings) -> torch.dtype:
     """float64 for a run that is float32 throughout, else float32: against 16 bit it is as good as exact, and fits."""
     from transformers import AutoConfig
 
@@ -129,7 +121,7 @@ def truth_dtype(job: Job) -> torch.dtype:
 
 
 def make_trainer(
-    job: Job,
+    job: DemoSettings,
     model,
     tokenizer,
     *,
@@ -192,7 +184,7 @@ def make_trainer(
 
 
 def train(
-    job: Job,
+    job: DemoSettings,
     model,
     name: str,
     *,
@@ -200,12 +192,12 @@ def train(
     exact: bool = False,
     measure: bool = True,
     on_step: Callable[[int], None] | None = None,
-) -> Run:
+) -> TrainingRun:
     """Train `model` for job.steps steps. `reordered`: the rows of every batch reversed and padded further, which is the same
     mathematics in another order of summation; `exact`: in the dtype of `truth_dtype` throughout, for a model loaded so; `measure`
     adds held-out loss and bytes saved for backward."""
-    run = Run(name)
-    trainer = make_trainer(job, model, load_tokenizer(job), exact=exact, on_step=on_step, timings=run.step_seconds)
+    run = TrainingRun(name)
+    trainer = make_trainer(job, model, load_tokenizer(job.model), exact=exact, on_step=on_step, timings=run.step_seconds)
     if reordered:
         collate = trainer.data_collator
         if hasattr(collate, "pad_to_multiple_of"):
@@ -239,8 +231,8 @@ def train(
     return run
 
 
-def held_out_loss(job: Job, model) -> float:
-    return make_trainer(job, model, load_tokenizer(job)).evaluate()["eval_loss"]
+def held_out_loss(job: DemoSettings, model) -> float:
+    return make_trainer(job, model, load_tokenizer(job.model)).evaluate()["eval_loss"]
 
 
 def saved_bytes(trainer) -> int:

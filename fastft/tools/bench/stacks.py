@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastft.tools.bench_spec import NEEDS, Spec
+from fastft.tools.bench.spec import NEEDS, Spec
 
 FLOAT64_BYTES = 6 << 30  # a model that takes more in float64 is judged in float32, if it is stored in 16 bits
 
@@ -30,7 +30,7 @@ class MissingPeer(Exception):
 
 
 @dataclass(frozen=True)
-class Way:
+class StackSettings:
     """How a stack is run. tries: checkpointing on or off, in turn until one fits; trainer: more arguments for TRL's configuration."""
 
     tries: tuple[bool, ...] = (True,)
@@ -38,13 +38,13 @@ class Way:
     trainer: tuple[tuple[str, Any], ...] = ()
 
 
-WAYS = {
-    "stock": Way(),
-    "best": Way(tries=(False, True), tuned=True),
-    "liger": Way(trainer=(("use_liger_kernel", True),)),
-    "unsloth": Way(),
-    "fastft": Way(tuned=True),
-    "truth": Way(tries=(True,)),
+STACK_SETTINGS = {
+    "stock": StackSettings(),
+    "best": StackSettings(tries=(False, True), tuned=True),
+    "liger": StackSettings(trainer=(("use_liger_kernel", True),)),
+    "unsloth": StackSettings(),
+    "fastft": StackSettings(tuned=True),
+    "truth": StackSettings(tries=(True,)),
 }
 
 
@@ -76,15 +76,6 @@ def attention(tuned: bool):
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield
-
-
-def load_tokenizer(spec: Spec):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load(spec: Spec) -> Any:

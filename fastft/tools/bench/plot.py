@@ -11,7 +11,7 @@ GIB = 2.0**30
 
 
 def plot(result: Any, folder: Path) -> list[Path]:
-    """speed.png, memory.png, length.png: each only where there is something to show. result: a `bench.Result`."""
+    """speed.png, memory.png, length.png: each only where there is something to show. result: a `bench.BenchResult`."""
     written = []
     for name, label, value in (("speed", "non-padding tokens/s", lambda r: r.rate), ("memory", "peak memory, GiB", lambda r: r.peak and r.peak / GIB)):
         if any(value(r) for r in result.rows):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastft.patching.truth import float64_truth
-from fastft.tools.verify_runs import in_float64
+from fastft.tools.verify.modules import in_float64
 
 Tail = dict[str, torch.Tensor]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastft.tools.bench_spec import Spec, row_lengths, tokens
-from fastft.tools.bench_stacks import WAYS, autocast, device
+from fastft.tools.bench.spec import Spec, row_lengths, tokens
+from fastft.tools.bench.stacks import STACK_SETTINGS, autocast, device
 
 
 def make_trainer(spec: Spec, cell: str, model: Any, tokenizer: Any, *, steps: int, checkpointing: bool, seq: int, rate: float, callbacks: list) -> Any:
@@ -27,7 +27,7 @@ def make_trainer(spec: Spec, cell: str, model: Any, tokenizer: Any, *, steps: in
         output_dir=str(Path(spec.folder) / "trainer"), max_steps=steps, per_device_train_batch_size=1 if cell == "long" else spec.batch, logging_steps=10**6,
         report_to="none", save_strategy="no", learning_rate=rate, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch", seed=spec.seed,
         bf16=low == torch.bfloat16, fp16=low == torch.float16, use_cpu=device().type == "cpu", gradient_checkpointing=checkpointing, disable_tqdm=True,
-        dataloader_pin_memory=device().type == "cuda", **dict(WAYS[spec.stack].trainer),
+        dataloader_pin_memory=device().type == "cuda", **dict(STACK_SETTINGS[spec.stack].trainer),
     )  # fmt: skip
     if device().type == "cuda":
         common["optim"] = "adamw_torch_fused"

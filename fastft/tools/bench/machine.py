@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fastft.tools.bench_limits import Shape
-from fastft.tools.bench_spec import Spec
-from fastft.tools.bench_stacks import autocast, device
-from fastft.tools.bench_timing import measure_roof
+from fastft.tools.bench.limits import ModelShape
+from fastft.tools.bench.spec import Spec
+from fastft.tools.bench.stacks import autocast, device
+from fastft.tools.bench.timing import measure_roof
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger_kernel", "unsloth", "fastft")
 
@@ -43,8 +43,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _shape(spec: Spec) -> Shape:
+def _shape(spec: Spec) -> ModelShape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return Shape.of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model)))
+        return ModelShape.of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model)))

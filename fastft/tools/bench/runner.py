@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastft.tools.bench_limits import Shape, limit_seconds
-from fastft.tools.bench_spec import CELLS, STACKS, Spec
-from fastft.tools.bench_timing import Roof, Times
+from fastft.tools.bench.limits import ModelShape, limit_seconds
+from fastft.tools.bench.spec import CELLS, STACKS, Spec
+from fastft.tools.bench.timing import Roof, Times
 
 FAILED = ("red", "error")
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """seq, batch, lengths: None chooses by the machine (2048, 4 and up to 8 x 2048 tokens on a GPU; 64, 2 and 256 without). ValueError for
     stacks and cells that do not exist."""
 
@@ -52,7 +52,7 @@ class Options:
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One stack in one cell. state: ok, red, missing, out of memory, error. Rates are non-padding tokens/s; memory in bytes."""
 
     stack: str
@@ -74,13 +74,13 @@ class Row:
 
 
 @dataclass
-class Result:
+class BenchResult:
     """`ok`: nothing was red and nothing failed; to_dict() is JSON-ready; printing it shows the table."""
 
-    options: Options
+    options: BenchOptions
     about: dict[str, Any]
     gates: list[dict]
-    rows: list[Row]
+    rows: list[BenchRow]
     notes: list[str]
 
     @property
@@ -117,11 +117,11 @@ class Result:
             yield Text(note)
 
 
-def _why(row: Row) -> str:
+def _why(row: BenchRow) -> str:
     return f"{row.cell}, {row.stack}: {row.state}: {row.note.split(' | ')[0]}"
 
 
-def bench(options: Options, console: Console | None = None) -> Result:
+def bench(options: BenchOptions, console: Console | None = None) -> BenchResult:
     """Run it all; writes bench.json, speed.png, memory.png and, with the cell "long", length.png to options.out."""
     console = console or Console(stderr=True)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def bench(options: Options, console: Console | None = None) -> Result:
         lines = {s: _process(options, s, Path(folder), console) for s in ("truth", *_in_order(options.stacks))}
     result = _result(options, lines)
     (options.out / "bench.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-    from fastft.tools.bench_plot import plot
+    from fastft.tools.bench.plot import plot
 
     plot(result, options.out)
     return result
@@ -140,7 +140,7 @@ def _in_order(stacks: Sequence[str]) -> list[str]:
     return ["stock", *(s for s in STACKS if s in stacks and s != "stock")]
 
 
-def _spec(options: Options, stack: str, folder: Path) -> Spec:
+def _spec(options: BenchOptions, stack: str, folder: Path) -> Spec:
     import torch
 
     cuda = torch.cuda.is_available()
@@ -152,7 +152,7 @@ def _spec(options: Options, stack: str, folder: Path) -> Spec:
     )  # fmt: skip
 
 
-def _process(options: Options, stack: str, folder: Path, console: Console) -> list[dict]:
+def _process(options: BenchOptions, stack: str, folder: Path, console: Console) -> list[dict]:
     """The lines of one stack's process; the truth once more on the CPU where it does not fit on the GPU."""
     spec = _spec(options, stack, folder)
     console.print(f"{stack} ...", highlight=False)
@@ -166,7 +166,7 @@ def _process(options: Options, stack: str, folder: Path, console: Console) -> li
 def _run(spec: Spec, folder: Path, seconds: float, env: dict[str, str]) -> list[dict]:
     rows, log = folder / f"{spec.stack}.jsonl", folder / f"{spec.stack}.log"
     rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "fastft.tools.bench_worker", str(spec.write(folder / f"{spec.stack}.json")), str(rows)]
+    command = [sys.executable, "-m", "fastft.tools.bench.worker", str(spec.write(folder / f"{spec.stack}.json")), str(rows)]
     why = ""
     with log.open("w") as out:
         try:
@@ -181,7 +181,7 @@ def _run(spec: Spec, folder: Path, seconds: float, env: dict[str, str]) -> list[
     return lines
 
 
-def _result(options: Options, lines: dict[str, list[dict]]) -> Result:
+def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
     about: dict[str, Any] = {"device": "unknown", "versions": {}}
     for stack in ("truth", "stock"):  # the truth may have run on another device: where both speak, stock is right
         about |= next((x["about"] for x in lines[stack] if "about" in x), {})
@@ -196,34 +196,34 @@ def _result(options: Options, lines: dict[str, list[dict]]) -> Result:
         notes.append("peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; reserved memory is a GPU's")
     if "no limit" in about:
         notes.append(f"% of limit: {about['no limit']}")
-    return Result(options, about, gates, rows, notes)
+    return BenchResult(options, about, gates, rows, notes)
 
 
-def _row(stack: str, cell: str, lines: list[dict], about: dict, options: Options) -> Row:
+def _row(stack: str, cell: str, lines: list[dict], about: dict, options: BenchOptions) -> BenchRow:
     for x in lines:
         if "missing" in x:
-            return Row(stack, cell, "missing", x["missing"])
+            return BenchRow(stack, cell, "missing", x["missing"])
     found = [x for x in lines if x.get("cell") == cell]
     if not found:
         failed = [x for x in lines if str(x.get("cell", "")).startswith(f"{cell},")] + [x for x in lines if "crash" in x]
         state = failed[0].get("state", "error") if failed else "error"
-        return Row(stack, cell, state, (failed[0].get("crash") or failed[0].get("note", "")) if failed else "its process said nothing about it")
+        return BenchRow(stack, cell, state, (failed[0].get("crash") or failed[0].get("note", "")) if failed else "its process said nothing about it")
     x = found[-1]
     if x["state"] != "ok":
-        return Row(stack, cell, x["state"], x.get("note", ""))
+        return BenchRow(stack, cell, x["state"], x.get("note", ""))
     tokens = [sum(n) for n in x["lengths"]]
     rates, steps = Times.of([n / s for n, s in zip(tokens, x["seconds"])]), Times.of(x["seconds"])
-    return Row(
+    return BenchRow(
         stack, cell, "ok", "", rates.median, rates.p20, rates.p80, steps.median, x["first"], x["peak"], x["reserved"],
         _percent(x, cell, about, options), x["checkpointing"], x["losses"], x.get("by_length", []), x.get("tokens"),
     )  # fmt: skip
 
 
-def _percent(x: dict, cell: str, about: dict, options: Options) -> float | None:
+def _percent(x: dict, cell: str, about: dict, options: BenchOptions) -> float | None:
     """Of the physical limit, over all timed steps together; None where there is none."""
     if not about.get("shape") or not about.get("roof"):
         return None
-    shape, roof = Shape(**about["shape"]), Roof(**about["roof"])
+    shape, roof = ModelShape(**about["shape"]), Roof(**about["roof"])
     forwards = 1 if cell == "dpo" else 0
     least = sum(limit_seconds(shape, n, Spec.rank, roof, four_bit=options.four_bit, forwards=forwards) for n in x["lengths"])
     return 100 * least / sum(x["seconds"])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fastft.tools.demo_corpus import Pair
+from fastft.tools.demo.corpus import Pair
 
 
 @dataclass(frozen=True)
-class Size:
+class DecoderSize:
     """The decoder and its pre-training. The defaults take about a minute on two cores."""
 
     vocab: int = 2048
@@ -48,7 +48,7 @@ def train_tokenizer(texts: list[str], vocab: int):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], pad_token=special[1])
 
 
-def build(size: Size, tokenizer) -> torch.nn.Module:
+def build(size: DecoderSize, tokenizer) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(
@@ -68,7 +68,7 @@ def build(size: Size, tokenizer) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def pretrain(pairs: list[Pair], folder: Path, size: Size, seed: int, on_step: Callable[[int, float], None]) -> float:
+def pretrain(pairs: list[Pair], folder: Path, size: DecoderSize, seed: int, on_step: Callable[[int, float], None]) -> float:
     """Train tokenizer and decoder on the docstrings of `pairs`, save both to `folder`; returns the last loss."""
     tokenizer = train_tokenizer([p.doc for p in pairs] + [p.prompt for p in pairs], size.vocab)
     ids = [i for p in pairs for i in (*tokenizer(p.doc).input_ids, tokenizer.eos_token_id)]

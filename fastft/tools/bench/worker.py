@@ -1,4 +1,4 @@
-"""One stack of `fastft bench` in a process of its own: python -m fastft.tools.bench_worker SPEC.json ROWS.jsonl
+"""One stack of `fastft bench` in a process of its own: python -m fastft.tools.bench.worker SPEC.json ROWS.jsonl
 
 Loads once, runs the gate, then its cells in order. One JSON line for each, flushed: a crash or an out-of-memory loses one cell.
 """
@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fastft.tools.bench_spec import DRAWS, Spec
+from fastft.tools.bench.spec import DRAWS, Spec
 
 
 def main(argv: list[str]) -> int:
@@ -40,11 +40,12 @@ class Worker:
             os.fsync(f.fileno())
 
     def run(self) -> None:
-        from fastft.tools.bench_stacks import MissingPeer, load, load_tokenizer
+        from fastft.tools.bench.stacks import MissingPeer, load
+        from fastft.tools.tokenizer import load_tokenizer
 
         try:
             begun = time.perf_counter()
-            self.model, self.tokenizer = load(self.spec), load_tokenizer(self.spec)
+            self.model, self.tokenizer = load(self.spec), load_tokenizer(self.spec.model)
             self.say(loaded=time.perf_counter() - begun, about=self._about())
         except MissingPeer as e:
             self.say(missing=str(e))
@@ -65,7 +66,7 @@ class Worker:
                 self._guarded(cell, "cell", lambda cell=cell: self.say(cell=cell, state="ok", **self._measure(cell, self.spec.seq)))
 
     def _about(self) -> dict:
-        from fastft.tools.bench_machine import about
+        from fastft.tools.bench.machine import about
 
         return about(self.spec, self.model)
 
@@ -115,7 +116,7 @@ class Worker:
         """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for stock and the truth."""
         from safetensors.torch import load_file, save_file
 
-        from fastft.tools.bench_steps import losses_and_gradients
+        from fastft.tools.bench.steps import losses_and_gradients
         from fastft.tools.gate import gate
 
         found = losses_and_gradients(self.spec, cell, self.model, self.tokenizer, DRAWS)
@@ -134,7 +135,7 @@ class Worker:
     # --- the cells
 
     def _measure(self, cell: str, seq: int, steps: int | None = None) -> dict:
-        from fastft.tools.bench_steps import measure
+        from fastft.tools.bench.steps import measure
 
         return measure(self.spec, cell, self.model, self.tokenizer, seq, steps or self.spec.steps, self._tidy)
 

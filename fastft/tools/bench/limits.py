@@ -12,7 +12,7 @@ For T tokens in rows of lengths S_i, frozen linears of sizes in x out, adapters 
     NF4        every quantised weight expanded twice: 0.516 bytes read, 2 written for each element
 
 Nothing is recomputed: keeping everything is the fastest where memory allows it. The limit is arithmetic / FLOP/s + traffic / bandwidth.
-It bounds dense decoders; `Shape.of` raises ValueError for what has experts in 3-D parameters.
+It bounds dense decoders; `ModelShape.of` raises ValueError for what has experts in 3-D parameters.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastft.tools.bench_timing import Roof
+from fastft.tools.bench.timing import Roof
 
 NF4_READ = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, an 8-bit absmax for 64, a float32 absmax for 256 of those: bytes an element
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """linear: sum of in x out of the decoder's linears; width: sum of in + out of those; layers; hidden; vocab; query, key: widths of all
     heads together; intermediate: 0 where the configuration names none (the bound is then looser)."""
 
@@ -42,10 +42,10 @@ class Shape:
     intermediate: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> Shape:
+    def of(cls, model: nn.Module) -> ModelShape:
         """Of a transformers model (its parameters may lie on the meta device). ValueError for experts held as 3-D parameters."""
         if any(p.dim() == 3 for p in model.parameters()):
-            raise ValueError("Shape.of: want a dense decoder, got a model with 3-D (experts') parameters")
+            raise ValueError("ModelShape.of: want a dense decoder, got a model with 3-D (experts') parameters")
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
         linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
@@ -63,7 +63,7 @@ class Shape:
         )
 
 
-def step_flops(shape: Shape, lengths: Sequence[int], rank: int, *, labelled: int | None = None, forwards: int = 0) -> float:
+def step_flops(shape: ModelShape, lengths: Sequence[int], rank: int, *, labelled: int | None = None, forwards: int = 0) -> float:
     """Arithmetic of one training step on rows of `lengths`, and of `forwards` gradient-free passes over the same rows (a DPO reference: 1).
     labelled: tokens with a label; None is all."""
     tokens = sum(lengths)
@@ -76,7 +76,7 @@ def step_flops(shape: Shape, lengths: Sequence[int], rank: int, *, labelled: int
     return 2 * linear + 3.5 * attention + 3 * adapters + 2 * head + forwards * forward
 
 
-def step_bytes(shape: Shape, lengths: Sequence[int], *, labelled: int | None = None, forwards: int = 0, four_bit: bool = False) -> float:
+def step_bytes(shape: ModelShape, lengths: Sequence[int], *, labelled: int | None = None, forwards: int = 0, four_bit: bool = False) -> float:
     """Elementwise traffic of the same step in bytes, and that of expanding 4-bit weights."""
     tokens = sum(lengths)
     labelled = tokens if labelled is None else labelled
@@ -88,6 +88,6 @@ def step_bytes(shape: Shape, lengths: Sequence[int], *, labelled: int | None = N
     return layers + head + expand
 
 
-def limit_seconds(shape: Shape, lengths: Sequence[int], rank: int, roof: Roof, *, four_bit: bool = False, **counts) -> float:
+def limit_seconds(shape: ModelShape, lengths: Sequence[int], rank: int, roof: Roof, *, four_bit: bool = False, **counts) -> float:
     """The least time of one step. counts: `labelled`, `forwards`."""
     return step_flops(shape, lengths, rank, **counts) / roof.flops + step_bytes(shape, lengths, four_bit=four_bit, **counts) / roof.bandwidth

@@ -1,4 +1,4 @@
-"""What must hold at the end of a demo, each as a `Check` with its evidence.
+"""What must hold at the end of a demo, each as a `DemoCheck` with its evidence.
 
 Loss curves. Training amplifies rounding, so two correct runs part slowly; how far is measured, not assumed. The truth is the same
 stock run (same adapter bits, same batches) in float64, or in float32 where the runs are in 16 bit. The eager error is stock's: at
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from fastft.tools.demo_run import Job, Run, load_stock, truth_dtype
+from fastft.tools.demo.training import DemoSettings, TrainingRun, load_stock, truth_dtype
 from fastft_kernels.numerics import Verdict, compare
 
 LEAST_DROP = 0.20
 
 
 @dataclass(frozen=True)
-class Check:
+class DemoCheck:
     """One thing that was promised. `evidence` is the figure that decided."""
 
     name: str
@@ -35,7 +35,7 @@ class Check:
         return asdict(self)
 
 
-def judge_curves(fast: Run, stock: Run, reordered: Run, truth: Run | None) -> Verdict:
+def judge_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None) -> Verdict:
     """The judge's verdict on two loss curves (see the module docstring). Curves that are empty or of different length fail."""
     ours, a, b = (torch.tensor(r.losses, dtype=torch.float32) for r in (fast, stock, reordered))
     if not len(ours) == len(a) == len(b) == len(truth.losses if truth else a) or not len(ours):
@@ -47,20 +47,20 @@ def judge_curves(fast: Run, stock: Run, reordered: Run, truth: Run | None) -> Ve
     return compare(ours, t, eager, "losses")
 
 
-def check_curves(fast: Run, stock: Run, reordered: Run, truth: Run | None) -> Check:
+def check_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None) -> DemoCheck:
     verdict = judge_curves(fast, stock, reordered, truth)
     against = truth.name.removeprefix("stock in ") if truth is not None else "stock"
     noise = "stock's" if truth is not None else "reordered stock's"
-    return Check(
+    return DemoCheck(
         "loss curves agree",
         verdict.ok,
         f"largest error against {against} {verdict.error:.1e}, {noise} {verdict.eager_error:.1e} {verdict.reason}".strip(),
     )
 
 
-def check_drop(before: float, after: float, least: float) -> Check:
+def check_drop(before: float, after: float, least: float) -> DemoCheck:
     drop = 1 - after / before
-    return Check(
+    return DemoCheck(
         "held-out loss drops", drop >= least and after < before, f"{before:.3f} -> {after:.3f} ({drop:.0%}, want {least:.0%})"
     )
 
@@ -69,9 +69,9 @@ def trainable(model) -> dict[str, torch.Tensor]:
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def check_start(fast: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> Check:
+def check_start(fast: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> DemoCheck:
     same = fast.keys() == stock.keys() and all(torch.equal(fast[k], stock[k]) for k in stock)
-    return Check("adapter starts from stock's bits", bool(same) and len(stock) > 0, f"{len(stock)} tensors")
+    return DemoCheck("adapter starts from stock's bits", bool(same) and len(stock) > 0, f"{len(stock)} tensors")
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ save_file(results, out_file)
 """
 
 
-def check_reload(job: Job, adapter: Path, live: torch.Tensor, ids: torch.Tensor) -> Check:
+def check_reload(job: DemoSettings, adapter: Path, live: torch.Tensor, ids: torch.Tensor) -> DemoCheck:
     """Logits of the patched, trained model against those of the saved adapter on its base in plain transformers + PEFT."""
     from safetensors.torch import load_file, save_file
 
@@ -131,19 +131,19 @@ def check_reload(job: Job, adapter: Path, live: torch.Tensor, ids: torch.Tensor)
     name = "adapter reloads in plain transformers + PEFT"
     run = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True)
     if run.returncode != 0:
-        return Check(
+        return DemoCheck(
             name, False, f"the reload failed: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else run.returncode}"
         )
     there = load_file(out_file)
     verdict = compare(live.float(), there["high"].double(), there["plain"].float(), "logits")
-    return Check(
+    return DemoCheck(
         name,
         verdict.ok,
         f"largest error of logits {verdict.error:.1e}, plain's {verdict.eager_error:.1e} {verdict.reason}".strip(),
     )
 
 
-def check_undo(job: Job, unpatched, trained: dict[str, torch.Tensor], ids: torch.Tensor) -> Check:
+def check_undo(job: DemoSettings, unpatched, trained: dict[str, torch.Tensor], ids: torch.Tensor) -> DemoCheck:
     """A model that was patched, trained and unpatched against one that was never patched and given the same adapter: the same
     bits,
     the same classes."""
@@ -155,4 +155,4 @@ def check_undo(job: Job, unpatched, trained: dict[str, torch.Tensor], ids: torch
     a, b = logits(unpatched, ids), logits(fresh, ids)
     same = torch.equal(a, b)
     what = "logits bit-identical" if same else f"logits differ by {float((a.double() - b.double()).abs().max()):.1e}"
-    return Check("unpatched model is stock again", same and classes, f"{what}, classes {'the same' if classes else 'differ'}")
+    return DemoCheck("unpatched model is stock again", same and classes, f"{what}, classes {'the same' if classes else 'differ'}")

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastft.tools import demo_checks as checks
-from fastft.tools import demo_corpus as corpus
-from fastft.tools import demo_run as runs
-from fastft.tools.demo_checks import Check
-from fastft.tools.demo_model import Size, pretrain
-from fastft.tools.demo_plot import plot
-from fastft.tools.demo_run import Job, Run
+from fastft.tools.demo import checks, corpus
+from fastft.tools.demo import training as runs
+from fastft.tools.demo.checks import DemoCheck
+from fastft.tools.demo.model import DecoderSize, pretrain
+from fastft.tools.demo.plot import plot
+from fastft.tools.demo.training import DemoSettings, TrainingRun
+from fastft.tools.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Options:
+class DemoOptions:
     """The command line's options, and the sizes that a test makes smaller."""
 
     model: str | None = None
@@ -44,13 +44,13 @@ class Options:
     steps: int = 80
     seed: int = 0
     four_bit: bool = False
-    size: Size = field(default_factory=Size)
+    size: DecoderSize = field(default_factory=DecoderSize)
     held_out: int = 128
     pairs: int | None = None  # the first so many only; None: all
     least_drop: float | None = None  # None: 20% for the demo's own model and data, any drop at all for the user's
 
 
-def demo(options: Options, console: Console | None = None) -> int:
+def demo(options: DemoOptions, console: Console | None = None) -> int:
     """Run it all; returns the exit code. Figures go to `options.out`: demo.json, loss.png, adapter/, and model/ for the demo's
     own."""
     console = console or Console()
@@ -72,7 +72,7 @@ def demo(options: Options, console: Console | None = None) -> int:
 # --- parts
 
 
-def _prepare(options: Options, console: Console) -> Job:
+def _prepare(options: DemoOptions, console: Console) -> DemoSettings:
     from datasets import load_from_disk
 
     out = options.out
@@ -98,13 +98,13 @@ def _prepare(options: Options, console: Console) -> Job:
             loss = pretrain(train_pairs, Path(model), options.size, options.seed, lambda i, loss: step(loss))
         console.print(f"small decoder: pre-training loss {loss:.2f}, saved to {model}")
     small = options.model is None
-    return Job(model, train, held_out, out, options.steps, options.seed, options.four_bit, small)
+    return DemoSettings(model, train, held_out, out, options.steps, options.seed, options.four_bit, small)
 
 
-def _compare(job: Job, options: Options, console: Console) -> dict[str, Any]:
+def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[str, Any]:
     from fastft import report, unpatch
 
-    tokenizer = runs.load_tokenizer(job)
+    tokenizer = load_tokenizer(job.model)
     prompt = runs.prompt_of(job.held_out[0], tokenizer)
     bare = runs.load_stock(job)  # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
     before = runs.held_out_loss(job, bare)
@@ -136,7 +136,7 @@ def _compare(job: Job, options: Options, console: Console) -> dict[str, Any]:
     if least is None:
         least = checks.LEAST_DROP if job.small and options.dataset is None else 0.0
     found = [
-        Check("modules were swapped", len(final.swapped) > 0, f"{sum(r.count for r in final.swapped)} modules"),
+        DemoCheck("modules were swapped", len(final.swapped) > 0, f"{sum(r.count for r in final.swapped)} modules"),
         begin,
         checks.check_curves(fast, stock, reordered, truth),
         checks.check_drop(before, fast.held_out_loss, least),
@@ -161,12 +161,12 @@ def _compare(job: Job, options: Options, console: Console) -> dict[str, Any]:
     }
 
 
-def _train(job: Job, model: Any, name: str, console: Console, **how: Any) -> Run:
+def _train(job: DemoSettings, model: Any, name: str, console: Console, **how: Any) -> TrainingRun:
     with _bar(console, f"fine-tuning: {name}", job.steps) as step:
         return runs.train(job, model, name, on_step=lambda _: step(None), **how)
 
 
-def _references(job: Job, console: Console) -> tuple[Run, Run | None]:
+def _references(job: DemoSettings, console: Console) -> tuple[TrainingRun, TrainingRun | None]:
     """Stock in another order of summation, and stock in a higher precision (None where that does not fit into the GPU)."""
     reordered = _train(job, runs.load_stock(job), "stock, reordered", console, reordered=True, measure=False)
     precision = str(runs.truth_dtype(job)).removeprefix("torch.")
@@ -179,7 +179,7 @@ def _references(job: Job, console: Console) -> tuple[Run, Run | None]:
         return reordered, None
 
 
-def _probe(job: Job, tokenizer: Any) -> torch.Tensor:
+def _probe(job: DemoSettings, tokenizer: Any) -> torch.Tensor:
     """A few held-out rows as token ids of one length, [rows, tokens]: no padding, so that every logit counts."""
     texts = [runs.prompt_of(row, tokenizer) for row in job.held_out.select(range(min(4, len(job.held_out))))]
     rows = [tokenizer(t).input_ids[:64] for t in texts]
@@ -227,9 +227,9 @@ def _quiet() -> Iterator[None]:
 def _show(
     console: Console,
     before: float,
-    stock: Run,
-    fast: Run,
-    found: list[Check],
+    stock: TrainingRun,
+    fast: TrainingRun,
+    found: list[DemoCheck],
     prompt: str,
     said_before: str,
     said_after: str,
@@ -256,7 +256,7 @@ def _show(
         console.print(c.evidence, markup=False, highlight=False)
 
 
-def _machine(job: Job) -> dict[str, Any]:
+def _machine(job: DemoSettings) -> dict[str, Any]:
     import peft
     import transformers
     import trl

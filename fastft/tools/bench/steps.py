@@ -12,10 +12,10 @@ import torch
 from transformers import TrainerCallback
 
 from fastft.patching.truth import float64_truth
-from fastft.tools.bench_cells import lengths_in, make_trainer
-from fastft.tools.bench_spec import Spec
-from fastft.tools.bench_stacks import WAYS, attention, device
-from fastft.tools.bench_timing import synchronize
+from fastft.tools.bench.cells import lengths_in, make_trainer
+from fastft.tools.bench.spec import Spec
+from fastft.tools.bench.stacks import STACK_SETTINGS, attention, device
+from fastft.tools.bench.timing import synchronize
 from fastft.tools.peak import held_bytes, peak_of_events
 
 GATE_SEQ = 64
@@ -45,12 +45,12 @@ def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draw
         return loss
 
     trainer.training_step = watched
-    with attention(WAYS[spec.stack].tuned), float64_truth() if wide == torch.float64 else contextlib.nullcontext():
+    with attention(STACK_SETTINGS[spec.stack].tuned), float64_truth() if wide == torch.float64 else contextlib.nullcontext():
         trainer.train()
     return found
 
 
-class Meter(TrainerCallback):
+class StepMeter(TrainerCallback):
     """Seconds, losses and row lengths of every step; memory of those after the first two.
 
     On a GPU `peak` is the allocator's, with everything that lives; on a CPU it is what the allocator's events add up to in the second step,
@@ -110,7 +110,7 @@ class Meter(TrainerCallback):
 
 def measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, tidy: Callable[[], None]) -> dict[str, Any]:
     """One cell, in the first of the stack's ways that fits into memory: {"checkpointing", "seconds", "first", "losses", "lengths", "peak", "reserved"}."""
-    way = WAYS[spec.stack]
+    way = STACK_SETTINGS[spec.stack]
     for i, checkpointing in enumerate(way.tries):
         try:
             return _measure(spec, cell, model, tokenizer, seq, steps, checkpointing)
@@ -123,10 +123,10 @@ def measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: 
 
 
 def _measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, checkpointing: bool) -> dict[str, Any]:
-    meter = Meter(device())
+    meter = StepMeter(device())
     trainer = make_trainer(spec, cell, model, tokenizer, steps=BEFORE + steps, checkpointing=checkpointing, seq=seq, rate=2e-4, callbacks=[meter])
     meter.watch(trainer)
-    with attention(WAYS[spec.stack].tuned):
+    with attention(STACK_SETTINGS[spec.stack].tuned):
         trainer.train()
     if not all(math.isfinite(x) for x in meter.losses):
         raise FloatingPointError(f"a loss is not finite: {meter.losses}")

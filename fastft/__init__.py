@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _WHERE = {
-    "FastModel": "fastft.model.loading",
-    "patch": "fastft.model.api",
-    "unpatch": "fastft.model.api",
-    "patched": "fastft.model.api",
-    "report": "fastft.model.api",
+    "FastModel": "fastft.loading.fast_model",
+    "patch": "fastft.api",
+    "unpatch": "fastft.api",
+    "patched": "fastft.api",
+    "report": "fastft.api",
     "PatchReport": "fastft.patching.report",
     "StrictError": "fastft.patching.patcher",
     "verify": "fastft.tools.verify.runner",
@@ -25,9 +25,9 @@ _WHERE = {
 __all__ = list(_WHERE)
 
 if TYPE_CHECKING:
+    from fastft.api import patch, patched, report, unpatch
     from fastft.errors import FastftError
-    from fastft.model.api import patch, patched, report, unpatch
-    from fastft.model.loading import FastModel
+    from fastft.loading.fast_model import FastModel
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
     from fastft.tools.plan import plan

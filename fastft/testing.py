@@ -43,7 +43,7 @@ def _check(model: nn.Module, batch: dict[str, torch.Tensor], change: Callable[[n
 
     model: stock, dropout off. change: returns the changed model, or None where it changes it in place. Raises as `assert_parity`.
     """
-    from fastft.model.api import patch
+    from fastft.api import patch
 
     copied = clone(model)
     changed = (change or patch)(copied)

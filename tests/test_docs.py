@@ -10,7 +10,7 @@ import pytest
 import fastft
 from fastft import errors
 from fastft.cli import app
-from fastft.model.loading import FastModel
+from fastft.loading.fast_model import FastModel
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "MIGRATING.md", ROOT / "notebooks" / "README.md"]

@@ -17,7 +17,7 @@ import torch, transformers, peft, trl, accelerate, bitsandbytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTTrainer, DPOTrainer, GRPOTrainer
 import fastft
-import fastft.model.api, fastft.model.loading  # what they load in turn is loaded: the snapshots see the same modules
+import fastft.api, fastft.loading.fast_model  # what they load in turn is loaded: the snapshots see the same modules
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 # torch's own running numbers, which any hook and any fake tensor moves

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from fastft.api import patch
 from fastft.memory.controller import control
 from fastft.memory.policy import Policy
 from fastft.memory.stack import kind_of, stacks
-from fastft.model.api import patch
 from fastft.patching.patcher import innermost
 from fastft.tools import plan_fake
 from fastft.tools.plan_gpus import BLOCK

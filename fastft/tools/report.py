@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fastft.api import patch, report
 from fastft.errors import ModelNotFoundError
-from fastft.model.api import patch, report
 from fastft.patching.report import PatchReport
 
 

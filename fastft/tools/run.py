@@ -77,7 +77,7 @@ class Narrator:
     def show(self, model: nn.Module) -> None:
         from rich.console import Console
 
-        from fastft.model.api import report
+        from fastft.api import report
         from fastft.patching.patcher import fallbacks_of
 
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -94,7 +94,7 @@ class Narrator:
 
 def run_patched(body: Callable[[], None]) -> int:
     """Run `body` with its models patched; the exit code that the interpreter would give. Exceptions pass through."""
-    from fastft.model.api import patch
+    from fastft.api import patch
 
     narrator = Narrator()
     with PatchOnFirstStep(functools.partial(patch, activation_policy="auto"), narrator.show) as watch:

@@ -19,7 +19,7 @@ from transformers import (
 
 import fastft
 from fastft import FastModel, errors
-from fastft.model import loading
+from fastft.loading import checkpoint, precision
 
 TEXT = {
     "hidden_size": 32,
@@ -254,7 +254,7 @@ def test_hub_answers_are_told_apart():
     ):
         outer = OSError("long text\nof several lines")
         outer.__cause__ = kind.__new__(kind, "no")
-        text = str(loading._not_found("some/name", outer))
+        text = str(checkpoint.not_found("some/name", outer))
         assert said in text
         assert "\n" not in text
 
@@ -330,7 +330,7 @@ def test_dtype_that_is_none(folder):
 
 def test_dtype_that_the_device_lacks(folder, tmp_path, monkeypatch):
     """A T4 has no bfloat16; stood for here by a device that says so."""
-    monkeypatch.setattr(loading, "_has_dtype", lambda dtype, device: dtype != torch.bfloat16)
+    monkeypatch.setattr(precision, "has_dtype", lambda dtype, device: dtype != torch.bfloat16)
     with pytest.raises(errors.DtypeError, match=r"dtype=torch\.float16") as e:
         FastModel.from_pretrained(folder, dtype="bfloat16")
     one_line(e)
@@ -342,7 +342,7 @@ def test_dtype_that_the_device_lacks(folder, tmp_path, monkeypatch):
     assert "loading it in float16" in said
     assert "\n" not in said
     assert model.get_base_model().dtype == torch.float16
-    quantization = loading._quantization(True, False, "auto", AutoConfig.from_pretrained(folder), torch.device("cpu"), {})
+    quantization = precision.quantization_config(True, False, "auto", AutoConfig.from_pretrained(folder), torch.device("cpu"), {})
     assert quantization.bnb_4bit_compute_dtype == torch.float16
 
 
@@ -368,18 +368,18 @@ def test_max_seq_length(folder):
     ],
 )
 def test_first_device(given, device):
-    assert loading._first_device(given) == torch.device(device)
+    assert precision.first_device(given) == torch.device(device)
 
 
 def test_current_device_is_the_local_ranks(monkeypatch):
     if not torch.cuda.is_available():
-        assert loading._placement("current") is None
+        assert precision.placement("current") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert loading._placement("current") == {"": 0}
+    assert precision.placement("current") == {"": 0}
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert loading._placement("current") == {"": 3}
-    assert loading._placement("auto") == "auto"
+    assert precision.placement("current") == {"": 3}
+    assert precision.placement("auto") == "auto"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    assert loading._placement(None) is None
+    assert precision.placement(None) is None

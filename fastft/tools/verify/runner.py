@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastft.model.api import patch, report, unpatch
+from fastft.api import patch, report, unpatch
 from fastft.patching.clone import clone
 from fastft.patching.patcher import innermost, record_of
 from fastft.patching.truth import float64_truth
@@ -264,7 +264,7 @@ def verify_checkpoint(
     """`verify` of a checkpoint as FastModel loads it, with B of the adapter drawn (at its initial zero no gradient would reach A)."""
     from peft import LoraConfig
 
-    from fastft.model.loading import FastModel
+    from fastft.loading.fast_model import FastModel
 
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if lora else None
     model = FastModel.from_pretrained(name, peft_config=config, load_in_4bit=four_bit, dtype=dtype)

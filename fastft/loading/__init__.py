@@ -1,0 +1,7 @@
+"""`FastModel.from_pretrained`: a stock model with its adapter, loaded as a stock script loads it, then patched.
+
+fast_model   the entry point
+checkpoint   what a name or folder means: adapter, base, configuration, class
+precision    device, dtype and quantisation
+adapter      a new adapter, or a saved one
+"""

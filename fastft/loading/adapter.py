@@ -24,7 +24,7 @@ def default_lora_config() -> Any:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
-def _task_of(model: nn.Module) -> str | None:
+def _task_of(model: Any) -> str | None:
     for ending, task in TASK_OF_CLASS.items():
         if type(model).__name__.endswith(ending):
             return task
@@ -33,14 +33,15 @@ def _task_of(model: nn.Module) -> str | None:
     return None
 
 
-def attach_adapter(model: nn.Module, peft_config: Any, revision: str | None) -> nn.Module:
+def attach_adapter(model: Any, peft_config: Any, revision: str | None) -> nn.Module:
     from peft import get_peft_model
 
     if getattr(peft_config, "task_type", None) is None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = _task_of(model)
+    given: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        return get_peft_model(model, peft_config, **({"revision": revision} if revision else {}))
+        return get_peft_model(model, peft_config, **given)
     except ValueError as e:
         targets = getattr(peft_config, "target_modules", None)
         if targets and not _matches(model, targets):
@@ -51,7 +52,7 @@ def attach_adapter(model: nn.Module, peft_config: Any, revision: str | None) -> 
         raise
 
 
-def _matches(model: nn.Module, targets: Any) -> bool:
+def _matches(model: Any, targets: Any) -> bool:
     """Whether any module's name would be a target, by PEFT's rule: a full match of a pattern, or an ending of the dotted name."""
     import re
 
@@ -61,7 +62,7 @@ def _matches(model: nn.Module, targets: Any) -> bool:
     return any(n == t or n.endswith(f".{t}") for t in targets for n in names)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
+def _linear_names(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
 
@@ -70,7 +71,7 @@ def _shown(targets: Any) -> str:
     return repr(targets) if isinstance(targets, str) else repr(sorted(targets))
 
 
-def load_adapter(base: nn.Module, name: str, kwargs: dict, is_trainable: bool) -> nn.Module:
+def load_adapter(base: Any, name: str, kwargs: dict, is_trainable: bool) -> nn.Module:
     from peft import PeftModel
 
     places = {k: kwargs[k] for k in (*HUB_KEYS, "revision", "subfolder") if k in kwargs}

@@ -17,7 +17,8 @@ def placement(device_map: Any) -> Any:
         return device_map
     if not torch.cuda.is_available():
         return None
-    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
 
     if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
         return None

@@ -14,6 +14,7 @@ import torch
 
 from fastft_kernels.numerics import Verdict, compare
 
+_FAILED = Verdict(False, "", float("inf"), float("inf"), float("inf"), float("inf"), float("inf"), "nothing to compare")
 Results = Mapping[str, torch.Tensor]  # name, or "draw:name" with the number of the batch first
 
 
@@ -34,7 +35,7 @@ def gate(ours: Results, truth: Results, eager: Results, is_output: Callable[[str
                 off = {k: float((ours[k].to(truth[k].device).double() - truth[k]).abs().max()) / scale[_name(k)] if truth[k].numel() else 0.0 for k in keys}
                 verdict = replace(verdict, reason=f"{verdict.reason} worst: {max(off, key=lambda k: off[k])}".strip())
             verdicts.append(verdict)
-    return min(verdicts, key=lambda v: (v.ok, -v.error)) if verdicts else Verdict(False, "", *[float("inf")] * 5, "nothing to compare")
+    return min(verdicts, key=lambda v: (v.ok, -v.error)) if verdicts else _FAILED
 
 
 def _name(key: str) -> str:

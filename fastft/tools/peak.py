@@ -95,7 +95,9 @@ def held_bytes(model: nn.Module, optimizer: Any = None) -> int:
 
 def peak_of_events(profile: torch.profiler.profile) -> int:
     """The most that lived at once of what the CPU's allocator gave and took back."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results: Any = profile.profiler and profile.profiler.kineto_results
+    assert results is not None, "the profile has ended"
+    events = [e for e in results.events() if e.name() == "[memory]"]
     now = peak = 0
     for e in sorted(events, key=lambda e: e.start_ns()):
         now += e.nbytes()

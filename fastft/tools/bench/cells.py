@@ -42,7 +42,8 @@ def make_trainer(spec: Spec, cell: str, model: Any, tokenizer: Any, *, steps: in
 
 def _sft(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int, common: dict) -> Any:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     g, packed = random.Random(spec.seed), cell == "packed"
     count = common["per_device_train_batch_size"] * steps
@@ -56,7 +57,8 @@ def _sft(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int
 
 def _dpo(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int, common: dict) -> Any:
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     g, n = random.Random(spec.seed), spec.batch * steps
     draw = lambda: [tokens(max(2, m // 2), len(tokenizer), g) for m in row_lengths(spec, cell, n, seq)]
@@ -69,7 +71,8 @@ def _dpo(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int
 
 def _grpo(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int, common: dict) -> Any:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     rows = spec.batch + spec.batch % 2
     prompt = max(1, seq // 4)

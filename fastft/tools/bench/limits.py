@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastft.tools.bench.timing import Roof
 
@@ -42,7 +43,7 @@ class ModelShape:
     intermediate: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelShape:
+    def of(cls, model: PreTrainedModel) -> ModelShape:
         """Of a transformers model (its parameters may lie on the meta device). ValueError for experts held as 3-D parameters."""
         if any(p.dim() == 3 for p in model.parameters()):
             raise ValueError("ModelShape.of: want a dense decoder, got a model with 3-D (experts') parameters")

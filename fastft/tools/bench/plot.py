@@ -47,7 +47,7 @@ def _bars(result: Any, path: Path, label: str, value: Callable[[Any], float | No
     found = {(r.cell, r.stack): value(r) for r in result.rows}
     width = 0.8 / len(stacks)
     for i, stack in enumerate(stacks):
-        have = [(n + i * width, found[c, stack]) for n, c in enumerate(cells) if found.get((c, stack))]
+        have = [(n + i * width, y) for n, c in enumerate(cells) if (y := found.get((c, stack)))]
         axes.bar([x for x, _ in have], [y for _, y in have], width=0.9 * width, color=COLORS[stack], label=stack if have else f"{stack} (no figure)")
     axes.set_xticks([n + 0.4 - width / 2 for n in range(len(cells))], cells)
     axes.set_ylabel(label)

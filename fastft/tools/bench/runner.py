@@ -95,14 +95,14 @@ class BenchResult:
         table = Table(title=f"fastft bench: {self.options.model}, {self.about.get('device', 'no device')}", title_justify="left")
         for name in ("cell", "stack", "tokens/s", "p20-p80", "x stock", "step ms", "first ms", "peak", "reserved", "% of limit", "last loss"):
             table.add_column(name, justify="left" if name in ("cell", "stack") else "right", no_wrap=True)
-        base = {r.cell: r.rate for r in self.rows if r.stack == "stock"}
+        base = {r.cell: r.rate for r in self.rows if r.stack == "stock" and r.rate is not None}
         gib = lambda b: "" if b is None else f"{b / 2**30:.2f} GiB" if b >= 2**30 else f"{b / 2**20:.1f} MiB"
         shown = [r for r in self.rows if r.state != "missing"]
         for before, r in zip([None, *shown], shown):
             if before is not None and before.cell != r.cell:
                 table.add_section()
             figures = [r.state, *[""] * 8]
-            if r.rate is not None:
+            if r.rate is not None and r.p20 is not None and r.p80 is not None and r.step is not None and r.first is not None:
                 versus = f"{r.rate / base[r.cell]:.2f}" if base.get(r.cell) else ""
                 limit = "" if r.limit is None else f"{r.limit:.1f}"
                 speed = [f"{r.rate:,.0f}", f"{r.p20:,.0f}-{r.p80:,.0f}", versus, f"{1e3 * r.step:.1f}", f"{1e3 * r.first:.1f}"]

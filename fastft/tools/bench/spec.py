@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 STACKS = ("stock", "best", "liger", "unsloth", "fastft")
 CELLS = ("sft", "packed", "long", "dpo", "grpo")
@@ -40,8 +41,9 @@ class Spec:
 
     @classmethod
     def read(cls, path: Path) -> Spec:
-        found = json.loads(path.read_text())
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        found: dict[str, Any] = json.loads(path.read_text())
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        return cls(**given)
 
     @property
     def gated(self) -> tuple[str, ...]:

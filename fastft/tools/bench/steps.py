@@ -83,13 +83,13 @@ class StepMeter(TrainerCallback):
 
         trainer.training_step = watched
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step = len(self.seconds)
         if step == BEFORE and self.where.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        if step == BEFORE - 1 and self.where.type == "cpu":
-            self.resident = held_bytes(kwargs.get("model"), kwargs.get("optimizer"))
+        if step == BEFORE - 1 and self.where.type == "cpu" and model is not None:
+            self.resident = held_bytes(model, optimizer)
             self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
             self.profile.__enter__()
         synchronize(self.where)

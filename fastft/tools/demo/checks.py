@@ -37,9 +37,10 @@ class DemoCheck:
 
 def judge_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None) -> Verdict:
     """The judge's verdict on two loss curves (see the module docstring). Curves that are empty or of different length fail."""
+    nan = float("nan")
     ours, a, b = (torch.tensor(r.losses, dtype=torch.float32) for r in (fast, stock, reordered))
     if not len(ours) == len(a) == len(b) == len(truth.losses if truth else a) or not len(ours):
-        return Verdict(False, "losses", *[float("nan")] * 5, "the curves have different lengths or none")
+        return Verdict(False, "losses", nan, nan, nan, nan, nan, "the curves have different lengths or none")
     if truth is None:
         return compare(ours, a.double(), b, "losses")
     t = torch.tensor(truth.losses, dtype=torch.float64)

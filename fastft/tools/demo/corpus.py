@@ -76,8 +76,8 @@ def stdlib_pairs() -> list[Pair]:
         warnings.simplefilter("ignore")  # modules that are deprecated say so on import
         for module in _modules():
             for name, thing in _callables(module):
-                doc = inspect.getdoc(thing)
-                summary = " ".join((doc or "").split("\n\n")[0].split())[:LONGEST]
+                doc = inspect.getdoc(thing) or ""
+                summary = " ".join(doc.split("\n\n")[0].split())[:LONGEST]
                 if not summary:
                     continue
                 with contextlib.suppress(ValueError, TypeError):  # no signature to be had of some builtins

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def train_tokenizer(texts: list[str], vocab: int):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], pad_token=special[1])
 
 
-def build(size: DecoderSize, tokenizer) -> torch.nn.Module:
+def build(size: DecoderSize, tokenizer) -> Any:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(

@@ -130,7 +130,8 @@ def make_trainer(
     timings: list[float] | None = None,
 ):
     from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -199,7 +200,7 @@ def train(
     run = TrainingRun(name)
     trainer = make_trainer(job, model, load_tokenizer(job.model), exact=exact, on_step=on_step, timings=run.step_seconds)
     if reordered:
-        collate = trainer.data_collator
+        collate: Any = trainer.data_collator
         if hasattr(collate, "pad_to_multiple_of"):
             collate.pad_to_multiple_of = 64
         trainer.data_collator = lambda batch: collate(batch[::-1])

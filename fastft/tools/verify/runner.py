@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -118,10 +119,10 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         names = dict(base.named_modules())
         tail: tuple[Tail, Tail] | None = None
         notes: list[str] = []
+        where, stack = decoder_layers(base) if layers else ("", [])
         if layers:
-            where, stack = decoder_layers(base)
             targets += [("layer", "decoder layer", f"{i}", f"{where}.{i}", "all of its swaps") for i in range(len(stack))]
-        calls, hidden = _capture(model, batch, {names[n]: n for _, _, _, n, _ in targets}, last=stack[-1] if layers and stack else None)
+        calls, hidden = _capture(model, batch, {names[n]: n for _, _, _, n, _ in targets}, last=stack[-1] if stack else None)
         notes += [f"{kind}: {group} ({name}) was not reached by this batch" for _, kind, group, name, _ in targets if name not in calls]
         stock_step = None if layers else stock_steps(model, batch)
         if hidden is not None:
@@ -131,7 +132,7 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         for level, kind, group, name, kernel in targets:
             if name in calls:
                 lines.append(VerificationLine.of(level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])))
-        if tail is not None:
+        if tail is not None and hidden is not None:
             lines.append(VerificationLine.of("tail", "from the last layer to the loss", "", "all swaps", gate(tail_of(base, batch, hidden), *tail)))
         if stock_step is not None:
             lines.append(VerificationLine.of("model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)))
@@ -178,7 +179,7 @@ def _whole_fits(base: nn.Module) -> bool:
     return need <= WHOLE_MODEL_BYTES and 2 * need <= free
 
 
-def _random_batch(base: nn.Module, size: int, seq: int, seed: int) -> dict:
+def _random_batch(base: Any, size: int, seq: int, seed: int) -> dict:
     config = base.config.get_text_config()
     ids = torch.randint(0, config.vocab_size, (size, seq), generator=torch.Generator().manual_seed(seed))
     ids = ids.to(next(base.parameters()).device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import claims, cpu
+from benchmarks import claims, cpu, speed_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
@@ -87,9 +87,17 @@ def test_folders_that_are_named_exist():
         assert (ROOT / name).exists() or name in ("fastft.patch",), name
 
 
+def test_the_speed_table_is_the_result_files():
+    """Every row of the table, and no other, is what the file of the GPU run says."""
+    pattern = r"`python -m benchmarks.speed_table (benchmarks/results/\S+\.json)`.*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)"
+    ((path, rows),) = re.findall(pattern, README)
+    assert rows.splitlines() == speed_table.table(json.loads((ROOT / path).read_text())["rows"])
+
+
 def test_every_figure_comes_from_a_result_file():
     """A table of figures names its command and its file in the line above; each of its rows is a figure of that file."""
     tables = re.findall(r"^.*`(python -m benchmarks[^`]*)`.*\((benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)", README, flags=re.M)
+    tables = [t for t in tables if "speed_table" not in t[0]]
     assert tables
     for command, path, rows in tables:
         found = json.loads((ROOT / path).read_text())

@@ -1,14 +1,12 @@
 """`fastft run`: an unmodified training script, with the models that it trains patched at their first training step.
 
-The script runs in this process as `python SCRIPT` would run it. One official global hook of torch (`register_module_forward_pre_hook`)
-watches for the first call, in training mode with gradients, of a transformers or PEFT model; that model is patched, the report printed,
-and the hook taken off, so that the run pays nothing for it. When that model is gone the hook comes back, for the next one. The script's
-own classes and the libraries' stay as they are.
+The script runs in this process as `python SCRIPT` would run it; fastft/tools/first_step.py finds the models. Each one's report is printed
+when it is patched; at the end, what went the stock way since, and every model that trained and was not patched. The script's own classes
+and the libraries' stay as they are.
 """
 
 from __future__ import annotations
 
-import functools
 import runpy
 import subprocess
 import sys
@@ -21,93 +19,91 @@ import torch
 from torch import nn
 
 from fastft.errors import FastftError
+from fastft.tools.first_step import Left, PatchOnFirstStep
 
 
 class ScriptNotFoundError(FastftError):
     """The script, module or program that `fastft run` was given is not there."""
 
 
-class PatchOnFirstStep:
-    """Context in which the first model that trains is patched. `seen` counts the models that were."""
-
-    def __init__(self, patch: Callable[[nn.Module], object], show: Callable[[nn.Module], None]):
-        self.patch, self.show, self.seen, self._handle, self._over = patch, show, 0, None, False
-
-    def __enter__(self) -> PatchOnFirstStep:
-        self._over = False
-        self._arm()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over = True
-        self._disarm()
-
-    def _arm(self) -> None:
-        if self._handle is None and not self._over:  # a model may outlive the script
-            self._handle = nn.modules.module.register_module_forward_pre_hook(self._before)
-
-    def _disarm(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _before(self, module: nn.Module, args) -> None:
-        if not (module.training and torch.is_grad_enabled()) or not _is_root(module):
-            return
-        self._disarm()  # first of all: the patch itself calls modules
-        self.seen += 1
-        self.patch(module)
-        self.show(module)
-        weakref.finalize(module, self._arm)
-
-
-def _is_root(module: nn.Module) -> bool:
-    from peft import PeftMixedModel, PeftModel
-    from transformers import PreTrainedModel
-
-    return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel)) and any(p.requires_grad for p in module.parameters())
-
-
 class Narrator:
     """What the first process of all prints: every model's report when it is patched, and at the end what went the stock way since."""
 
     def __init__(self):
-        self._fallbacks: list[Callable[[], dict[str, int]]] = []
+        self._fallbacks: list[tuple[weakref.ref, Callable[[], dict[str, int]]]] = []  # the innermost model, its counters
 
     def show(self, model: nn.Module) -> None:
         from rich.console import Console
 
         from fastft.api import report
-        from fastft.patching.patcher import fallbacks_of
+        from fastft.patching.patcher import fallbacks_of, innermost
 
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        base = innermost(model)  # patched again as an adapter came: its counters count what they counted before
+        self._fallbacks = [(ref, calls) for ref, calls in self._fallbacks if ref() is not base]
+        self._fallbacks.append((weakref.ref(base), fallbacks_of(model)))
+        if _is_first_process():
+            console = Console()
+            (console if console.is_terminal else Console(width=130)).print(report(model))  # a log file folds no columns
+
+    def conclude(self, left: list[Left]) -> None:
+        if not _is_first_process():
             return
-        console = Console()
-        (console if console.is_terminal else Console(width=130)).print(report(model))  # a log file folds no columns
-        self._fallbacks.append(fallbacks_of(model))
-
-    def conclude(self) -> None:
-        for calls in self._fallbacks:
+        for _, calls in self._fallbacks:
             for reason, n in calls().items():
                 print(f"fastft: went the stock way in {n} calls: {reason}")
+        for model in left:
+            print(f"fastft: {model.name} was trained with stock's code, not patched: {model.reason}")
 
 
-def run_patched(body: Callable[[], None]) -> int:
-    """Run `body` with its models patched; the exit code that the interpreter would give. Exceptions pass through."""
-    from fastft.api import patch
+def _is_first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _complain(line: str) -> None:
+    print(f"fastft: {line}", file=sys.stderr)
+
+
+class Patcher:
+    """Patches with `activation_policy="auto"`; a model that the script has patched itself stays as the script wanted it."""
+
+    def __init__(self):
+        self._bases: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # innermost models patched here
+
+    def __call__(self, model: nn.Module) -> None:
+        from fastft.api import patch, unpatch
+        from fastft.patching.patcher import innermost, record_of
+
+        base, is_new = innermost(model), record_of(model) is None
+        if not is_new and id(base) not in self._bases:
+            return
+        try:
+            patch(model, activation_policy="auto")  # again, where an adapter has come around a model that was patched bare
+        except Exception:
+            if is_new:
+                unpatch(model)
+            raise
+        self._bases[id(base)] = base
+
+
+def run_patched(body: Callable[[], object]) -> int:
+    """Run `body` with its models patched; the exit code that the interpreter would give. Exceptions pass through. What `body` returns lives
+    until the end is told: a script's variables, and so its models."""
+    import fastft.api  # noqa: F401 (a fault of its import is ours to raise, before anything runs)
 
     narrator = Narrator()
-    with PatchOnFirstStep(functools.partial(patch, activation_policy="auto"), narrator.show) as watch:
+    with PatchOnFirstStep(Patcher(), narrator.show, _complain) as watch:
         try:
-            body()
-            code = 0
+            kept = body()
+            code, left = 0, watch.left()
+            del kept
         except SystemExit as e:
+            left = watch.left()
             code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)
-    if not watch.seen:
+    if not watch.seen and not left:
         print("fastft: no transformers or PEFT model was trained in this process, so nothing was patched", file=sys.stderr)
-    narrator.conclude()
+    narrator.conclude(left)
     return code
 
 

@@ -24,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import LlamaConfig
 
 from benchmarks.cpu import RESULTS, environment
-from fastft.tools.plan import UNMEASURED, Line, Plan, plan
+from fastft.tools.plan.planner import plan
+from fastft.tools.plan.result import UNMEASURED, Plan, PlanLine
 
 GIB = 2**30
 
@@ -93,7 +94,7 @@ class Row:
     met: bool
 
 
-def _line(found: Plan, stack: str, policy: str) -> Line:
+def _line(found: Plan, stack: str, policy: str) -> PlanLine:
     return next(x for x in found.lines if x.stack == stack and x.policy.startswith(policy))
 
 

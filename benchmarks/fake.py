@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastft.patching.rebind import rebind
-from fastft.tools.plan_fake import to_fake
+from fastft.tools.plan.fake import to_fake
 
 Patch = Callable[[nn.Module], nn.Module]
 _FREE = {

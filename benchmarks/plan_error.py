@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 import fastft
 from fastft.patching.patcher import innermost
-from fastft.tools import plan_fake
-from fastft.tools.plan_gpus import CUBLAS, CUBLAS_HOPPER
-from fastft.tools.plan_optim import BITSANDBYTES, TORCH
-from fastft.tools.plan_predict import Setting, subject
-from fastft.tools.plan_step import finish, forward, trains_through_base, with_trl_head
+from fastft.tools.plan import fake as plan_fake
+from fastft.tools.plan.gpus import CUBLAS, CUBLAS_HOPPER
+from fastft.tools.plan.optimizers import BITSANDBYTES, TORCH
+from fastft.tools.plan.predict import TrainingSetup, subject
+from fastft.tools.plan.step import finish, forward, trains_through_base, with_trl_head
 
 PHASES = ("forward", "backward", "optimizer")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -37,7 +37,7 @@ class Case:
 
     name: str
     config: PretrainedConfig
-    setting: Setting
+    setting: TrainingSetup
     rows: int
     tokens: int
     layers: tuple[int, int]
@@ -186,10 +186,10 @@ def llama(layers: int, **sizes: int) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, **{**shape, **sizes})
 
 
-def _setting(device: torch.device, **changes) -> Setting:
+def _setting(device: torch.device, **changes) -> TrainingSetup:
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     cuda = device.type == "cuda"
-    return replace(Setting(F32, None, lora, F32, False, "adamw_torch_fused", False, "trl", cuda), **changes)
+    return replace(TrainingSetup(F32, None, lora, F32, False, "adamw_torch_fused", False, "trl", cuda), **changes)
 
 
 def cases(device: torch.device, tiny: bool = True) -> list[Case]:

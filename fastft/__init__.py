@@ -19,7 +19,7 @@ _WHERE = {
     "PatchReport": "fastft.patching.report",
     "StrictError": "fastft.patching.patcher",
     "verify": "fastft.tools.verify.runner",
-    "plan": "fastft.tools.plan",
+    "plan": "fastft.tools.plan.planner",
     "FastftError": "fastft.errors",
 }
 __all__ = list(_WHERE)
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastft.loading.fast_model import FastModel
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
-    from fastft.tools.plan import plan
+    from fastft.tools.plan.planner import plan
     from fastft.tools.verify.runner import verify
 
 

@@ -133,7 +133,7 @@ def plan(
 
     from rich.console import Console
 
-    from fastft.tools.plan import plan as run
+    from fastft.tools.plan.planner import plan as run
 
     result = run(
         model, gpu=gpu, seq=seq, batch=batch, r=r, load_in_4bit=four_bit, full=full, optim=optim, dtype=dtype, accumulate=accumulate,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import claims
-from fastft.tools.plan import UNMEASURED
+from fastft.tools.plan.result import UNMEASURED
 
 LINES = {  # (stack, policy): GiB, longest row
     ("fastft", "lean"): (4, 300), ("fastft", "offload"): (2, 400), ("fastft", "none"): (9, 90),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "fastft_kernels",
     "fastft.errors",
+    "fastft.parsing",
     "fastft.patching",
     "fastft.swaps",
     "fastft.memory",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastft.errors import DtypeError, QuantizationError
+from fastft.parsing import parse_dtype
 
 
 def placement(device_map: Any) -> Any:
@@ -51,7 +52,7 @@ def resolve_dtype(dtype: Any, config: Any, device: torch.device) -> Any:
     """A torch dtype, or "auto" as given where the device has the checkpoint's own."""
     asked = dtype
     if isinstance(dtype, str) and dtype != "auto":
-        asked = getattr(torch, dtype.removeprefix("torch."), None)
+        asked = parse_dtype(dtype)
     if asked != "auto" and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
         raise DtypeError(f'dtype={dtype!r} is no floating-point dtype: pass torch.bfloat16, float16, float32 or "auto"')
     if asked != "auto":
@@ -61,7 +62,7 @@ def resolve_dtype(dtype: Any, config: Any, device: torch.device) -> Any:
         return asked
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
+        stored = parse_dtype(stored)
     if stored == torch.bfloat16 and not has_dtype(torch.bfloat16, device):
         warnings.warn(
             f"{_describe(device)} has no bfloat16, in which this checkpoint is stored: loading it in float16. "

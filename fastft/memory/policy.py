@@ -14,13 +14,12 @@ Gradients are the same, bit for bit, under all of them.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from fastft.errors import PolicyError
+from fastft.parsing import parse_bytes
 
 MODES = ("trainer", "auto", "none", "lean", "full", "offload")
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ def parse(value: str | int | Policy) -> Policy:
             return Policy(value)
         if value.isdecimal():
             return Policy("layers", layers=int(value))
-        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(MiB|GiB|MB|GB)", value)
-        if found and float(found[1]) > 0:
-            return Policy("auto", budget=int(float(found[1]) * _UNITS[found[2]]))
+        if budget := parse_bytes(value):
+            return Policy("auto", budget=budget)
     raise PolicyError(
         f"activation_policy={value!r}: want one of {', '.join(map(repr, MODES))}, a number of layers to recompute, "
         "or a memory budget such as '20GiB'"

@@ -13,11 +13,11 @@ import fastft
 from benchmarks.plan_error import optimizer_for
 from fastft.cli import app
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError, PolicyError
-from fastft.tools.plan import _Work
-from fastft.tools.plan_fake import FakeRun
-from fastft.tools.plan_gpus import GIB, find
-from fastft.tools.plan_optim import NAMES, states
-from fastft.tools.plan_predict import Setting, subject
+from fastft.tools.plan.fake import FakeRun
+from fastft.tools.plan.gpus import GIB, find
+from fastft.tools.plan.optimizers import NAMES, states
+from fastft.tools.plan.planner import _Work
+from fastft.tools.plan.predict import TrainingSetup, subject
 
 SMALL = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024)
 
@@ -33,7 +33,7 @@ def ours():
     """What a plan of the same asks, whose runs are remembered."""
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     half = torch.bfloat16
-    return subject(SMALL, Setting(half, half, lora, torch.float32, False, "adamw_torch_fused", False, "trl", True))
+    return subject(SMALL, TrainingSetup(half, half, lora, torch.float32, False, "adamw_torch_fused", False, "trl", True))
 
 
 def test_parts_add_up_and_weights_are_the_models(small):
@@ -79,7 +79,7 @@ def test_a_mask_grows_with_the_square_of_a_row():
 
     config = MistralConfig(**{**SMALL.to_diff_dict(), "sliding_window": 64, "head_dim": 32, "model_type": "mistral"})
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    masked = subject(config, Setting(torch.float16, torch.float16, lora, torch.float32, False, "adamw_8bit", False, "model", True, patched=False))
+    masked = subject(config, TrainingSetup(torch.float16, torch.float16, lora, torch.float32, False, "adamw_8bit", False, "model", True, patched=False))
     of = lambda rows, tokens: masked.shallow((8, 0), rows, tokens)[0].parts["activations"]
     assert of(1, 2048) - of(2, 1024) > 2048**2 - 2 * 1024**2 - 10_000
 

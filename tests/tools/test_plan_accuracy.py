@@ -7,8 +7,8 @@ import torch
 from transformers import Gemma2Config
 
 from benchmarks import plan_error
-from fastft.tools.plan_measure import Ledger
-from fastft.tools.plan_predict import subject
+from fastft.tools.plan.measure import AllocationLedger
+from fastft.tools.plan.predict import subject
 
 CPU = torch.device("cpu")
 CASES = {c.name: c for c in plan_error.cases(CPU)}
@@ -27,8 +27,8 @@ def test_within_5_percent_of_the_allocators_events(name):
 def test_a_buffer_that_is_not_seen_is_found(monkeypatch):
     """The comparison can fail: the head's tiles hidden, the peak of a forward is missed by far more than 5%."""
     case = replace(CASES["LoRA, every layer lean"], layers=(1, 0), config=plan_error.llama(1), rows=1, tokens=64)
-    born = Ledger._born
-    monkeypatch.setattr(Ledger, "_born", lambda self, storage, key, size: None if size == 63 * 4096 * 4 else born(self, storage, key, size))
+    born = AllocationLedger._born
+    monkeypatch.setattr(AllocationLedger, "_born", lambda self, storage, key, size: None if size == 63 * 4096 * 4 else born(self, storage, key, size))
     assert plan_error.outcome(case, CPU).error < -0.05
 
 

@@ -21,11 +21,11 @@ from fastft.memory.controller import control
 from fastft.memory.policy import Policy
 from fastft.memory.stack import kind_of, stacks
 from fastft.patching.patcher import innermost
-from fastft.tools import plan_fake
-from fastft.tools.plan_gpus import BLOCK
-from fastft.tools.plan_measure import TAGS, Ledger, Phase, deeper
-from fastft.tools.plan_optim import states
-from fastft.tools.plan_step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
+from fastft.tools.plan import fake as plan_fake
+from fastft.tools.plan.gpus import BLOCK
+from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
+from fastft.tools.plan.optimizers import states
+from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
 STATIC = ("weights", "quantisation", "adapters", "buffers")
 ACTIVATIONS = TAGS.index("activations")
@@ -33,7 +33,7 @@ LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains everything."""
 
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Peak:
+class StepPeakMemory:
     """Bytes at the fullest moment of a step. parts: by what they are for; phase: when."""
 
     parts: dict[str, int]
@@ -61,41 +61,41 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Run:
+class TracedStep:
     static: dict[str, int]
     phases: list[Phase]
 
 
 @dataclass
-class Subject:
+class PlannedModel:
     """A model to plan for. depth: its layers; period: how many of them repeat; counts that are run are smaller."""
 
     config: PretrainedConfig
-    setting: Setting
+    setting: TrainingSetup
     model: nn.Module
     pool: list[nn.Module]
     container: nn.ModuleList | None
     depth: int
     period: int | None
     fake: plan_fake.FakeRun
-    runs: dict[tuple, Run] = field(default_factory=dict)
+    runs: dict[tuple, TracedStep] = field(default_factory=dict)
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `plan_search` has asked
 
-    def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Peak:
+    def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
         """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the recomputed ones have
         their input on the host."""
         whole = self.whole(layers, rows, tokens, offloaded)
         return max(_peaks(whole), key=lambda p: p.total)
 
-    def peaks(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> list[Peak]:
+    def peaks(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> list[StepPeakMemory]:
         """Of each phase."""
         return _peaks(self.whole(layers, rows, tokens, offloaded))
 
-    def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[Peak]:
+    def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[StepPeakMemory]:
         """Of each phase, of the few layers alone."""
         return _peaks(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
 
-    def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> Run:
+    def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> TracedStep:
         """The run of the whole model, extrapolated from those of a few layers."""
         small = (self._less(layers[0]), self._less(layers[1]))
         base, longs = self._run(small, rows, tokens), []
@@ -108,7 +108,7 @@ class Subject:
             run = self._run(further, rows, tokens)
             longs.append((steps, run.phases))
             static = {k: v + steps * (run.static[k] - base.static[k]) for k, v in static.items()}
-        return Run(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))))
+        return TracedStep(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))))
 
     def kept(self, layers: tuple[int, int], rows: int, tokens: int) -> float:
         """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there is none, a kept one."""
@@ -128,7 +128,7 @@ class Subject:
             count -= p
         return count
 
-    def _run(self, layers: tuple[int, int], rows: int, tokens: int) -> Run:
+    def _run(self, layers: tuple[int, int], rows: int, tokens: int) -> TracedStep:
         key = (layers, rows, tokens)
         if key not in self.runs:
             with self.fake():
@@ -150,7 +150,7 @@ class Subject:
         else:
             control(base, Policy("layers", layers=layers[0]) if layers[0] else Policy("none"))
 
-    def _step(self, rows: int, tokens: int) -> Run:
+    def _step(self, rows: int, tokens: int) -> TracedStep:
         """The second step of a run, and the last of its accumulated batches: the optimizer's state is there, and so may gradients be."""
         s, model = self.setting, self.model
         with contextlib.ExitStack() as context:
@@ -160,7 +160,7 @@ class Subject:
             learning = [p for p in model.parameters() if p.requires_grad]
             step, kept = states(model, s.optim, s.for_cuda)
             held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))]
-            ledger = Ledger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
+            ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
             with ledger:
                 for t in kept:
                     ledger.adopt(t, "optimizer")
@@ -180,14 +180,14 @@ class Subject:
                 finish(model, step)
             for p in learning:
                 p.grad = None
-            return Run(_static(model, BLOCK if s.for_cuda else 1), ledger.phases())
+            return TracedStep(_static(model, BLOCK if s.for_cuda else 1), ledger.phases())
 
 
-def _peaks(run: Run) -> list[Peak]:
+def _peaks(run: TracedStep) -> list[StepPeakMemory]:
     found = []
     for phase in run.phases:
         moment = phase.live[phase.live.sum(1).argmax()] if len(phase.live) else np.zeros(len(TAGS))
-        found.append(Peak(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, phase.name))
+        found.append(StepPeakMemory(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, phase.name))
     return found
 
 
@@ -238,7 +238,7 @@ def _static(model: nn.Module, rounding: int) -> dict[str, int]:
     }
 
 
-def subject(config: PretrainedConfig, setting: Setting, trust_remote_code: bool = False) -> Subject:
+def subject(config: PretrainedConfig, setting: TrainingSetup, trust_remote_code: bool = False) -> PlannedModel:
     """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors."""
     model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
     pool, container, period = _repeating(model)
@@ -264,7 +264,7 @@ def subject(config: PretrainedConfig, setting: Setting, trust_remote_code: bool 
     fake = plan_fake.FakeRun()
     with fake():
         plan_fake.to_fake(model)
-    return Subject(config, setting, model, pool, container, depth, period, fake)
+    return PlannedModel(config, setting, model, pool, container, depth, period, fake)
 
 
 def _repeating(model: nn.Module) -> tuple[list[nn.Module], nn.ModuleList | None, int | None]:

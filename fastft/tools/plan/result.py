@@ -1,16 +1,16 @@
-"""A plan as a table and as a picture."""
+"""What `plan` returns: its lines, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from fastft.tools.plan import Line, Plan
+from fastft.tools.plan.gpus import Gpu
+from fastft.tools.plan.predict import StepPeakMemory
 
 GIB = 2**30
 COLUMNS = {  # a column and the parts that it adds up
@@ -24,12 +24,71 @@ COLUMNS = {  # a column and the parts that it adds up
 COLOURS = ("#4c6a92", "#7fa7d0", "#b0c4de", "#c9a66b", "#d9804f", "#b3b3b3")
 
 
-def parts(line: Line) -> dict[str, float]:
+UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GPU"
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch: rows of `seq`
+    tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the smallest that it fits."""
+
+    stack: str
+    policy: str
+    recomputed: int
+    offloaded: int
+    peak: StepPeakMemory
+    fits: bool | None
+    largest_batch: int | None
+    longest: int | None
+    smallest_gpu: str | None
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"total": self.peak.total}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line of the policy that
+    was asked for."""
+
+    model: str
+    what: str
+    batch: int
+    seq: int
+    layers: int
+    gpu: Gpu | None
+    lines: tuple[PlanLine, ...]
+    notes: tuple[str, ...] = (UNMEASURED,)
+
+    @property
+    def chosen(self) -> PlanLine:
+        return self.lines[0]
+
+    def to_dict(self) -> dict:
+        gpu = None if self.gpu is None else asdict(self.gpu) | {"usable": self.gpu.usable}
+        return {**asdict(self), "gpu": gpu, "lines": [x.to_dict() for x in self.lines]}
+
+    def plot(self, path: str | os.PathLike) -> None:
+        plot(self, path)
+
+    def __rich_console__(self, console, options):
+        yield from render(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=150, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def parts(line: PlanLine) -> dict[str, float]:
     """GiB by column."""
     return {c: sum(line.peak.parts.get(p, 0) for p in of) / GIB for c, of in COLUMNS.items()}
 
 
-def label(line: Line, layers: int) -> str:
+def label(line: PlanLine, layers: int) -> str:
     how = line.policy
     if how.startswith("auto"):
         did = f"{line.recomputed} of {layers} layers recomputed" if line.recomputed else "nothing recomputed"

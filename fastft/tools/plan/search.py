@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastft.tools.plan_predict import Peak, Subject
+from fastft.tools.plan.predict import PlannedModel, StepPeakMemory
 
 TILE, MULTIPLE = 4096, 64  # tokens of the head's tile; rows are found in multiples
 NOISE = 1e-3  # of the bytes that vary
@@ -27,8 +27,8 @@ class Limits:
     tokens: int | None = None
 
 
-def search(subject: Subject, layers: tuple[int, int], offloaded: int, room: int, batch: int, seq: int) -> Limits:
-    """layers, offloaded: as `Subject.peak` takes them; room: bytes for a step."""
+def search(subject: PlannedModel, layers: tuple[int, int], offloaded: int, room: int, batch: int, seq: int) -> Limits:
+    """layers, offloaded: as `PlannedModel.peak` takes them; room: bytes for a step."""
     rows = batch if batch * seq >= TILE else math.ceil(TILE / seq)
     square = _square(subject, layers, offloaded, rows, seq)
     phases = zip(
@@ -40,7 +40,7 @@ def search(subject: Subject, layers: tuple[int, int], offloaded: int, room: int,
     return Limits(min(b for b, _ in found), min(t for _, t in found))
 
 
-def _of_phase(here: Peak, first: Peak, second: Peak, room: int, rows: int, seq: int, square: float) -> tuple[int, int]:
+def _of_phase(here: StepPeakMemory, first: StepPeakMemory, second: StepPeakMemory, room: int, rows: int, seq: int, square: float) -> tuple[int, int]:
     """(rows of `seq` tokens, tokens of one row) with which this phase fits. here: its peak with rows x seq tokens; first, second: of a few
     layers with as many tokens, and twice as many; square: bytes for each square of a row's length."""
     intercept = 2 * varying(first) - varying(second)
@@ -55,11 +55,11 @@ def _of_phase(here: Peak, first: Peak, second: Peak, room: int, rows: int, seq: 
     return most, int(longest) // MULTIPLE * MULTIPLE
 
 
-def varying(peak: Peak) -> int:
+def varying(peak: StepPeakMemory) -> int:
     return sum(peak.parts[k] for k in VARYING)
 
 
-def _square(subject: Subject, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
+def _square(subject: PlannedModel, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
     """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes more."""
     shapes = ((2 * rows, seq), (1, 2 * rows * seq))
     if subject.has_squares is None:  # a question of the architecture, not of the policy

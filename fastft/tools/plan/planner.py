@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,72 +18,12 @@ from fastft.errors import DtypeError, ModelNotFoundError, PlanError
 from fastft.memory.choose import choose
 from fastft.memory.forward import HEAD_BYTES, WORKSPACE
 from fastft.memory.policy import parse
-from fastft.tools.plan_gpus import Gpu, find, known
-from fastft.tools.plan_predict import Peak, Setting, Subject, subject
-from fastft.tools.plan_search import Limits, search
-from fastft.tools.plan_step import LOSSES
-
-UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GPU"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch: rows of `seq`
-    tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the smallest that it fits."""
-
-    stack: str
-    policy: str
-    recomputed: int
-    offloaded: int
-    peak: Peak
-    fits: bool | None
-    largest_batch: int | None
-    longest: int | None
-    smallest_gpu: str | None
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"total": self.peak.total}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line of the policy that
-    was asked for."""
-
-    model: str
-    what: str
-    batch: int
-    seq: int
-    layers: int
-    gpu: Gpu | None
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...] = (UNMEASURED,)
-
-    @property
-    def chosen(self) -> Line:
-        return self.lines[0]
-
-    def to_dict(self) -> dict:
-        gpu = None if self.gpu is None else asdict(self.gpu) | {"usable": self.gpu.usable}
-        return {**asdict(self), "gpu": gpu, "lines": [x.to_dict() for x in self.lines]}
-
-    def plot(self, path: str | os.PathLike) -> None:
-        from fastft.tools.plan_show import plot
-
-        plot(self, path)
-
-    def __rich_console__(self, console, options):
-        from fastft.tools.plan_show import render
-
-        yield from render(self)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=150, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+from fastft.parsing import parse_dtype
+from fastft.tools.plan.gpus import Gpu, find, known
+from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
+from fastft.tools.plan.result import UNMEASURED, Plan, PlanLine
+from fastft.tools.plan.search import Limits, search
+from fastft.tools.plan.step import LOSSES
 
 
 def plan(
@@ -133,7 +73,7 @@ def plan(
     base = _dtype(dtype, config, card)
     adapters = None if full else peft_config or _lora(r)
     on_4bit = torch.bfloat16 if loss == "trl" else torch.float32  # SFTTrainer casts the adapters of a quantised base
-    setting = Setting(
+    setting = TrainingSetup(
         dtype=base,
         autocast=None if base == torch.float32 else base,
         adapters=adapters,
@@ -162,13 +102,13 @@ def plan(
 class _Work:
     """The lines of one subject."""
 
-    subject: Subject
+    subject: PlannedModel
     batch: int
     seq: int
     gpu: Gpu | None
     limits: bool
 
-    def fastft(self, policy: str | int) -> list[Line]:
+    def fastft(self, policy: str | int) -> list[PlanLine]:
         """The policy asked for, then the others."""
         depth, asked = self.subject.depth, parse(policy)
         ways = {"none": (0, depth, 0), "lean": (depth, 0, 0), "offload": (depth, 0, depth)}
@@ -186,7 +126,7 @@ class _Work:
             first = self._auto(lines, asked.budget)
         return [first, *lines.values()]
 
-    def _auto(self, lines: dict[str, Line], budget: int | None) -> Line:
+    def _auto(self, lines: dict[str, PlanLine], budget: int | None) -> PlanLine:
         s, depth = self.subject, self.subject.depth
         usable = budget if budget is not None else None if self.gpu is None else self.gpu.usable
         if usable is None:
@@ -202,12 +142,12 @@ class _Work:
         best = lambda name: max((v for x in lines.values() if (v := getattr(x, name)) is not None), default=None)
         return replace(line, largest_batch=best("largest_batch"), longest=best("longest"))
 
-    def stock(self) -> list[Line]:
+    def stock(self) -> list[PlanLine]:
         depth = self.subject.depth
         full = [self._line("stock", "every layer checkpointed (TRL's default)", (depth, 0, 0))] if depth else []
         return [*full, self._line("stock", "no checkpointing", (0, depth, 0))]
 
-    def _line(self, stack: str, policy: str, way: tuple[int, int, int], search_too: bool = True) -> Line:
+    def _line(self, stack: str, policy: str, way: tuple[int, int, int], search_too: bool = True) -> PlanLine:
         recomputed, kept, offloaded = way
         peak = self.subject.peak((recomputed, kept), self.batch, self.seq, offloaded)
         taken = lambda gpu: peak.total + (gpu.cublas if self.subject.setting.for_cuda else 0)
@@ -216,7 +156,7 @@ class _Work:
         found = Limits()
         if self.limits and search_too and self.gpu is not None:
             found = search(self.subject, (recomputed, kept), offloaded, self.gpu.usable - self.gpu.cublas, self.batch, self.seq)
-        return Line(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
+        return PlanLine(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
 
 
 def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -239,11 +179,11 @@ def _dtype(dtype: torch.dtype | str, config: PretrainedConfig, gpu: Gpu | None) 
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        found = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        found = parse_dtype(dtype)
+        if found is None:
             raise DtypeError(f'dtype={dtype!r} is no floating-point dtype: pass bfloat16, float16, float32 or "auto"')
         return found
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    stored = parse_dtype(stored) if isinstance(stored, str) else stored
     stored = stored or torch.bfloat16
     return torch.float16 if stored == torch.bfloat16 and gpu is not None and not gpu.has_bfloat16 else stored

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastft.errors import PlanError
 from fastft.memory.meter import SLACK
+from fastft.parsing import parse_bytes
 
 GIB = 2**30
 CONTEXT = GIB // 2  # CUDA context, loaded kernels, cuBLAS handles, taken beside torch's allocator: 0.3 to 0.6 GiB by card and driver
@@ -35,7 +36,6 @@ _TOTAL = {  # GiB, and the compute capability
     "H200": (139.7, 90),
     "B200": (178.3, 100),
 }
-_UNITS = {"MIB": 2**20, "GIB": GIB, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def find(text: str) -> Gpu:
             raise PlanError("gpu='this', but torch sees no CUDA device here: name a card such as 'T4', or a size such as '16GiB'")
         p = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Gpu(p.name, p.total_memory, 10 * p.major + p.minor)
-    size = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(MiB|GiB|MB|GB)", text.strip(), re.IGNORECASE)
-    if size and float(size[1]) > 0:
-        return Gpu(text.strip(), int(float(size[1]) * _UNITS[size[2].upper()]))
+    if size := parse_bytes(text):
+        return Gpu(text.strip(), size)
     plain = lambda s: re.sub(r"nvidia|geforce|tesla|rtx|80gb|[\s_-]", "", s.lower())
     for gpu in known():
         if plain(gpu.name) == plain(text):

@@ -1,6 +1,6 @@
 """The bytes that live at every moment of a training step that runs on fake tensors.
 
-`Ledger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while it runs, and afterwards
+`AllocationLedger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while it runs, and afterwards
 tells what was alive at any allocation, by what it was for.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastft.tools.plan_fake import tensors_in
-from fastft.tools.plan_inside import inside
+from fastft.tools.plan.fake import tensors_in
+from fastft.tools.plan.workspace import inside
 from fastft_kernels._runtime import LAUNCHERS
 
 TAGS = ("temporary", "activations", "gradients", "optimizer")
@@ -44,7 +44,7 @@ class _Storage:
 
 
 @dataclass(eq=False)
-class Ledger(TorchDispatchMode):
+class AllocationLedger(TorchDispatchMode):
     """rounding: bytes to which the device's allocator rounds. for_cuda: operators allocate as they do on CUDA; else fastft's own run
     their CPU implementations, whose temporaries are then seen like all others. static: storages that live anyway and are not counted."""
 

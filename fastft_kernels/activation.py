@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from fastft_kernels._runtime import math_dtype, on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
+from fastft_kernels.precise import erf, exp, sigmoid, sigmoid_grad
 
 QUICK = 1.702
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "quick_gelu", "swiglu_oai")
@@ -104,18 +105,6 @@ def _sigmoid_grad_ref(z: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def sigmoid(x):
-    e = tl.exp(-tl.abs(x))  # never overflows
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def sigmoid_grad(x):
-    e = tl.exp(-tl.abs(x))
-    return e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
 def _gelu_tanh_z(x):
     return 1.5957691216057308 * x * tl.fma(0.044715 * x, x, 1.0)
 
@@ -126,7 +115,7 @@ def act_weight(x, alpha, ACT: tl.constexpr):
     if ACT == "silu":
         w = sigmoid(alpha * x)
     elif ACT == "gelu":
-        w = tl.fma(tl.math.erf(x * 0.7071067811865476), 0.5, 0.5)
+        w = tl.fma(erf(x * 0.7071067811865476), 0.5, 0.5)
     elif ACT == "gelu_tanh":
         w = sigmoid(_gelu_tanh_z(x))
     elif ACT == "sigmoid":
@@ -154,7 +143,7 @@ def act_grad(x, w, alpha, ACT: tl.constexpr):
     if ACT == "silu":
         d = w + x * sigmoid_grad(alpha * x) * alpha
     elif ACT == "gelu":
-        d = w + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        d = w + x * (exp(-0.5 * x * x) * 0.3989422804014327)
     elif ACT == "gelu_tanh":
         near = tl.where(x > 32.0, 32.0, tl.where(x < -32.0, -32.0, x))
         d = w + near * sigmoid_grad(_gelu_tanh_z(near)) * (1.5957691216057308 * tl.fma(0.134145 * near, near, 1.0))

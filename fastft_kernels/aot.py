@@ -11,7 +11,8 @@ or, where the launch table depends on the architecture, as a function `AOT_CASES
 package goes over every module and architecture; a module with kernels and without `AOT_CASES` fails.
 
 Where the figures come from. NVIDIA: what `ptxas -v` printed while Triton made the binary (the ptxas of Triton's own wheel).
-AMD: the kernel's metadata in the assembly. Shared memory: Triton's metadata. Matrix instructions: counted in the PTX or assembly.
+AMD: the kernel's metadata in the assembly. Shared memory: Triton's metadata. Matrix instructions and approximate ones: read in the
+PTX (the first in AMD's assembly as well).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +45,8 @@ SHARED_LIMIT = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+# What PTX only approximates, products of float32 rounded to TF32, and subnormal numbers taken for zero.
+_APPROXIMATE = re.compile(r"\b(?:ex2|lg2|rsqrt|sqrt|rcp|div|tanh|sin|cos)\.(?:approx|full)[.\w]*|\b\w+\.[.\w]*(?:ftz|tf32)[.\w]*")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class AotCase:
 @dataclass(frozen=True)
 class CompileReport:
     """What the compiler knows of one kernel on one architecture. regs: per thread (VGPRs on AMD); spill_bytes: per thread;
-    shared and shared_limit: bytes per program; mma: matrix instructions in the code; seconds: of compilation."""
+shared and shared_limit: bytes per program; mma: matrix instructions in the code; seconds: of compilation; approximate: the
+    instructions of the PTX that are less exact than float32 can be (see `precise`)."""
 
     kernel: str
     arch: str
@@ -87,6 +91,7 @@ class CompileReport:
     shared_limit: int
     mma: int
     seconds: float
+    approximate: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -180,10 +185,12 @@ def compile_for(
     if arch.startswith("sm_"):
         regs, spills = _ptxas_figures(log.getvalue())
         mma = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", asm["ptx"]))
+        approximate = tuple(sorted(set(_APPROXIMATE.findall(asm["ptx"]))))
     else:
         regs, spills = _amd_figures(asm["amdgcn"])
         mma = len(re.findall(r"^\s+v_(?:mfma|wmma|smfmac)", asm["amdgcn"], re.M))
-    return CompileReport(kernel.__name__, arch, regs, spills, binary.metadata.shared, SHARED_LIMIT[arch], mma, seconds)
+        approximate = ()
+    return CompileReport(kernel.__name__, arch, regs, spills, binary.metadata.shared, SHARED_LIMIT[arch], mma, seconds, approximate)
 
 
 def compile_case(case: AotCase, arch: str) -> CompileReport:
@@ -198,6 +205,12 @@ def compile_case(case: AotCase, arch: str) -> CompileReport:
         unaligned=case.unaligned,
         **case.options,
     )
+
+
+def in_float32(case: AotCase) -> AotCase:
+    """The same with every 16-bit tensor in float32."""
+    wide = {name: "*fp32" if kind in ("*bf16", "*fp16") else kind for name, kind in case.signature.items()}
+    return replace(case, signature=wide, note=f"{case.note}, in float32")
 
 
 def kernels_of(module: ModuleType) -> list[str]:

@@ -26,6 +26,7 @@ from fastft_kernels._rows import (
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
+from fastft_kernels.precise import quotient
 
 # --- reference ----------------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,9 @@ def _fwd_kernel(
         r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         centred = x - mean[:, None]
     else:
-        mean = tl.sum(x, axis=1) / N
+        mean = quotient(tl.sum(x, axis=1), N, 1.0 / N)
         centred = tl.where(mask, x - mean[:, None], 0.0)
-        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps))
+        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(centred * centred, axis=1), N, 1.0 / N) + eps))
         tl.store(mean_ptr + row, mean, mask=row < rows)
         tl.store(rstd_ptr + row, r, mask=row < rows)
     y = _affine(centred * r[:, None], w_ptr, b_ptr, col, N)
@@ -118,13 +119,13 @@ def _fwd_wide_kernel(
             col = start + tl.arange(0, BLOCK_N)[None, :]
             size = tl.minimum(N - start, BLOCK_N).to(tl.float32)
             x = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32)
-            block_mean = tl.sum(x, axis=1) / size
+            block_mean = tl.div_rn(tl.sum(x, axis=1), size)
             centred = tl.where(col < N, x - block_mean[:, None], 0.0)
             delta = block_mean - mean
-            share = size / (start + size)
+            share = tl.div_rn(size, start + size)
             squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * share)
             mean += delta * share
-        r = tl.div_rn(1.0, tl.sqrt_rn(squares / N + eps))
+        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(squares, N, 1.0 / N) + eps))
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, r)
     for start in range(0, N, BLOCK_N):
@@ -164,7 +165,7 @@ def _bwd_kernel(
             g = dy
             if w_ptr is not None:
                 g = dy * w[None, :]
-            dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - n * (tl.sum(g * n, axis=1) / N)[:, None])
+            dx = r * (g - quotient(tl.sum(g, axis=1), N, 1.0 / N)[:, None] - n * quotient(tl.sum(g * n, axis=1), N, 1.0 / N)[:, None])
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None] + col[None, :]
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     line = tl.program_id(0).to(tl.int64) * N
@@ -199,8 +200,8 @@ def _bwd_wide_kernel(
                     g *= tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
                 sums += g
                 products += g * ((tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) - mean) * r)
-            mean_g = (tl.sum(sums, axis=1) / N)[:, None]
-            mean_gn = (tl.sum(products, axis=1) / N)[:, None]
+            mean_g = quotient(tl.sum(sums, axis=1), N, 1.0 / N)[:, None]
+            mean_gn = quotient(tl.sum(products, axis=1), N, 1.0 / N)[:, None]
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None]
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]

@@ -24,6 +24,7 @@ import torch
 from fastft_kernels._runtime import on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
+from fastft_kernels.precise import exp, quotient, tanh_and_slope
 
 # Rows of the state: maximum, sum of exponentials, target's z (NaN until met), maximum before it; sums of e (z - m), e^2, z.
 M, A, ZT, BEFORE, PZ, SQ, SUM = range(7)
@@ -98,18 +99,13 @@ def jacobian_ref(acc, weight, target, alpha, beta, dtype):
 
 @triton.jit
 def _transform(x, scale, softcap, inv_t, HAS_CAP: tl.constexpr):
-    """z, c. tanh from q = exp(-2|u|), from its series where 1 - q would cancel; 1 - tanh^2 = 4 q / (1 + q)^2 never cancels."""
+    """z, c."""
     y = x * scale
     if HAS_CAP:
-        u = y / softcap
-        a = tl.abs(u)
-        q = tl.exp(-2.0 * a)
-        s = u * u
-        series = 1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925)))))
-        large = (1.0 - q) / (1.0 + q)
-        t = tl.where(a < 0.35, u * series, tl.where(u < 0, -large, large))
+        u = quotient(y, softcap, tl.div_rn(1.0, softcap))
+        t, slope = tanh_and_slope(u)
         z = t * (softcap * inv_t)
-        c = (4.0 * q) / ((1.0 + q) * (1.0 + q)) * (scale * inv_t)
+        c = slope * (scale * inv_t)
     else:
         z = y * inv_t
         c = tl.zeros_like(y) + scale * inv_t  # not y * 0: y may be infinite
@@ -142,8 +138,8 @@ def _fold_kernel(
         a_old = tl.load(state_ptr + n_rows + row)
     m = tl.maximum(tl.max(others, 0), m_old)
     ref = tl.where(m == minus_inf, 0.0, m)
-    r = tl.exp(m_old - ref)
-    e = tl.exp(others - ref)
+    r = exp(m_old - ref)
+    e = exp(others - ref)
     tl.store(new_ptr + row, m)
     tl.store(new_ptr + n_rows + row, a_old * r + tl.sum(e, 0))
     tl.store(r_ptr + row, r)
@@ -193,7 +189,7 @@ def _dlogits_kernel(
     z, c = _transform(x, scale, softcap, inv_t, HAS_CAP)
     target = tl.load(target_ptr + row)
     z -= tl.load(coef_ptr + row)
-    p = tl.exp(z - tl.load(coef_ptr + n_rows + row))
+    p = exp(z - tl.load(coef_ptr + n_rows + row))
     factor = tl.load(coef_ptr + 2 * n_rows + row)
     if Z_TERM:
         factor += tl.load(coef_ptr + 3 * n_rows + row) * tl.where(p == 0, 0.0, z)

@@ -43,6 +43,47 @@ def test_module_compiles(stem, arch):
         report = aot.compile_case(case, arch)
         assert report.fits, f"{case.note}: {report}"
         assert report.mma >= case.min_mma, f"{case.note}: {report}"
+        assert not report.approximate, f"{case.note}: {report}"
+
+
+@pytest.mark.parametrize("stem", MODULES)
+def test_float32_is_exact(stem):
+    """Torch's own kernels approximate nothing in float32: neither do ours (exp, division, tanh... come from `precise`)."""
+    for case in map(aot.in_float32, aot.cases_of(MODULES[stem], "sm_90")):
+        assert not (report := aot.compile_case(case, "sm_90")).approximate, f"{case.note}: {report}"
+
+
+@triton.jit
+def _quick_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, WHAT: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    if WHAT == "exp":
+        x = tl.exp(x)
+    elif WHAT == "division":
+        x = x / n
+    elif WHAT == "erf":
+        x = tl.math.erf(x)
+    elif WHAT == "square root":
+        x = tl.sqrt(x)
+    elif WHAT == "logarithm":
+        x = tl.log(x)
+    elif WHAT == "reciprocal root":
+        x = tl.rsqrt(x)
+    elif WHAT == "sigmoid":
+        x = tl.sigmoid(x)
+    tl.store(y_ptr + i, x)
+
+
+@pytest.mark.parametrize("what", ["exp", "division", "erf", "square root", "logarithm", "reciprocal root", "sigmoid"])
+def test_what_is_approximate_is_seen(what):
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "fp32"}
+    assert aot.compile_for(_quick_kernel, signature, {"BLOCK": 128, "WHAT": what}, "sm_90").approximate
+    assert not aot.compile_for(_quick_kernel, signature, {"BLOCK": 128, "WHAT": "nothing"}, "sm_90").approximate
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_product_rounded_to_tf32_is_seen(arch):
+    assert aot.compile_for(_dot_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 64}, arch).approximate
 
 
 @pytest.mark.parametrize("stem", MODULES)

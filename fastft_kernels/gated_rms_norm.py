@@ -23,7 +23,7 @@ from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, us
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.activation import act_grad, act_grad_ref, act_ref, act_value, act_weight, resolve
 from fastft_kernels.aot import AotCase
-from fastft_kernels.precise import quotient
+from fastft_kernels.precise import column_sum, row_mean_of_product, row_rstd
 
 TILES = BWD_TILES[:-1]  # a wider group's backward, which holds the gate as well, does not fit in the registers
 
@@ -70,7 +70,7 @@ def _fwd_kernel(
     a = act_value(g, act_weight(g, alpha, ACT), ACT)
     if GATE_FIRST:
         x = x * a
-    r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(x * x, axis=1), S, 1.0 / S) + eps))
+    r = row_rstd(x, eps, S, x_ptr.dtype.element_ty == tl.float32)
     tl.store(rstd_ptr + row * G + group, r, mask=row < rows)
     y = x * r[:, None] * w[None, :]
     if not GATE_FIRST:
@@ -109,7 +109,7 @@ def _bwd_kernel(
         if dw_ptr is not None:
             dw += m * n
         m = m * w[None, :]
-        d = r * (m - n * quotient(tl.sum(m * n, axis=1), S, 1.0 / S)[:, None])
+        d = r * (m - n * row_mean_of_product(m, n, S, x_ptr.dtype.element_ty == tl.float32)[:, None])
         if dx_ptr is not None:
             dx = d
             if GATE_FIRST:
@@ -123,7 +123,7 @@ def _bwd_kernel(
                 dg = dy * n * w[None, :] * up
             tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=mask)
     if dw_ptr is not None:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * N + group * S + col, tl.sum(dw, axis=0), mask=col < S)
+        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * N + group * S + col, column_sum(dw, x_ptr.dtype.element_ty == tl.float32), mask=col < S)
 
 
 # launchers

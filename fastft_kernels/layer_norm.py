@@ -26,7 +26,7 @@ from fastft_kernels._rows import (
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
-from fastft_kernels.precise import quotient
+from fastft_kernels.precise import column_sum, quotient, row_mean, row_mean_of_product, row_rstd
 
 # --- reference ----------------------------------------------------------------------------------------------------------
 
@@ -89,9 +89,9 @@ def _fwd_kernel(
         r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         centred = x - mean[:, None]
     else:
-        mean = quotient(tl.sum(x, axis=1), N, 1.0 / N)
+        mean = row_mean(x, N, x_ptr.dtype.element_ty == tl.float32)
         centred = tl.where(mask, x - mean[:, None], 0.0)
-        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(centred * centred, axis=1), N, 1.0 / N) + eps))
+        r = row_rstd(centred, eps, N, x_ptr.dtype.element_ty == tl.float32)
         tl.store(mean_ptr + row, mean, mask=row < rows)
         tl.store(rstd_ptr + row, r, mask=row < rows)
     y = _affine(centred * r[:, None], w_ptr, b_ptr, col, N)
@@ -165,14 +165,16 @@ def _bwd_kernel(
             g = dy
             if w_ptr is not None:
                 g = dy * w[None, :]
-            dx = r * (g - quotient(tl.sum(g, axis=1), N, 1.0 / N)[:, None] - n * quotient(tl.sum(g * n, axis=1), N, 1.0 / N)[:, None])
+            mean_g = row_mean(g, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
+            mean_gn = row_mean_of_product(g, n, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
+            dx = r * (g - mean_g - n * mean_gn)
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None] + col[None, :]
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     line = tl.program_id(0).to(tl.int64) * N
     if dw_ptr is not None:
-        tl.store(dw_ptr + line + col, tl.sum(dw, axis=0), mask=col < N)
+        tl.store(dw_ptr + line + col, column_sum(dw, x_ptr.dtype.element_ty == tl.float32), mask=col < N)
     if db_ptr is not None:
-        tl.store(db_ptr + line + col, tl.sum(db, axis=0), mask=col < N)
+        tl.store(db_ptr + line + col, column_sum(db, x_ptr.dtype.element_ty == tl.float32), mask=col < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -200,8 +202,8 @@ def _bwd_wide_kernel(
                     g *= tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
                 sums += g
                 products += g * ((tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) - mean) * r)
-            mean_g = quotient(tl.sum(sums, axis=1), N, 1.0 / N)[:, None]
-            mean_gn = quotient(tl.sum(products, axis=1), N, 1.0 / N)[:, None]
+            mean_g = row_mean(sums, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
+            mean_gn = row_mean(products, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None]
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]

@@ -13,7 +13,8 @@ Largest errors in units in the last place of the true value, over every 97th flo
     sigmoid             1.6  / 2.6      torch's formula, 1 / (1 + exp(-x)), with a correct exp: 1.5
     erf                 1.1  / 1.6
 
-Division and square root are exact to half a unit: tl.div_rn and tl.sqrt_rn."""
+Division and square root are exact to half a unit: tl.div_rn and tl.sqrt_rn. Rows of float32 (WIDE below) are summed in float64, which
+costs two operations an element, and their mean is rounded once: torch's order of summation can be luckier than any other in float32."""
 
 from __future__ import annotations
 
@@ -40,6 +41,46 @@ def quotient(x, d, inverse):
     """x / d where inverse = 1 / d is known: a division without its branches. The remainder of x inverse is exact when fused."""
     q = x * inverse
     return tl.where(tl.abs(q) == float("inf"), q, tl.fma(tl.fma(q, -d, x), inverse, q))
+
+
+@triton.jit
+def row_mean(x, N: tl.constexpr, WIDE: tl.constexpr):
+    """Mean of N columns, of rows that are 0 beyond."""
+    if WIDE:
+        mean = (tl.sum(x.to(tl.float64), axis=1) / N).to(tl.float32)
+    else:
+        mean = quotient(tl.sum(x, axis=1), N, 1.0 / N)
+    return mean
+
+
+@triton.jit
+def row_mean_of_product(x, y, N: tl.constexpr, WIDE: tl.constexpr):
+    """Mean of x y."""
+    if WIDE:
+        mean = (tl.sum(x.to(tl.float64) * y.to(tl.float64), axis=1) / N).to(tl.float32)
+    else:
+        mean = quotient(tl.sum(x * y, axis=1), N, 1.0 / N)
+    return mean
+
+
+@triton.jit
+def row_rstd(x, eps, N: tl.constexpr, WIDE: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps)."""
+    if WIDE:
+        wide = x.to(tl.float64)
+        r = (1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / N + eps)).to(tl.float32)
+    else:
+        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(x * x, axis=1), N, 1.0 / N) + eps))
+    return r
+
+
+@triton.jit
+def column_sum(x, WIDE: tl.constexpr):
+    if WIDE:
+        total = tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
+    else:
+        total = tl.sum(x, axis=0)
+    return total
 
 
 @triton.jit

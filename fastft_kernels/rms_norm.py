@@ -28,7 +28,7 @@ from fastft_kernels._rows import (
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
-from fastft_kernels.precise import quotient
+from fastft_kernels.precise import column_sum, row_mean, row_mean_of_product, row_rstd
 
 # --- reference ----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def _fwd_kernel(
     if RECOMPUTE:
         r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     else:
-        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(x * x, axis=1), N, 1.0 / N) + eps))
+        r = row_rstd(x, eps, N, x_ptr.dtype.element_ty == tl.float32)
         tl.store(rstd_ptr + row, r, mask=row < rows)
     w = None
     if w_ptr is not None:
@@ -119,7 +119,7 @@ def _fwd_wide_kernel(
             col = start + tl.arange(0, BLOCK_N)[None, :]
             x = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32)
             squares += x * x
-        r = tl.div_rn(1.0, tl.sqrt_rn(quotient(tl.sum(squares, axis=1), N, 1.0 / N) + eps))
+        r = tl.div_rn(1.0, tl.sqrt_rn(row_mean(squares, N, x_ptr.dtype.element_ty == tl.float32) + eps))
         tl.store(rstd_ptr + row, r)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
@@ -156,11 +156,11 @@ def _bwd_kernel(
             g = dy
             if w_ptr is not None:
                 g = dy * u[None, :]
-            dx = r * (g - n * quotient(tl.sum(g * n, axis=1), N, 1.0 / N)[:, None])
+            dx = r * (g - n * row_mean_of_product(g, n, N, x_ptr.dtype.element_ty == tl.float32)[:, None])
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None] + col[None, :]
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if dw_ptr is not None:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * N + col, tl.sum(dw, axis=0), mask=col < N)
+        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * N + col, column_sum(dw, x_ptr.dtype.element_ty == tl.float32), mask=col < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -183,7 +183,7 @@ def _bwd_wide_kernel(
                 if w_ptr is not None:
                     g *= OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
                 products += g * (tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r)
-            mean = quotient(tl.sum(products, axis=1), N, 1.0 / N)[:, None]
+            mean = row_mean(products, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
             dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None]
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]

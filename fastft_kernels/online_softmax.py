@@ -24,7 +24,7 @@ import torch
 from fastft_kernels._runtime import on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
-from fastft_kernels.precise import exp, quotient, tanh_and_slope
+from fastft_kernels.precise import exp, exp_normal, quotient, tanh_and_slope
 
 # Rows of the state: maximum, sum of exponentials, target's z (NaN until met), maximum before it; sums of e (z - m), e^2, z.
 M, A, ZT, BEFORE, PZ, SQ, SUM = range(7)
@@ -139,7 +139,10 @@ def _fold_kernel(
     m = tl.maximum(tl.max(others, 0), m_old)
     ref = tl.where(m == minus_inf, 0.0, m)
     r = exp(m_old - ref)
-    e = exp(others - ref)
+    if HAS_CAP:  # which takes many registers
+        e = exp_normal(others - ref)
+    else:
+        e = exp(others - ref)
     tl.store(new_ptr + row, m)
     tl.store(new_ptr + n_rows + row, a_old * r + tl.sum(e, 0))
     tl.store(r_ptr + row, r)

@@ -55,8 +55,9 @@ class RowLaunch:
 
     def programs(self, rows: int) -> int:
         """Programs that cover `rows` rows, one block each. Raises ValueError where a row's number does not fit in 32 bits."""
-        if rows > 2**31 - self.block_m:
-            raise ValueError(f"rows: want fewer than 2^31, got {rows}")
+        most = 2**31 - 1 - self.block_m * PARTIALS  # the last step of a program that takes every P-th block
+        if rows > most:
+            raise ValueError(f"rows: want at most {most}, got {rows}")
         return -(-rows // self.block_m)
 
     def partials(self, rows: int) -> int:

@@ -21,6 +21,7 @@ from fastft_kernels import online_softmax as osm
 from fastft_kernels._runtime import goes_to_cuda, math_dtype
 
 TOKEN_TILE, VOCAB_TILE = 4096, 8192
+TILE_BYTES = 1 << 28  # 4096 x 8192 at H = 4096 in 16 bits
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -65,24 +66,17 @@ def tile_bytes(tile: tuple[int, int], hidden: int, itemsize: int) -> int:
 
 
 def tile_sizes(tokens: int, vocab: int, hidden: torch.Tensor) -> tuple[int, int]:
-    """(tokens, columns) of a tile: a function of the shapes alone (so that bits repeat), at most 4096 by 8192; halved along the
-    tokens, down to 256, only while a tile takes more than half of the free memory of a CUDA device."""
+    """(tokens, columns) of a tile: a function of shapes and dtype alone (never of the free memory, so that bits repeat), at most
+    4096 by 8192; halved along the tokens, down to 256, while a tile takes more than TILE_BYTES."""
     token_tile, vocab_tile = even_tile(tokens, TOKEN_TILE, 128), even_tile(vocab, VOCAB_TILE, 128)
-    if is_real(hidden) and hidden.is_cuda:
-        free = free_bytes(hidden.device)
-        while token_tile > 256 and tile_bytes((token_tile, vocab_tile), hidden.shape[1], hidden.element_size()) > free // 2:
-            token_tile = even_tile(tokens, token_tile // 2, 128)
+    while token_tile > 256 and tile_bytes((token_tile, vocab_tile), hidden.shape[1], hidden.element_size()) > TILE_BYTES:
+        token_tile = even_tile(tokens, token_tile // 2, 128)
     return token_tile, vocab_tile
 
 
 def is_real(x: torch.Tensor) -> bool:
     """Is this a tensor with data, outside of tracing (its values may be asked for)?"""
     return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, with what the caching allocator holds unused."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def spans(n: int, size: int) -> list[tuple[int, int]]:

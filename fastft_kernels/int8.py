@@ -82,6 +82,7 @@ def _dequantize_kernel(
 def _dequantize(q, scale, rows, columns, factor, dtype):
     if not use_triton(scale) or dtype not in KERNEL_DTYPES:
         return dequantize_8bit_ref(q, scale, rows, columns, factor, dtype)
+    q, scale = q.contiguous(), scale.contiguous()
     (m, n), e4m3 = q.shape, q.dtype == torch.float8_e4m3fn
     w = q.new_empty(m, n, dtype=dtype)
     if w.numel():

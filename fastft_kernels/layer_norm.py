@@ -233,6 +233,7 @@ def _runs_kernel(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 def _launch_fwd(x, weight, bias, eps, mean, rstd, out_dtype, recompute) -> torch.Tensor:
     y = empty_rows_like(x, out_dtype)
     rows, n = count_rows(x), x.shape[-1]
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     if x.numel():
         (x, out), sizes, (x_strides, y_strides) = as_rows(x, y)
         launch = row_launch(n, FWD_TILES)
@@ -308,6 +309,7 @@ def _bwd(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
     allocate = x.new_empty if x.numel() else x.new_zeros
     dw, db = (allocate((lines if need else 0, n), dtype=torch.float32) for need in (need_dw, need_db))
     dx = empty_rows_like(x, x.dtype) if need_dx else x.new_empty(0)
+    weight = None if weight is None else weight.contiguous()
     if x.numel():
         (dy, x, out), sizes, (dy_strides, x_strides, dx_strides) = as_rows(dy, x, dx if need_dx else x)
         kernel = _bwd_wide_kernel if launch.wide else _bwd_kernel

@@ -10,10 +10,13 @@ jacobian   hidden alone, s = 0: J = dz_t c_t W_t + a w U / A with the sums of th
 resident   hidden alone with s > 0; or weight or bias with a mean or a sum, whose gradient is one number for all rows. The float32
            logits of few tokens and all columns are kept until their log-sum-exp is known, then turned into dz: two products for
            hidden, three with dW, which is summed over the token tiles in float32 and kept for the backward to multiply.
-recompute  weight or bias with a gradient by row (reduction "none"), or where memory for dW in float32 is short: four products."""
+recompute  weight or bias with a gradient by row (reduction "none"), or a dW in float32 too large to keep: four products.
+
+Every choice is a function of shapes and dtypes, never of the free memory: the same inputs give the same bits."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,9 +35,7 @@ from fastft_kernels.head_tiles import (
     even_tile,
     flat_target,
     float16_range,
-    free_bytes,
     gradient_tiles,
-    is_real,
     mm32,
     no_autocast,
     operand,
@@ -53,6 +54,7 @@ from fastft_kernels.head_tiles import (
 
 REDUCTIONS = ("mean", "sum", "none")
 RESIDENT_BYTES = 384 << 20
+WEIGHT_GRADIENT_BYTES = 1 << 30
 
 
 class Plan(NamedTuple):
@@ -190,6 +192,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if plan.need[0]:
                 dh = torch.empty_like(j)
                 torch.mul(j, torch.where(factor == 0, 0.0, g * factor).unsqueeze(1), out=dh)
+            if dw is not None or db is not None:
+                g = torch.where((factor != 0).any(), g, 0.0)  # no row counts: 0 even where g is a division by 0
             dw, db = (_times(x, g, dtype) for x, dtype in zip((dw, db), ctx.dtypes))
         return None if dh is None else put(dh, rows, ctx.n), dw, db, None, None
 
@@ -199,11 +203,11 @@ def _times(x: torch.Tensor | None, g: torch.Tensor, dtype: torch.dtype) -> torch
     return None if x is None else torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
 
 
-def _has_room(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Does the device hold dW in float32 until the backward, and once more, beside the resident logits?"""
-    if not (is_real(hidden) and hidden.is_cuda):
-        return True
-    return free_bytes(hidden.device) > 8 * weight.numel() + 2 * RESIDENT_BYTES
+def keeps_weight_gradient(tokens: int, weight: torch.Tensor) -> bool:
+    """Is dW kept in float32 from forward to backward? Where it takes at most WEIGHT_GRADIENT_BYTES, or no more than the float32
+    logits and their gradient that a head without tiles keeps for these tokens (from tokens = H / 2 on)."""
+    vocab, hidden = weight.shape
+    return 4 * vocab * hidden <= max(WEIGHT_GRADIENT_BYTES, 8 * tokens * vocab)
 
 
 def _shifted(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -233,14 +237,16 @@ def linear_cross_entropy(
 
     hidden (..., H), weight (V, H), target (...) int64, bias (V,); bf16, fp16, fp32, fp64; the result is float32 (float64 for
     float64 inputs), a number or, for reduction "none", of target's shape. Differentiable once, by hidden, weight and bias.
-    reduction: "mean" divides by the number of targets that are not ignored (0 where all are, with zero gradients), or by
+    reduction: "mean" divides by the number of targets that are not ignored (where all are: nan, and gradients of 0, as
+    torch.nn.functional.cross_entropy's), or by
     num_items_in_batch (a number, or a tensor of one element); "sum"; "none" (0 in ignored rows).
     label_smoothing: as in torch.nn.functional.cross_entropy. z_loss: adds z_loss * logsumexp(z)^2.
     shift: position i is scored against target[..., i + 1], the last against none; "none" then gives (..., length - 1).
     compact, tile, indices outside of the vocabulary: as in `linear_logprob`.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 for hidden alone; 3 with weight trained and a
-    mean or a sum (dW is kept in float32 from forward to backward); 4 with weight trained and "none".
+    mean or a sum (dW is kept in float32 from forward to backward); 4 with weight trained and "none", or where dW in float32 takes
+    more than 1 GiB and tokens < H / 2 (see `keeps_weight_gradient`).
     Memory beyond inputs, outputs and what is saved: as `linear_logprob`, or RESIDENT_BYTES of logits and one tile of dz.
     Raises TypeError, ValueError for dtypes, shapes and arguments; IndexError as `linear_logprob`."""
     name = "linear_cross_entropy"
@@ -260,7 +266,7 @@ def linear_cross_entropy(
     need = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
     trained, total = need[1] or need[2], False
     if trained:
-        total = reduction != "none" and _has_room(h, weight)
+        total = reduction != "none" and keeps_weight_gradient(h.shape[0], weight)
         mode = "resident" if total else "recompute"
     else:
         mode = "value" if not need[0] else "resident" if label_smoothing else "jacobian"
@@ -278,5 +284,6 @@ def linear_cross_entropy(
     if reduction == "sum":
         return loss
     if num_items_in_batch is None:
-        return loss / (flat >= 0).sum().clamp(min=1)
+        counted = (flat >= 0).sum()
+        return torch.where(counted == 0, math.nan, loss / counted.clamp(min=1))  # so that no gradient is nan, as stock's
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch)

@@ -96,6 +96,8 @@ def _dequantize(packed, absmax, code, blocksize, shape, dtype, absmax2, code2, b
         return dequantize_4bit_ref(packed, absmax.float(), code, blocksize, n, dtype).view(shape)
     w = packed.new_empty(shape, dtype=dtype)
     if n:
+        packed, absmax, code = packed.contiguous(), absmax.contiguous(), code.contiguous()
+        absmax2, code2 = (None if v is None else v.contiguous() for v in (absmax2, code2))
         blocks, half = -(-n // blocksize), blocksize // 2
         per_program = max(TILE // half, 1)
         with on_device(w):

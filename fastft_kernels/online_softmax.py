@@ -215,7 +215,9 @@ def _rescale_kernel(acc_ptr, r_ptr, n_cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _jacobian_kernel(acc_ptr, weight_ptr, target_ptr, alpha_ptr, beta_ptr, out_ptr, w_stride, n_cols, vocab, BLOCK: tl.constexpr):
+def _jacobian_kernel(
+    acc_ptr, weight_ptr, target_ptr, alpha_ptr, beta_ptr, out_ptr, w_row, w_col, n_cols, vocab, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program: one block of one row."""
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,7 +225,7 @@ def _jacobian_kernel(acc_ptr, weight_ptr, target_ptr, alpha_ptr, beta_ptr, out_p
     at = row.to(tl.int64) * n_cols + col
     target = tl.load(target_ptr + row)
     known = col < tl.where((target >= 0) & (target < vocab), n_cols, 0)
-    w = tl.load(weight_ptr + target.to(tl.int64) * w_stride + col, mask=known, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + target.to(tl.int64) * w_row + col.to(tl.int64) * w_col, mask=known, other=0.0).to(tl.float32)
     out = tl.load(alpha_ptr + row) * w + tl.load(beta_ptr + row) * tl.load(acc_ptr + at, mask=mask, other=0.0)
     tl.store(out_ptr + at, tl.where(known, out, 0.0).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -256,6 +258,9 @@ def fold(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optio
     p, r, new = _fold_fake(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optional)
     n, n_cols = logits.shape
     block, warps = _row_block(n_cols)
+    logits, target = logits.contiguous(), target.contiguous()  # both are, but for a caller of the operator; bias may be a slice
+    bias = None if bias is None else bias.contiguous()
+    state = None if state is None else state.contiguous()
     with on_device(logits):
         _fold_kernel[(n,)](
             logits, bias, target, state, p, r, new, n, n_cols, start, scale, 1.0 if softcap is None else softcap, inv_t,
@@ -279,6 +284,8 @@ def dlogits(logits, bias, target, coef, start, scale, softcap, inv_t, z_term, dt
     """dx (n, n_cols) in dtype. z_term: False says that P2 is zero everywhere."""
     if not use_triton(logits):
         return dlogits_ref(logits, bias, target, coef, start, scale, softcap, inv_t, dtype)
+    logits, target, coef = logits.contiguous(), target.contiguous(), coef.contiguous()
+    bias = None if bias is None else bias.contiguous()
     dx = torch.empty_like(logits, dtype=dtype)
     n, n_cols = logits.shape
     block, warps = _row_block(n_cols)
@@ -297,9 +304,10 @@ def _rescale_fake(acc, r):
 @op("online_softmax_rescale(Tensor(a!) acc, Tensor r) -> ()", _rescale_fake)
 def rescale(acc, r):
     """acc (n, H) *= r (n,), in place."""
-    if not use_triton(acc):
+    if not use_triton(acc) or not acc.is_contiguous():
         acc.mul_(r.unsqueeze(1))
         return
+    r = r.contiguous()
     n, n_cols = acc.shape
     with on_device(acc):
         block = min(4096, triton.next_power_of_2(n_cols))
@@ -318,13 +326,15 @@ def jacobian(acc, weight, target, alpha, beta, dtype):
     """alpha_i W[t_i] + beta_i acc_i, (n, H) in dtype."""
     if not use_triton(acc):
         return jacobian_ref(acc, weight, target, alpha, beta, dtype)
+    acc, target, alpha, beta = acc.contiguous(), target.contiguous(), alpha.contiguous(), beta.contiguous()
     out = torch.empty_like(acc, dtype=dtype)
     n, n_cols = acc.shape
     block = min(2048, triton.next_power_of_2(n_cols))
     with on_device(acc):
         _jacobian_kernel[(n, triton.cdiv(n_cols, block))](
-            acc, weight, target, alpha, beta, out, weight.stride(0), n_cols, weight.shape[0], BLOCK=block, num_warps=4, enable_fp_fusion=True
-        )
+            acc, weight, target, alpha, beta, out, *weight.stride(), n_cols, weight.shape[0],
+            BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
@@ -355,8 +365,8 @@ def _cases() -> tuple[AotCase, ...]:
             AotCase(
                 _jacobian_kernel,
                 {"acc_ptr": "*fp32", "weight_ptr": f"*{p}", "target_ptr": "*i64", "alpha_ptr": "*fp32", "beta_ptr": "*fp32",
-                 "out_ptr": f"*{p}", "w_stride": "i32", "n_cols": "i32", "vocab": "i32"},
-                {"BLOCK": 2048}, num_warps=4, note=f"hidden 4096, {p}",
+                 "out_ptr": f"*{p}", "w_row": "i32", "n_cols": "i32", "vocab": "i32"},
+                {"w_col": 1, "BLOCK": 2048}, num_warps=4, note=f"hidden 4096, {p}",
             ),
         ]  # fmt: skip
     rescale_types = {"acc_ptr": "*fp32", "r_ptr": "*fp32", "n_cols": "i32"}

@@ -211,6 +211,7 @@ def _runs_kernel(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute) -> torch.Tensor:
     y = empty_rows_like(x, out_dtype)
     rows, n = count_rows(x), x.shape[-1]
+    weight = None if weight is None else weight.contiguous()
     if x.numel():
         (x, out), sizes, (x_strides, y_strides) = as_rows(x, y)
         launch = row_launch(n, FWD_TILES)
@@ -280,6 +281,7 @@ def _bwd(dy, x, rstd, weight, offset, need_dx, need_dw):
     lines = launch.partials(rows) if need_dw else 0
     partial = (x.new_empty if x.numel() else x.new_zeros)((lines, n), dtype=torch.float32)
     dx = empty_rows_like(x, x.dtype) if need_dx else x.new_empty(0)
+    weight = None if weight is None else weight.contiguous()
     if x.numel():
         (dy, x, out), sizes, (dy_strides, x_strides, dx_strides) = as_rows(dy, x, dx if need_dx else x)
         kernel = _bwd_wide_kernel if launch.wide else _bwd_kernel

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastft_kernels import linear_cross_entropy as module
 from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.head_tiles import tile_bytes
-from fastft_kernels.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.linear_cross_entropy import keeps_weight_gradient, linear_cross_entropy
 from fastft_kernels.numerics import compare
 
 from .head_cases import SCALINGS, TILE, Count, N, V, head, leaves, logits_of
@@ -109,16 +109,23 @@ def test_products(device, needs, reduction, loss, units):
         assert flops.get_total_flops() == count.products
 
 
-def test_trained_without_room_takes_four_products(device, monkeypatch):
-    """Where memory for dW in float32 is short, the same gradients by recomputation."""
+def test_trained_with_a_large_weight_takes_four_products(device, monkeypatch):
+    """Where dW in float32 is too large to keep, the same gradients by recomputation."""
     hidden, weight, target, bias = head(device=device, ignored=())
-    monkeypatch.setattr(module, "_has_room", lambda hidden, weight: False)
+    monkeypatch.setattr(module, "keeps_weight_gradient", lambda tokens, weight: False)
     with Count() as count:
         hidden.requires_grad_(), weight.requires_grad_()
         ours(hidden, weight, target, bias).backward()
     assert count.products == 4 * 2 * N * hidden.shape[1] * V
     hidden, weight = hidden.detach(), weight.detach()
     judge((hidden, weight, bias), target, torch.float32, True, torch.tensor(1.0), **LOSSES["both"])
+
+
+def test_what_is_kept_follows_the_shapes():
+    weight = lambda v, h: torch.empty(v, h, device="meta")
+    assert keeps_weight_gradient(8, weight(128256, 2048))
+    assert not keeps_weight_gradient(512, weight(151936, 4096))
+    assert keeps_weight_gradient(2048, weight(151936, 4096))
 
 
 def test_memory_of_resident_logits(device):
@@ -166,18 +173,22 @@ def test_shift(device, trained, reduction):
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("n", [0, 3])
-def test_no_row_to_score_is_a_connected_zero(device, n, trained, compact, loss):
+def test_no_row_to_score(device, n, trained, compact, loss):
+    """A mean over nothing is nan, a sum 0, as torch.nn.functional.cross_entropy's; no gradient is nan."""
     hidden, weight, _, bias = head(n=max(n, 1), device=device)
     target = torch.full((n,), -100, device=device)
     for reduction in ("mean", "sum", "none"):
         xs = leaves((hidden[:n], weight, bias), torch.float32, trained)
         got = ours(xs[0], xs[1], target, xs[2], reduction=reduction, compact=compact, **LOSSES[loss])
         assert got.shape == ((n,) if reduction == "none" else ())
-        assert not got.any()
+        assert got.isnan() if reduction == "mean" else not got.any()
         got.sum().backward()
         for x in xs:
             assert (x.grad is not None) == x.requires_grad
             assert x.grad is None or not x.grad.any()
+    xs = leaves((hidden[:n], weight, bias), torch.float32, trained)
+    ours(xs[0], xs[1], target, xs[2], compact=compact, items=torch.tensor(0), **LOSSES[loss]).backward()
+    assert not any(x.grad.any() for x in xs if x.requires_grad)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

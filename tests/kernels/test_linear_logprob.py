@@ -7,7 +7,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft_kernels import head_tiles
 from fastft_kernels import online_softmax as osm
 from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.head_tiles import tile_bytes, tile_sizes
@@ -269,18 +268,13 @@ def test_memory(device, trained):
     assert tile_bytes(tile, 4096, 2) + 4 * 4096 * (tile[1] + 8192) + 400 * 8192 <= 0.7 * 2**30
 
 
-def test_tiles_follow_shapes_and_free_memory(monkeypatch):
-    class Card:
-        is_cuda, device, shape = True, None, (8192, 4096)
-        element_size = staticmethod(lambda: 2)
-
-    monkeypatch.setattr(head_tiles, "is_real", lambda x: True)
-    monkeypatch.setattr(head_tiles, "free_bytes", lambda device: 40 << 30)
-    assert tile_sizes(8192, 151936, Card) == (4096, 8064)
-    monkeypatch.setattr(head_tiles, "free_bytes", lambda device: 200 << 20)
-    small = tile_sizes(8192, 151936, Card)
-    assert small == (1024, 8064)
-    assert tile_bytes(small, 4096, 2) <= 100 << 20
+def test_tiles_follow_shapes_and_dtype_alone():
+    hidden = lambda h, dtype: torch.empty(8192, h, dtype=dtype, device="meta")
+    assert tile_sizes(8192, 151936, hidden(4096, torch.bfloat16)) == (4096, 8064)
+    for h, dtype in ((4096, torch.float32), (16384, torch.bfloat16)):
+        tile = tile_sizes(8192, 151936, hidden(h, dtype))
+        assert tile == (2048, 8064)
+        assert tile_bytes(tile, h, dtype.itemsize) <= 1 << 28
     assert tile_sizes(5, 997, torch.empty(5, 8)) == (5, 997)
     assert tile_sizes(0, 1, torch.empty(0, 8)) == (1, 1)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft_kernels import online_softmax as osm
-from fastft_kernels._runtime import goes_to_cuda, math_dtype
+from fastft_kernels._runtime import goes_to_cuda, math_dtype, op
 
 TOKEN_TILE, VOCAB_TILE = 4096, 8192
 TILE_BYTES = 1 << 28  # 4096 x 8192 at H = 4096 in 16 bits
@@ -110,7 +110,17 @@ def addmm32(acc: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch
         return mm32(a, b)
     if a.dtype == acc.dtype:
         return torch.addmm(acc, a, b, out=acc)
-    return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    if is_real(acc):
+        return torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    _add_product(acc, a, b)
+    return acc
+
+
+@op("add_product(Tensor(a!) acc, Tensor a, Tensor b) -> ()", lambda acc, a, b: None)
+def _add_product(acc, a, b):
+    """acc += a b, for fake tensors and tracers, where torch 2.11 takes addmm's out_dtype for its beta. (Real tensors go to torch's own
+    operator, so that whoever counts products sees them.)"""
+    torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
 
 
 # ------------------------------------------------------------------------------------------------------------------- forward

@@ -13,11 +13,15 @@ import fastft
 from benchmarks.plan_error import optimizer_for
 from fastft.cli import app
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError, PolicyError
+from fastft.tools.plan import fake
 from fastft.tools.plan.fake import FakeRun
 from fastft.tools.plan.gpus import GIB, find
+from fastft.tools.plan.measure import AllocationLedger
 from fastft.tools.plan.optimizers import NAMES, states
 from fastft.tools.plan.planner import _Work
 from fastft.tools.plan.predict import TrainingSetup, subject
+from fastft_kernels._runtime import planned_for_cuda
+from fastft_kernels.head_tiles import addmm32
 
 SMALL = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024)
 
@@ -174,3 +178,47 @@ def test_paged_states_are_not_on_the_card():
     assert size["paged_adamw_32bit"] == 2 * 4 * 1000  # the bias, below 100 000 elements
     assert size["paged_adamw_8bit"] < size["adamw_8bit"] / 20
     assert size["adamw_8bit"] < size["adamw_torch"] / 3.8
+
+
+# --- operators that a plan for CUDA meets
+
+
+def test_no_operator_that_old_torch_cannot_fake(monkeypatch):
+    """torch 2.11 decomposes addmm with out_dtype as if that were beta, and raises TypeError. A plan with two vocabulary tiles, a frozen and a
+    trained head, meets it nowhere."""
+    seen = set()
+    real = fake.RealIntegers.__torch_dispatch__
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        seen.add(str(func))
+        if func in (torch.ops.aten.addmm.dtype, torch.ops.aten.addmm.dtype_out):
+            raise TypeError("unsupported operand type(s) for *: 'torch.dtype' and 'FakeTensor'")
+        return real(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(fake.RealIntegers, "__torch_dispatch__", dispatch)
+    config = LlamaConfig(**{**SMALL.to_diff_dict(), "vocab_size": 20_000, "num_hidden_layers": 2})
+    for full in (False, True):
+        assert fastft.plan(config, seq=64, batch=1, full=full, stock=False, limits=False).chosen.peak.total > 0
+    assert {"fastft.add_product.default", "aten.mm.dtype"} <= seen
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_of_fake_tensors(device):
+    """On CUDA too, whose fake tensors need no driver."""
+    half = dict(dtype=torch.bfloat16, device=device)
+    with torch._subclasses.fake_tensor.FakeTensorMode(), planned_for_cuda():
+        a, b, acc = torch.empty(8, 16, **half), torch.empty(16, 4, **half), torch.empty(8, 4, device=device)
+        assert addmm32(acc, a, b) is acc
+        new = addmm32(None, a, b)
+        assert new.dtype == torch.float32 and new.shape == (8, 4) and new.device.type == device
+
+
+def test_the_plan_counts_no_second_accumulator():
+    """A product added in place takes no memory of its own."""
+    with FakeRun()(), planned_for_cuda():
+        a, b, acc = torch.empty(80, 160, dtype=torch.bfloat16), torch.empty(160, 40, dtype=torch.bfloat16), torch.empty(80, 40)
+        ledger = AllocationLedger()
+        with ledger:
+            ledger.phase("forward")
+            addmm32(acc, a, b)
+        assert not len(ledger.phases()[0].sizes)

@@ -1,5 +1,6 @@
 """The GPU benchmark, on small shapes on a CPU: it runs to the end, what is wrong prints no speed, and what dies costs one row."""
 
+import io
 import json
 import subprocess
 import sys
@@ -213,19 +214,50 @@ def test_without_hypothesis_its_files_are_named(monkeypatch):
     commands = []
 
     class Popen:
-        returncode = 0
+        pid = 0
 
         def __init__(self, command, **kwargs):
             commands.append(command)
+            self.stdout = io.StringIO(PLAIN)
 
-        def communicate(self, timeout=None):
-            return PLAIN, None
+        def wait(self):
+            return 0
 
     monkeypatch.setattr(gpu_worker.subprocess, "Popen", Popen)
     monkeypatch.setattr(gpu_worker.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "xdist") else object())
-    found = gpu_worker._pytest(("tests/kernels/test_weights.py", "tests/kernels/test_glu.py"), "not slow", 9)
+    found = gpu_worker.run_tests(("tests/kernels/test_weights.py", "tests/kernels/test_glu.py"), "not slow", 9)
     assert found["left out, for want of hypothesis"] == "test_glu"
     assert commands[0][-1] == "tests/kernels/test_weights.py" and "-n" not in commands[0]
     monkeypatch.setattr(gpu_worker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="need pytest"):
-        gpu_worker._pytest((), "slow", 9)
+        gpu_worker.run_tests((), "slow", 9)
+
+
+FAILS = """
+import time
+def test_good(): pass
+def test_bad(): assert 1 == 2, "the two\\nnumbers differ"
+def test_hangs(): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failure_is_told_when_it_happens(tmp_path, monkeypatch, capfd, workers):
+    """With its error, though the run is cut off in the test after it."""
+    path = tmp_path / "test_planted.py"
+    path.write_text(FAILS)
+    if workers:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(gpu_worker, "WORKERS", workers)
+    begun = time.time()
+    with pytest.raises(Red, match=r"'failed': 1.*'all ran': False.*test_bad \[call.*the two numbers differ"):
+        gpu_worker.run_tests((str(path),), "not slow", 12.0)
+    assert time.time() - begun < 30
+    assert "FAILED NOW" in capfd.readouterr().err
+
+
+def test_large_tensors_are_kept_apart():
+    """By their marker: they take tens of GiB each, so they run alone."""
+    assert "-n" not in gpu_worker.tests_command(("x",), "slow")
+    command = gpu_worker.tests_command(("x",), "not slow")
+    assert command[command.index("-m", 4) + 1] == "not slow"

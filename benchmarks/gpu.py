@@ -50,7 +50,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "roof": Section(15, 1), "tests": Section(110, 1), "kernels": Section(80), "lora": Section(110), "nf4": Section(80), "preference": Section(50),
-    "host": Section(30), "planner": Section(30), "determinism": Section(15),
+    "host": Section(30), "planner": Section(30), "determinism": Section(30),
 }  # fmt: skip
 
 

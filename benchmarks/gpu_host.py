@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastft
 from benchmarks.fake import counting
 from benchmarks.gpu_models import Batch, batch, build, config_small
-from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, ours, sft_loss
+from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, sft_loss, tuned
+from benchmarks.gpu_repeat import culprits, owner
 from benchmarks.sheet import Figures, Red, Row, Sheet
 from fastft.tools.bench.limits import ModelShape
 from fastft.tools.bench.timing import Roof, synchronize
@@ -70,34 +75,50 @@ def host_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
         sheet.run(f"0.6B shape, bf16, {len(lengths)}x{lengths[0]}: {stack}", lambda stack=stack: measure(stack), least=0.0 if tiny else 5.0)
 
 
+def attentions(device: torch.device) -> dict[str, Callable]:
+    """Rows of `determinism`: which attention torch may take. The first is what the benchmark's steps take."""
+    if device.type != "cuda":
+        return {"three steps, twice": contextlib.nullcontext}
+    only = {"flash attention": SDPBackend.FLASH_ATTENTION, "math attention": SDPBackend.MATH}
+    named = {f"three steps, twice, {name} alone": functools.partial(sdpa_kernel, backend) for name, backend in only.items()}
+    return {"three steps, twice, cuDNN's attention first": lambda: tuned(device), **named}
+
+
 def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
-    """Three steps, twice, each with a fresh patch; attention's own backward is told to be deterministic, for stock's is not by default."""
+    """Three steps, twice, each with a fresh patch; torch is told to be deterministic where it can. Where two runs differ, one step is run
+    twice more with every operator watched: what is ours must repeat, else the row is red; else it names the first operation that does not,
+    and whose it is."""
     config, lengths = config_small(tiny, layers=2 if tiny else 4), ([16, 9] if tiny else [512, 300])
 
-    def trained() -> list[torch.Tensor]:
+    def trained(attention: Callable, steps: int) -> list[torch.Tensor]:
         model = build(config, device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         found = []
-        with ours(model, device):
-            for i in range(3):
+        with fastft.patched(model, activation_policy="auto"), attention():
+            for i in range(steps):
                 found.append(_step(model, batch(lengths, config.vocab_size, device, seed=i), device))
                 optimizer.step()
                 optimizer.zero_grad()
         return found + [p.detach().cpu() for p in model.parameters() if p.requires_grad]
 
-    def measure() -> Figures:
+    def measure(attention: Callable) -> Figures:
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            first, second = trained(), trained()
+            first, second = trained(attention, 3), trained(attention, 3)
+            odd = sum(not torch.equal(a, b) for a, b in zip(first, second))
+            if not odd:
+                return {"losses and adapters compared": len(first), "that differ": 0, "same bits": True, "ours repeats": True}
+            found = culprits(lambda: trained(attention, 1))
         finally:
             torch.use_deterministic_algorithms(before)
-        odd = sum(not torch.equal(a, b) for a, b in zip(first, second))
-        if odd:
-            raise Red(f"{odd} of {len(first)} losses and adapters differ between two runs")
-        return {"losses and adapters compared": len(first), "same bits": True}
+        if found.ours or found.diverged or not found.first:
+            raise Red(f"{odd} of {len(first)} losses and adapters differ between two runs; {found}")
+        who = {"first that differs": found.first, "whose": owner(found.first), "all that differ": str(found)}
+        return {"losses and adapters compared": len(first), "that differ": odd, "same bits": False, "ours repeats": True, **who}
 
-    sheet.run("three steps, twice", measure)
+    for name, attention in attentions(device).items():
+        sheet.run(name, lambda attention=attention: measure(attention))
 
 
 def planner_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_steps, gpu_worker
+from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_repeat, gpu_steps, gpu_worker
 from benchmarks.sheet import Missing, Red, Row, Sheet, markdown, read
 from fastft.tools.bench.timing import Roof
 
@@ -121,6 +121,84 @@ def test_two_runs_that_differ_are_red(sheet, monkeypatch):
     monkeypatch.setattr(gpu_host, "_step", step)
     gpu_host.determinism_section(sheet, True, CPU, ROOF)
     assert [(r.state, "1 of " in r.note) for r in read(sheet.path)[0]] == [("red", True)]
+
+
+@pytest.fixture
+def planted():
+    """Two operators that never repeat, one of them as if it were ours."""
+    libraries, calls = [], []
+    for namespace in ("fastft", "elsewhere"):
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define("planted_for_a_test(Tensor x) -> Tensor")
+        library.impl("planted_for_a_test", lambda x: calls.append(1) or x + 1e-3 * len(calls), "CompositeExplicitAutograd")
+        libraries.append(library)
+    yield
+    for library in libraries:
+        library._destroy()
+
+
+@pytest.mark.parametrize(("namespace", "state"), [("fastft", "red"), ("elsewhere", "ok")])
+def test_what_does_not_repeat_is_named(sheet, monkeypatch, planted, namespace, state):
+    """Ours is red; another library's is a row that says whose it is."""
+    real = gpu_host._step
+
+    def step(model, b, device):
+        loss = real(model, b, device)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = getattr(torch.ops, namespace).planted_for_a_test(p.grad)
+        return loss
+
+    monkeypatch.setattr(gpu_host, "_step", step)
+    gpu_host.determinism_section(sheet, True, CPU, ROOF)
+    (row,) = read(sheet.path)[0]
+    said = row.note if state == "red" else f"{row.figures['first that differs']} {row.figures['whose']}"
+    assert row.state == state and f"{namespace}.planted_for_a_test" in said
+
+
+def test_only_what_differs_for_the_same_inputs_is_a_culprit(planted):
+    x = torch.arange(5.0)
+    found = gpu_repeat.culprits(lambda: torch.ops.elsewhere.planted_for_a_test(x * 2).exp().sum())
+    assert found.first == "elsewhere.planted_for_a_test.default" and found.all == {found.first: 1}
+    assert gpu_repeat.culprits(lambda: (x @ x).exp()).first == ""
+
+
+def test_a_difference_in_the_backward_is_found(planted):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.ops.fastft.planted_for_a_test(g)
+
+    found = gpu_repeat.culprits(lambda: Function.apply(torch.ones(3, requires_grad=True)).sum().backward())
+    assert found.ours == ["fastft.planted_for_a_test.default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [
+        ("aten._scaled_dot_product_cudnn_attention_backward.default", "cuDNN's attention"),
+        ("aten._scaled_dot_product_flash_attention_backward.default", "FlashAttention (torch)"),
+        ("aten.mm.dtype", "cuBLAS"),
+        ("aten.embedding_dense_backward.default", "torch's atomic additions"),
+        ("aten.exp.default", "torch"),
+        ("fastft.rms_norm_fwd.default", "fastft"),
+        ("bitsandbytes.gemm_4bit.default", "bitsandbytes"),
+    ],
+)
+def test_owners(name, who):
+    assert gpu_repeat.owner(name) == who
+
+
+def test_checksums_see_places_and_bits():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert gpu_repeat.checksum(x) == gpu_repeat.checksum(x.clone())
+    others = [x.flip(0), x * (1 + 2**-23), x[:2], torch.tensor([1.0, 2.0, -3.0])]
+    assert all(gpu_repeat.checksum(y) != gpu_repeat.checksum(x) for y in others)
+    assert gpu_repeat.checksum(torch.ones(3, 2, dtype=torch.bfloat16).t()) == gpu_repeat.checksum(torch.ones(2, 3, dtype=torch.bfloat16))
 
 
 def test_the_planner_is_measured_or_said_to_be_missing(sheet, monkeypatch):

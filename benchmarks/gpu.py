@@ -6,8 +6,8 @@ kernels      each kernel at an 8B decoder's widths: time with cold caches, perce
 lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k, 1x32k
 preference   DPO and GRPO log-probability steps of the same
 host         a 0.6B shape at 2x512: the host's time and launches
+determinism  two runs, the same bits; where not, the first operation that does not repeat, and whose it is
 planner      predicted against measured memory
-determinism  two runs, the same bits
 
 Each section is a process of its own with its share of the time; what one leaves is the next ones'. While one measures, the next imports. Rows
 are written as they come: gpu-DEVICE-DATE.json and .md in benchmarks/results (with --tiny: in a temporary folder, and all of it on small
@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.header import header
-from benchmarks.sheet import Row, markdown, read
+from benchmarks.sheet import Row, markdown, read, shown
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "roof": Section(15, 1), "tests": Section(110, 1), "kernels": Section(80), "lora": Section(110), "nf4": Section(80), "preference": Section(50),
-    "host": Section(30), "planner": Section(30), "determinism": Section(30),
+    "host": Section(30), "determinism": Section(40), "planner": Section(60),
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, start_new_session=True)
 
     def go(self, until: float, done: list[str], roof: dict) -> None:
+        self.told = {path: path.stat().st_size for path in (self.rows, Path(self.log.name)) if path.exists()}
         try:
             self.process.stdin.write(json.dumps({"until": until, "done": done, "roof": roof}) + "\n")
             self.process.stdin.close()
@@ -71,11 +72,31 @@ class Worker:
 
     def wait(self, until: float) -> int | None:
         """Its exit code; None where it was still running at `until` and was ended."""
-        try:
-            return self.process.wait(max(0.1, until - time.time()))
-        except subprocess.TimeoutExpired:
-            self.end()
-            return None
+        while True:
+            try:
+                code = self.process.wait(min(0.5, max(0.1, until - time.time())))
+            except subprocess.TimeoutExpired:
+                self._tell()
+                if time.time() < until:
+                    continue
+                self.end()
+                code = None
+            self._tell()
+            return code
+
+    def _tell(self) -> None:
+        """Prints what is new: rows, and tests that failed, with their errors."""
+        for path in (Path(self.log.name), self.rows):
+            text = path.read_bytes()[self.told.get(path, 0) :] if path.exists() else b""
+            text = text[: text.rfind(b"\n") + 1]
+            self.told[path] = self.told.get(path, 0) + len(text)
+            for line in text.decode(errors="replace").splitlines():
+                if "FAILED NOW" in line:
+                    print(f"{self.section}: {line}", file=sys.stderr, flush=True)
+                elif path == self.rows and '"row"' in line:
+                    row = json.loads(line)["row"]
+                    known = ", ".join(f"{k} {shown(v)}" for k, v in row["figures"].items())
+                    print(f"{row['section']}: {row['name']}: {row['state']} {known} {row['note']}".rstrip(), file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self.process.poll() is None:

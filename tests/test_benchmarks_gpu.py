@@ -27,6 +27,7 @@ def sheet(tmp_path):
 
 def test_the_command_runs_to_its_end(tmp_path, capsys):
     assert gpu.main(["--tiny", "--only", "roof", "--out", str(tmp_path)]) == 0
+    assert "roof: bf16 product and copy: ok" in capsys.readouterr().err
     (path,) = tmp_path.glob("gpu-*.json")
     found = json.loads(path.read_text())
     assert [r["section"] for r in found["rows"]] == ["roof"] and found["rows"][0]["state"] == "ok"
@@ -243,6 +244,14 @@ write(json.loads({_row("a")!r}))
 write({{"begun": "b"}})
 time.sleep(60)
 """
+
+
+def test_what_comes_is_told_at_once(tmp_path, capsys):
+    rows, log = tmp_path / "kernels.jsonl", tmp_path / "kernels.log"
+    code = f"write(json.loads({_row('a')!r})); print('FAILED NOW x: E', flush=True); time.sleep(60)"
+    gpu._section("kernels", Worker(code, rows, log), None, time.time() + 1, {})
+    told = capsys.readouterr().err
+    assert "kernels: a: ok" in told and "FAILED NOW x: E" in told
 
 
 def test_a_process_that_dies_costs_one_row(tmp_path):

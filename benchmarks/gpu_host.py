@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastft
 from benchmarks.fake import counting
 from benchmarks.gpu_models import Batch, batch, build, config_small
-from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, sft_loss, tuned
 from benchmarks.gpu_repeat import culprits, owner
+from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, sft_loss, tuned
 from benchmarks.sheet import Figures, Red, Row, Sheet
 from fastft.tools.bench.limits import ModelShape
 from fastft.tools.bench.timing import Roof, synchronize

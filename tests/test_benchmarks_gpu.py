@@ -75,7 +75,7 @@ def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
 
     real = norms.rms_norm_with_rstd
     monkeypatch.setattr(norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.05, real(x, *a, **k)[1]))
-    monkeypatch.setattr("fastft.patching.patcher._PROOFS", _Believed())
+    monkeypatch.setattr("fastft.patching.proofs.CACHE", _Believed())
     monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
     gpu_steps.section(sheet, True, CPU, ROOF)
     states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0]}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from fastft.patching.observe import Observation
@@ -17,7 +18,7 @@ class Candidate:
     """A module that matches a kind's structure.
 
     kernel: what it would run, for the report. key: everything the proof depends on (class, configuration, shapes, dtype); one proof
-    serves all modules with equal keys. prove: runs the proof. apply: swaps this instance (after a good proof).
+    serves all modules with equal keys on one device. prove: runs the proof, on `device`. apply: swaps this instance (after a good proof).
     """
 
     kernel: str
@@ -25,6 +26,7 @@ class Candidate:
     prove: Callable[[], Proof]
     apply: Callable[[nn.Module], None]
     note: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass
@@ -35,6 +37,11 @@ class Context:
     seen: Observation
     names: dict[nn.Module, str]
     shared: dict = field(default_factory=dict)  # per patch call, for kinds that need to remember something between modules
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's proof runs: where its parameters lie, and on the CPU where they are on the meta device or it has none."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 class Kind(Protocol):

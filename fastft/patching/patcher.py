@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from fastft.patching.kinds import Candidate, Context, Kind
+from fastft.patching.kinds import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.oom import PatchMemoryError, is_out_of_memory
+from fastft.patching.proofs import proof_of
 from fastft.patching.prove import Proof
 from fastft.patching.report import PatchReport, Row
 from fastft.patching.swap import is_fast, obstacle, slot_of, stock_class, uninstall
 
 RECORD = "_fastft_record"
-_PROOFS: dict[Hashable, Proof] = {}  # one per class, configuration and dtype, for the process
 
 
 class StrictError(RuntimeError):
@@ -123,7 +123,7 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
             if why_not:
                 outcome.reason = why_not
                 continue
-            outcome.proof = proof_of(kind.name, found)
+            outcome.proof = proof_of(kind.name, found.key, found.device, found.prove)
             if outcome.proof.ok:
                 found.apply(module)
                 outcome.kernel, outcome.reason = found.kernel, found.note
@@ -146,13 +146,6 @@ def devices_note(model: nn.Module) -> list[str]:
             "fails): keep their layers on a device by another device_map, load in 4 bits, or train no adapter there"
         )
     return lines
-
-
-def proof_of(kind: str, candidate: Candidate) -> Proof:
-    key = (kind, candidate.key)
-    if key not in _PROOFS:
-        _PROOFS[key] = candidate.prove()
-    return _PROOFS[key]
 
 
 def undo(model: nn.Module) -> None:
@@ -178,7 +171,10 @@ def build_report(model: nn.Module) -> PatchReport:
             kernel, reason = "", f"replaced since the patch; {there} stands there: it joins at the next forward, or when patched again"
         groups[o.kind, o.group, kernel, reason, o.proof if kernel else None].append(o)
     rows = [
-        Row(kind, group, len(os), kernel, *((p.error, p.stock_error, p.dtype) if p else ()), reason=reason, example=os[0].name)
+        Row(
+            kind, group, len(os), kernel, *((p.error, p.stock_error, p.dtype) if p else ()), reason=reason, example=os[0].name,
+            device=p.device if p else "", sizes=p.sizes if p else "",
+        )
         for (kind, group, kernel, reason, p), os in groups.items()
     ]
     rows.sort(key=lambda r: (not r.is_swapped,))

@@ -5,6 +5,8 @@ Two questions, both must be answered yes.
   numerics  in float32 and in the training dtype the candidate's error against the float64 truth passes the judge beside the stock
             module's own error (`fastft_kernels.numerics.compare`).
 Every input is drawn at several scales: an activation that clamps, or a gelu beside its tanh form, look alike on small inputs only.
+Kernels take other branches where some gradients are not wanted (a frozen weight, an input that needs none), and a consumer may compute an
+output again in its backward: these runs are compared too. All of it happens on the device and at the dtypes of the inputs given.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -22,19 +24,23 @@ from fastft.patching.clone import clone
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.truth import float64_truth
 from fastft_kernels.numerics import compare
+from fastft_kernels.recipe import recipe_of
 
 FORMULA_EPS = 1e-9  # relative, float64: sums of some thousands of terms stay below 1e-12, another formula is at 1e-7 and above
 
 
 @dataclass(frozen=True)
 class Proof:
-    """error, stock_error: max error relative to max|truth| in `dtype`, the candidate's and the stock module's own."""
+    """error, stock_error: max error relative to max|truth| in `dtype`, the candidate's and the stock module's own. device: where it ran;
+    sizes: the shapes of its inputs."""
 
     ok: bool
     error: float = math.nan
     stock_error: float = math.nan
     dtype: str = ""
     reason: str = ""
+    device: str = ""
+    sizes: str = ""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -144,6 +150,7 @@ def prove(
     Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the reason; but for out of memory.
     """
     worst: Proof | None = None
+    sizes: dict[str, None] = {}
     cast = cast or cast_parameters
     base = clone(stock)
     for p in base.parameters():
@@ -151,6 +158,7 @@ def prove(
     if reset is not None:
         reset(base)
     for d in dtypes or dict.fromkeys((torch.float32, dtype)):
+        named = str(d).removeprefix("torch.")
         rounded = cast(base, d)
         plain, fast = rounded, clone(rounded)
         plain64, fast64 = cast(rounded, torch.float64), cast(rounded, torch.float64)
@@ -158,21 +166,77 @@ def prove(
         swap(fast64)
         for i, scale in enumerate(scales):
             draw = lambda up, d=d, i=i, scale=scale: _inputs(make_inputs, 17 + i, scale, d, up)
-            run = lambda m, up, truth=False, i=i, draw=draw: outputs_and_gradients(m, draw(up), m.named_parameters(), 91 + i, truth)
-            truth = run(plain64, torch.float64, True)
-            eager = run(plain, d)
+            run = lambda m, inputs, truth=False, i=i: outputs_and_gradients(m, inputs, m.named_parameters(), 91 + i, truth)
+            truth = run(plain64, draw(torch.float64), True)
+            inputs = draw(d)
+            sizes[" ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, torch.Tensor))] = None
+            eager = run(plain, inputs)
             try:
-                if reason := agree(run(fast64, torch.float64, True), truth):
-                    return Proof(False, dtype=str(d).removeprefix("torch."), reason=reason)
-                ours = run(fast, d)
+                if reason := agree(run(fast64, draw(torch.float64), True), truth):
+                    return Proof(False, dtype=named, reason=reason)
+                ours = run(fast, draw(d))
+                if reason := _partly(fast, draw, d, ours, run):
+                    return Proof(False, dtype=named, reason=reason)
             except Exception as e:
                 not_for_want_of_memory(e)
-                return Proof(False, dtype=str(d).removeprefix("torch."), reason=f"candidate raised {type(e).__name__}: {e}")
+                return Proof(False, dtype=named, reason=f"candidate raised {type(e).__name__}: {e}")
             verdict = compare(ours, truth, eager)
-            proof = Proof(verdict.ok, verdict.error, verdict.eager_error, str(d).removeprefix("torch."), "" if verdict else str(verdict))
+            proof = Proof(verdict.ok, verdict.error, verdict.eager_error, named, "" if verdict else str(verdict))
             if not proof.ok:
                 return proof
             if worst is None or proof.dtype != worst.dtype or proof.error > worst.error:
                 worst = proof
     assert worst is not None
-    return worst
+    return replace(worst, sizes=", ".join(sizes))
+
+
+def _partly(module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[str, torch.Tensor], run: Callable) -> str:
+    """The candidate where parameters are frozen, where inputs need no gradient, and where only one of several inputs needs one: what is
+    still asked for must be what it was (to a few units in the last place: another branch may sum in another order). Also, a tensor that
+    its consumer may recompute must come out with the same bits. Empty, or what is wrong."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    wanted = [i for i, t in enumerate(draw(dtype)) if isinstance(t, torch.Tensor) and t.requires_grad]
+    cases: list[tuple[str, bool | nn.Module, list[int]]] = []
+    if trained and wanted:
+        cases += [("frozen parameters", False, wanted), ("inputs without a gradient", True, [])]
+    parts = [c for c in module.children() if any(p.requires_grad for p in c.parameters())]
+    if len(parts) > 1 and len(parts) <= 3:
+        cases += [(f"training in {type(c).__name__} {i} alone", c, []) for i, c in enumerate(parts)]
+    if len(wanted) > 1:
+        cases += [(f"a gradient for input {i} alone", False, [i]) for i in wanted]
+    for what, training, kept in cases:
+        chosen = set(training.parameters()) if isinstance(training, nn.Module) else set(trained) if training else set()
+        for p in trained:
+            p.requires_grad_(p in chosen)
+        inputs = draw(dtype)
+        for i in set(wanted) - set(kept):
+            inputs[i].requires_grad_(False)
+        try:
+            found = run(module, inputs)
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
+        expected = {n for n in whole if n.startswith("output")} | {f"d input {i}" for i in kept if f"d input {i}" in whole}
+        expected |= {f"d {n}" for n, p in module.named_parameters() if p in chosen and f"d {n}" in whole}
+        if missing := sorted(expected - found.keys()):
+            return f"with {what}: no {missing[0]}"
+        for name in sorted(expected):
+            if not _close(found[name], whole[name]):
+                return f"with {what}: {name} is another one"
+    with torch.no_grad():
+        for i, y in enumerate(_flatten(module(*draw(dtype)))):
+            if not _close(y, whole[f"output {i}"]):
+                return f"without a graph: output {i} is another one"
+    for y in _flatten(module(*draw(dtype))):
+        recipe = recipe_of(y)
+        if recipe is not None and not torch.equal(recipe.recompute(*recipe.tensors), y):
+            return "its output has other bits when it is computed again"
+    return ""
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the order of a sum: within eight units in the last place of the largest value."""
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    scale = float(b.abs().max()) or 1.0
+    return float((a.double() - b.double()).abs().max()) <= 8 * torch.finfo(b.dtype).eps * scale

@@ -24,6 +24,8 @@ class Row:
     dtype: str = ""
     reason: str = ""
     example: str = ""  # the name of one module of the group
+    device: str = ""  # where the proof ran
+    sizes: str = ""  # the shapes of what it ran on
 
     @property
     def is_swapped(self) -> bool:

@@ -13,6 +13,7 @@ from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install
 from fastft.patching.truth import float64_truth
+from fastft.swaps.proof_sizes import elementwise_rows
 from fastft_kernels.activation import activation
 from fastft_kernels.recipe import Recipe, attach
 
@@ -62,5 +63,6 @@ def activation_of(module: nn.Module, names: Sequence[str]) -> str | None:
 
 
 def prove_activation(module: nn.Module, act: str, dtype: torch.dtype, device: torch.device) -> Proof:
-    inputs = lambda g, scale: [(torch.randn(4, WIDTH, generator=g, dtype=torch.float64) * scale).to(device)]
+    rows = elementwise_rows(WIDTH, device)
+    inputs = lambda g, scale: [(torch.randn(rows, WIDTH, generator=g, dtype=torch.float64) * scale).to(device)]
     return prove(module, lambda m: install(m, KIND, FastActivation, act), inputs, dtype=dtype, scales=(1.0, 30.0))

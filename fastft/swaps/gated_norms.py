@@ -19,6 +19,7 @@ from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
+from fastft.swaps.proof_sizes import FEW, norm_rows
 from fastft_kernels._runtime import wider
 from fastft_kernels.gated_rms_norm import gated_rms_norm
 from fastft_kernels.numerics import compare
@@ -164,7 +165,8 @@ class _Called(nn.Module):
 
 def prove_gated(stock: nn.Module, f: GatedFormula, dims: int, dtype: torch.dtype, device: torch.device, reset: Callable[[nn.Module], None]) -> Proof:
     width = getattr(stock, f.weight).numel()
-    draw = lambda g, scale: (torch.randn((*(1,) * (dims - 2), 9, width), generator=g, dtype=torch.float64) * scale).to(device)
+    rows = lambda scale: norm_rows(width, device) if scale == 1.0 else FEW
+    draw = lambda g, scale: (torch.randn((*(1,) * (dims - 2), rows(scale), width), generator=g, dtype=torch.float64) * scale).to(device)
     inputs = lambda g, scale: [draw(g, scale), draw(g, scale)]
     swap = lambda m: install(m.norm, KIND, FastGatedNorm, f)
     return prove(_Called(stock, f), swap, inputs, dtype=dtype, scales=(1.0, 10.0), reset=reset)

@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastft.patching.kinds import Candidate, Context
+from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.prove import Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.swaps.deferred import defer
+from fastft.swaps.proof_sizes import head_sizes
 from fastft.swaps.trl_head import bind as bind_trl_head
+from fastft_kernels import head_tiles
+from fastft_kernels.head_tiles import even_tile
+from fastft_kernels.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.linear_logprob import linear_logprob
 
 KIND = "head"
-PROOF_VOCAB, PROOF_WIDTH, PROOF_TOKENS = 257, 512, 8
+PROOF_TOKENS = 8
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,11 +96,12 @@ def _unusual(head: nn.Module, args: tuple, kwargs: dict) -> str | None:
 
 
 class _Losses(nn.Module):
-    """A small head under each of the operations that are recorded, and what is asked of the logits in training."""
+    """A small head under each of the operations that are recorded, and what is asked of the logits in training. tiled: a few tokens at a
+    time by the functions that answer, as many tokens are."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
-        self.head = head
+        self.head, self.tiled = head, False
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
         if hidden.dtype != self.head.weight.dtype:
@@ -105,7 +111,23 @@ class _Losses(nn.Module):
         mean = F.cross_entropy(flat.view(-1, flat.shape[-1]), target[:, 1:].reshape(-1))
         total = F.cross_entropy(capped.float().view(-1, flat.shape[-1]), target.reshape(-1), reduction="sum", label_smoothing=0.1)
         log_p = F.log_softmax(capped.float(), -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return [x * 1.0 for x in (mean, total, log_p)]
+        all_log_p = F.log_softmax(self.head(hidden).float(), -1)
+        entropy = -(all_log_p.exp() * all_log_p).sum(-1)
+        tiled, tiled_log_p = self._by_tokens(hidden, target)
+        return [torch.stack([mean, total, tiled]), *(x * 1.0 for x in (log_p, entropy, tiled_log_p))]
+
+    def _by_tokens(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean loss, log-probabilities) over more than one tile of tokens."""
+        weight, bias = self.head.weight, self.head.bias
+        if self.tiled:
+            vocab, limit = weight.shape[0], head_tiles.VOCAB_TILE
+            columns = even_tile(vocab, limit, 128) if vocab > limit else -(-3 * vocab // 5)  # two tiles of them, the second partial
+            tile = (PROOF_TOKENS - 2, columns)
+            loss = linear_cross_entropy(hidden, weight, target, bias, tile=tile)
+            return loss, linear_logprob(hidden, weight, target.clamp(min=0), bias, tile=tile).log_probs
+        logits = F.linear(hidden, weight, bias).float()
+        loss = F.cross_entropy(logits.flatten(0, -2), target.reshape(-1))
+        return loss, F.log_softmax(logits, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
 class Heads:
@@ -120,9 +142,10 @@ class Heads:
         if stock_class(module) is not nn.Linear:
             return _why_not(module)
         model = weakref.ref(context.model)
-        key = (module.in_features, module.bias is not None, module.weight.dtype, module.weight.device.type)
+        device = device_of(module)
+        key = (head_sizes(module.in_features, module.out_features, device), module.bias is not None, module.weight.dtype)
         return Candidate(
-            "linear_cross_entropy, linear_logprob on deferred logits", key, lambda: _prove(module), lambda m: install(m, KIND, FastHead, Head(model))
+            "linear_cross_entropy, linear_logprob on deferred logits", key, lambda: _prove(module), lambda m: install(m, KIND, FastHead, Head(model)), device=device
         )
 
 
@@ -145,14 +168,18 @@ def _why_not(module: nn.Module) -> str:
 
 
 def _prove(module: nn.Module) -> Proof:
-    device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")
-    width = min(module.in_features, PROOF_WIDTH)
+    device = device_of(module)
+    width, vocab = head_sizes(module.in_features, module.out_features, device)
     g = torch.Generator().manual_seed(5)
-    small = nn.Linear(width, PROOF_VOCAB, bias=module.bias is not None)
+    small = nn.Linear(width, vocab, bias=module.bias is not None)
     small.weight.data = torch.randn(small.weight.shape, generator=g) * width**-0.5
-    target = torch.randint(0, PROOF_VOCAB, (2, PROOF_TOKENS), generator=g)
+    target = torch.randint(0, vocab, (2, PROOF_TOKENS), generator=g)
     target[0, 2] = target[1, 5] = -100
     target = target.to(device)
     inputs = lambda g, scale: [(torch.randn(2, PROOF_TOKENS, width, generator=g, dtype=torch.float64) * scale).to(device), target]
-    swap = lambda m: install(m.head, KIND, FastHead, Head(None))
+
+    def swap(m: _Losses) -> None:
+        install(m.head, KIND, FastHead, Head(None))
+        m.tiled = True
+
     return prove(_Losses(small).to(device), swap, inputs, dtype=module.weight.dtype, scales=(1.0, 10.0))

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.oom import is_out_of_memory
-from fastft.patching.patcher import Outcome, Record, proof_of, record_of
+from fastft.patching.patcher import Outcome, Record, record_of
+from fastft.patching.proofs import proof_of
 from fastft.patching.prove import Proof, undisturbed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
@@ -253,7 +254,7 @@ def _proof_while_training(candidate: Candidate) -> Proof:
     """In the middle of a step memory may be short: that is no reason to stop a run which stock would go on with."""
     try:
         with undisturbed():
-            return proof_of(KIND, candidate)
+            return proof_of(KIND, candidate.key, candidate.device, candidate.prove)
     except Exception as e:
         if not is_out_of_memory(e):
             raise

@@ -17,15 +17,16 @@ import torch
 from torch import nn
 
 from fastft.patching.fingerprint import fingerprint
-from fastft.patching.kinds import Candidate, Context
+from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, is_fast, stock_class
 from fastft.patching.truth import float64_truth
 from fastft.swaps.activations import FastActivation, activation_of, is_leaf, prove_activation
+from fastft.swaps.proof_sizes import elementwise_rows
 from fastft_kernels.activation import activation
 from fastft_kernels.glu import glu, glu_recompute
-from fastft_kernels.recipe import Recipe, attach
+from fastft_kernels.recipe import Recipe, attach, recipe_of
 
 KIND = "mlp"
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2", "quick_gelu", "sigmoid")
@@ -137,6 +138,9 @@ class StandIn(nn.Module):
         return self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        recipe = recipe_of(x)
+        if recipe is not None and not torch.equal(recipe.recompute(*recipe.tensors), x):
+            raise ValueError("the input of its last product has other bits when it is computed again")
         y = (x @ self.A) @ self.B * (self.in_features * 8) ** -0.5 + self.bias * 0.1
         self.log.append((self.name, x, y))
         return y
@@ -251,9 +255,9 @@ class MLPs:
             return None
         weight = next((p for p in parent.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
         dtype = weight.dtype if weight is not None else torch.float32
-        device = weight.device if weight is not None and weight.device.type != "meta" else torch.device("cpu")
+        device = device_of(parent)
         prove = lambda: prove_activation(module, act, dtype, device)
-        return Candidate(f"activation({act})", (*key, dtype, device.type), prove, lambda m: install(m, KIND, FastActivation, act))
+        return Candidate(f"activation({act})", (*key, dtype), prove, lambda m: install(m, KIND, FastActivation, act), device=device)
 
     def _module(self, module: nn.Module, context: Context) -> Candidate | str | None:
         linears = _linears(module)
@@ -268,7 +272,8 @@ class MLPs:
         found = self._known[key]
         if found is None or isinstance(found, str):
             return found
-        return Candidate(found.kernel, key, lambda: self._prove(module, linears, found, dtype), lambda m: install(m, KIND, FastMLP, found))
+        prove = lambda: self._prove(module, linears, found, dtype)
+        return Candidate(found.kernel, key, prove, lambda m: install(m, KIND, FastMLP, found), device=device_of(module))
 
     @staticmethod
     def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]], given: int) -> Shape | str | None:
@@ -304,10 +309,11 @@ class MLPs:
 
     @staticmethod
     def _prove(module: nn.Module, linears: dict[str, tuple[int, int]], shape: Shape, dtype: torch.dtype) -> Proof:
-        device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = device_of(module)
         probe, log = _with_stand_ins(module, linears)
         width = _outward(linears)
-        inputs = lambda g, scale: [(torch.randn(1, 5, width, generator=g, dtype=torch.float64) * scale).to(device)]
+        rows = elementwise_rows(min(out for _, out in linears.values()), device)
+        inputs = lambda g, scale: [(torch.randn(1, rows, width, generator=g, dtype=torch.float64) * scale).to(device)]
         proof = prove(probe.to(device), lambda m: install(m, KIND, FastMLP, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
         log.clear()
         return proof

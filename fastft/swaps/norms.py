@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from fastft.patching.fingerprint import fingerprint
-from fastft.patching.kinds import Candidate, Context
+from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
 from fastft.patching.swap import KEY, install, stock_class
 from fastft.patching.truth import float64_truth
 from fastft.swaps.gated_norms import FastGatedNorm, prove_gated, recognise_gated, two_inputs
+from fastft.swaps.proof_sizes import FEW, norm_rows
 from fastft_kernels._runtime import wider
 from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.numerics import compare
@@ -242,14 +243,15 @@ def _dtypes(module: nn.Module, f: Formula, width: int) -> Formula | str:
     return replace(f, mixed=cast(mixed))
 
 
-def _prove_mixed(module: nn.Module, f: Formula) -> str:
-    """bfloat16 input with float32 weight, as after PEFT's k-bit preparation: output judged as well. Empty when fine."""
+def _prove_mixed(module: nn.Module, f: Formula, device: torch.device) -> str:
+    """bfloat16 input with float32 weight, as after PEFT's k-bit preparation: output judged as well, on `device`. Empty when fine."""
     if f.weight is None:
         return ""
     stock, g = _copy_on_cpu(module), torch.Generator().manual_seed(7)
     for p in stock.parameters():
-        p.data = torch.randn(p.shape, generator=g)
-    x = torch.randn(4, getattr(stock, f.weight).numel(), generator=g).to(torch.bfloat16)
+        p.data = torch.randn(p.shape, generator=g).to(device)
+    width = getattr(stock, f.weight).numel()
+    x = torch.randn(norm_rows(width, device), width, generator=g).to(torch.bfloat16).to(device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -263,10 +265,6 @@ def _prove_mixed(module: nn.Module, f: Formula) -> str:
             truth = stock(x.double())
     verdict = compare(ours, truth, eager, "bfloat16 input, float32 weight")
     return "" if verdict else str(verdict)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _draw_parameters(module: nn.Module) -> None:
@@ -300,7 +298,8 @@ class Norms:
         if found is None or isinstance(found, str):
             return found
         f = found
-        return Candidate(f.kernel, key, lambda: self._prove(module, f, width, dtype), lambda m: install(m, KIND, FastNorm, f))
+        prove = lambda: self._prove(module, f, width, dtype)
+        return Candidate(f.kernel, key, prove, lambda m: install(m, KIND, FastNorm, f), device=device_of(module))
 
     def _gated(self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]) -> Candidate | str:
         dtype, key = vector[1].dtype, ("gated", fingerprint(module), given)
@@ -311,10 +310,10 @@ class Norms:
             return f
 
         def proof() -> Proof:
-            device = _device(module)
+            device = device_of(module)
             return prove_gated(_copy_on_cpu(module).to(device), f, given[2], dtype, device, _draw_parameters)
 
-        return Candidate(f.kernel, key, proof, lambda m: install(m, KIND, FastGatedNorm, f))
+        return Candidate(f.kernel, key, proof, lambda m: install(m, KIND, FastGatedNorm, f), device=device_of(module))
 
     @staticmethod
     def _recognise(module: nn.Module, width: int, names: list[str]) -> Formula | str | None:
@@ -330,10 +329,17 @@ class Norms:
 
     @staticmethod
     def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype) -> Proof:
-        device = _device(module)
+        device = device_of(module)
         stock = _copy_on_cpu(module).to(device)
-        inputs = lambda g, scale: [(torch.randn(2, 9, width, generator=g, dtype=torch.float64) * scale).to(device)]
+        rows = norm_rows(width, device)
+
+        def inputs(g: torch.Generator, scale: float) -> list[torch.Tensor]:
+            """Contiguous rows at the first scale; at the second a few, as a view [rows, heads, tokens, width] of heads."""
+            if scale == 1.0:
+                return [torch.randn(1, rows, width, generator=g, dtype=torch.float64).to(device)]
+            return [(torch.randn(2, FEW, 3, width, generator=g, dtype=torch.float64) * scale).to(device).transpose(1, 2)]
+
         proof = prove(stock, lambda m: install(m, KIND, FastNorm, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
-        if proof.ok and (why := _prove_mixed(module, f)):
+        if proof.ok and (why := _prove_mixed(module, f, device)):
             return Proof(False, dtype="mixed", reason=why)
         return proof

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastft.patching.fingerprint import ById
-from fastft.patching.kinds import Candidate, Context
+from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.observe import FunctionCall
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import Proof, prove
@@ -177,10 +177,12 @@ class Rotary:
                 self._mixins[key] = type("FastRotary", (RotaryMixin,), body)
             install(m, KIND, self._mixins[key], None)
 
+        device = device_of(module)
+
         def proof() -> Proof:
             worst = None
             for fn, variant, call in found.values():
-                p = _prove(fn, variant, call)
+                p = _prove(fn, variant, call, device)
                 if not p.ok:
                     return p
                 worst = p if worst is None or p.error > worst.error else worst
@@ -190,7 +192,7 @@ class Rotary:
             rebind(forward, {})
         except TypeError as e:
             return str(e)
-        return Candidate(", ".join(v.kernel for _, v, _ in found.values()), key, proof, apply, "; ".join(reasons))
+        return Candidate(", ".join(v.kernel for _, v, _ in found.values()), key, proof, apply, "; ".join(reasons), device)
 
     def _call(self, module: nn.Module, name: str, fn: Callable, context: Context) -> tuple[FunctionCall | None, str]:
         """The module's own call; else one of another module of its class; else one that was made up, and a note that says so."""
@@ -237,14 +239,20 @@ def _signature(call: FunctionCall) -> tuple:
     return tuple(map(describe, call.args)), tuple((k, describe(v)) for k, v in call.kwargs.items())
 
 
-def _draw(call: FunctionCall, generator: torch.Generator, scale: float, names: tuple[str, ...]) -> list[torch.Tensor]:
-    """Random float64 tensors of the observed shapes; tables (cos, sin) take no gradient and are not scaled."""
+def _draw(
+    call: FunctionCall, generator: torch.Generator, scale: float, names: tuple[str, ...], device: torch.device | None = None, heads_last: bool = False
+) -> list[torch.Tensor]:
+    """Random float64 tensors of the observed shapes, on `device` (None: the CPU); tables (cos, sin) take no gradient and are not scaled.
+    heads_last: what has four dimensions lies in memory as an attention's projections do, [rows, tokens, heads, channels]."""
     out = []
     for name, v in [*zip(names, call.args), *call.kwargs.items()]:
         if not _is_input(v):
             continue
         shape = (*v.shape, 2) if v.is_complex() else v.shape
         t = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if heads_last and t.dim() == 4 and not v.is_complex():
+            t = t.transpose(1, 2).contiguous().transpose(1, 2)
+        t = t.to(device)
         if name in TABLES or v.is_complex():
             t.constant = True
         else:
@@ -297,7 +305,7 @@ def _promotes(module: nn.Module, tensors: list[torch.Tensor]) -> bool:
     return (out if isinstance(out, torch.Tensor) else out[0]).dtype == torch.float32
 
 
-def _prove(fn: Callable, variant: Variant, call: FunctionCall) -> Proof:
+def _prove(fn: Callable, variant: Variant, call: FunctionCall, device: torch.device) -> Proof:
     names = tuple(inspect.signature(fn).parameters)
     given = {**dict(zip(names, call.args)), **call.kwargs}
     first = given[variant.rotated[0]]
@@ -305,5 +313,5 @@ def _prove(fn: Callable, variant: Variant, call: FunctionCall) -> Proof:
     def swap(m: nn.Module) -> None:
         m.fn = make_fast(fn, variant)
 
-    inputs = lambda g, scale: _draw(call, g, scale, names)
-    return prove(_Function(fn, call), swap, inputs, dtype=first.dtype)
+    inputs = lambda g, scale: _draw(call, g, scale, names, device, heads_last=scale != 1.0)
+    return prove(_Function(fn, call), swap, inputs, dtype=first.dtype, scales=(1.0, 3.0))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fastft
 from fastft.errors import FastftError
-from fastft.patching import patcher
+from fastft.patching import proofs
 from fastft.patching import prove as prove_module
 from fastft.patching.kinds import Candidate
 from fastft.patching.prove import prove
@@ -32,7 +32,7 @@ PLACES = {"proof": (prove_module, "compare"), "swap": (linears, "install")}
 
 def fails_at(monkeypatch, where, error, nth=3):
     """The nth comparison in the proofs of a process that has none yet, or the nth swap of a linear layer, and all later ones, find no memory."""
-    monkeypatch.setattr(patcher, "_PROOFS", {})
+    monkeypatch.setattr(proofs, "CACHE", {})
     original, calls = getattr(*PLACES[where]), []
 
     def counted(*args, **kwargs):

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import LlamaConfig
 
-from fastft.patching import patcher
+from fastft.patching import proofs
 from fastft.tools.report import report_from_config
 
 LAYERS = 32
@@ -20,7 +20,7 @@ SECONDS = 10.0  # of this process's CPU time, on all its cores together: nobody 
 def test_observation_and_proofs_take_seconds(tmp_path, monkeypatch):
     """No proof is cached yet; every one runs on small tensors, which one layer's worth of weights would not be."""
     LlamaConfig(**LLAMA_31_8B).save_pretrained(tmp_path)
-    monkeypatch.setattr(patcher, "_PROOFS", {})
+    monkeypatch.setattr(proofs, "CACHE", {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -35,4 +35,4 @@ def test_observation_and_proofs_take_seconds(tmp_path, monkeypatch):
     for row in found.swapped:
         counts[row.kind] = counts.get(row.kind, 0) + row.count
     assert counts.items() >= {"norm": 2 * LAYERS + 1, "rotary": LAYERS, "mlp": LAYERS, "linear group": 7 * LAYERS, "head": 1}.items()
-    assert 0 < len(patcher._PROOFS) < 10, "one proof per class and configuration, not one per layer"
+    assert 0 < len(proofs.CACHE) < 10, "one proof per class and configuration, not one per layer"

@@ -20,20 +20,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from fastft.patching.oom import not_for_want_of_memory
-from fastft.patching.prove import Proof
+from fastft.patching.fingerprint import ById
+from fastft.patching.proofs import known_proof, proof_of
+from fastft.patching.prove import Proof, undisturbed
 from fastft.patching.rebind import over_globals
 from fastft.patching.relief import with_room
-from fastft.patching.truth import float64_truth
 from fastft.swaps.liger import one_of_each_class, refuse
+from fastft.swaps.proof_sizes import head_sizes
+from fastft.swaps.trl_head_proof import OUTPUTS, prove
 from fastft_kernels.linear_logprob import linear_logprob
-from fastft_kernels.numerics import compare
 
 KIND = "fused head"
 NAME = "_ChunkedLogProbFunction"
 KERNEL = "linear_logprob"
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_PROOFS: dict[type, Proof] = {}
 
 
 class FusedHead:
@@ -113,17 +112,33 @@ def bind(base: nn.Module) -> Proof | None:
     for function, put in places(base.__dict__, "forward"):
         theirs = function.__globals__.get(NAME)
         if theirs is None or theirs is FusedHead:
-            proof = _PROOFS.get(getattr(function, "_fastft_replaces", None), proof)
+            replaced = getattr(function, "_fastft_replaces", None)
+            proof = proof if replaced is None else known_proof(KIND, *_question(base, replaced)) or proof
             continue
-        if theirs not in _PROOFS:
-            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                _PROOFS[theirs] = prove(theirs)
-        proof = _PROOFS[theirs]
+        key, device = _question(base, theirs)
+        proof = proof_of(KIND, key, device, lambda theirs=theirs, key=key, device=device: _prove(theirs, key, device))
         if proof.ok:
             fast = over_globals(function, {NAME: FusedHead})
             fast._fastft_original, fast._fastft_replaces = function, theirs
             put(fast)
     return proof
+
+
+def _question(base: nn.Module, theirs: type) -> tuple[tuple, torch.device]:
+    """(what the proof of TRL's function depends on, where it runs): the function, the head's sizes up to where tiles repeat, dtypes."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    weight = getattr(getattr(head, "base_layer", head), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return (ById(theirs), (24, 97), torch.float32, False), torch.device("cpu")
+    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    vocab, width = weight.shape
+    return (ById(theirs), head_sizes(width, vocab, device), weight.dtype, getattr(head, "bias", None) is not None), device
+
+
+def _prove(theirs: type, key: tuple, device: torch.device) -> Proof:
+    _, (width, vocab), dtype, _ = key
+    with undisturbed():
+        return prove(theirs, FusedHead, width, vocab, dtype, device)
 
 
 def release(base: nn.Module) -> None:
@@ -152,37 +167,3 @@ def _entrances(model: nn.Module, base: nn.Module) -> list[nn.Module]:
     tuner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
     backbone = getattr(base, "base_model", None)
     return [m for m in dict.fromkeys((model, tuner, base, backbone)) if isinstance(m, nn.Module)]
-
-
-def prove(theirs: type) -> Proof:
-    """TRL's function and this one on the same random cases: results and gradients, with and without soft-cap, bias, entropy."""
-    worst = None
-    for case, (softcap, scale, temperature, outputs) in enumerate(((None, 1.0, 1.0, ()), (None, 0.5, 0.7, OUTPUTS), (5.0, 1.0, 1.3, OUTPUTS))):
-        g = torch.Generator().manual_seed(case)
-        h, w, b = (torch.randn(s, generator=g) for s in ((11, 24), (97, 24), (97,)))
-        t = torch.randint(0, 97, (11,), generator=g)
-        up = torch.randn(11, generator=g)
-
-        def run(function, dtype, case=case, h=h, w=w, b=b, t=t, up=up, settings=(temperature, 32, softcap, scale, outputs)):
-            x = h.to(dtype).requires_grad_()
-            bias = b.to(dtype) if case else None
-            out = function.apply(x, w.to(dtype), bias, t, *settings)
-            grad = torch.autograd.grad((out[0] * up.to(dtype)).sum(), x)[0]
-            return [*(o.detach() for o in out[:4] if o is not None), grad], [o is None for o in out], out[4]
-
-        try:
-            with float64_truth():
-                truth, *_ = run(theirs, torch.float64)
-            eager, gone, top = run(theirs, torch.float32)
-            ours, our_gone, our_top = run(FusedHead, torch.float32)
-        except Exception as e:
-            not_for_want_of_memory(e)
-            return Proof(False, dtype="float32", reason=f"the two functions cannot be run on the same arguments: {type(e).__name__}: {e}")
-        if gone != our_gone or (top is not None and not torch.equal(top, our_top)):
-            return Proof(False, dtype="float32", reason="the two functions return different fields")
-        verdict = compare(ours, [x.double() for x in truth], eager)
-        if not verdict:
-            return Proof(False, verdict.error, verdict.eager_error, "float32", str(verdict))
-        if worst is None or verdict.error > worst.error:
-            worst = Proof(True, verdict.error, verdict.eager_error, "float32")
-    return worst

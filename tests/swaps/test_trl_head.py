@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import fastft
+from fastft.patching import proofs
 from fastft.patching.prove import Proof
 from fastft.patching.truth import float64_truth
 from fastft.swaps import trl_head
@@ -117,8 +118,8 @@ def test_found_inside_accelerates_wrappers():
 
 
 def test_a_failed_proof_keeps_trls_own(monkeypatch):
-    monkeypatch.setattr(trl_head, "_PROOFS", {})
-    monkeypatch.setattr(trl_head, "prove", lambda theirs: Proof(False, reason="planted"))
+    monkeypatch.setattr(proofs, "CACHE", {})
+    monkeypatch.setattr(trl_head, "prove", lambda *args: Proof(False, reason="planted"))
     model = fastft.patch(build())
     assert not is_ours(model)
     assert [r.reason for r in fastft.report(model).stock if r.kind == "fused head"] == ["planted"]
@@ -127,4 +128,4 @@ def test_a_failed_proof_keeps_trls_own(monkeypatch):
 def test_the_proof_sees_a_small_error(monkeypatch):
     real = trl_head.linear_logprob
     monkeypatch.setattr(trl_head, "linear_logprob", lambda h, *a, **k: real(h * 1.00001, *a, **k))
-    assert not trl_head.prove(trl_utils._ChunkedLogProbFunction).ok
+    assert not trl_head.prove(trl_utils._ChunkedLogProbFunction, trl_head.FusedHead, 24, 97, torch.float32, torch.device("cpu")).ok

@@ -2,8 +2,10 @@
 
     W' = round16(W + s B A)        computed in float32, in blocks of rows: at any time one tensor of the result is in memory, no model
 
-A base in bitsandbytes' 4-bit is expanded first (the adapter was trained on the expanded weights). Shards are written into
-`DIR.partial`, which becomes DIR only when everything, the check included, has gone well: an interrupted merge leaves nothing complete.
+A base in bitsandbytes' 4-bit is expanded first (the adapter was trained on the expanded weights). What the adapter holds is read, and held
+against the names and shapes of the base, before anything is computed. Where an adapter changes one of two embeddings that the base ties, the
+result is untied. Shards are written into `DIR.partial`, which becomes DIR only when everything, the check included, has gone well: an
+interrupted merge leaves nothing complete.
 """
 
 from __future__ import annotations
@@ -12,18 +14,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from fastft.errors import AdapterError, FastftError, ModelNotFoundError
+from fastft.tools.merge_adapter import BY_PEFT, Adapter, misfits, read_adapter
 from fastft.tools.shard_writer import ShardWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BLOCK_BYTES = 64 << 20  # float32 scratch of one block of rows
 CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -31,23 +32,8 @@ class MergeError(FastftError):
     """The merged checkpoint is not base + adapter."""
 
 
-@dataclass(frozen=True)
-class Delta:
-    """s B A of one module: A [r, in], B [out, r]; bias: of lora_B, or None."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    bias: torch.Tensor | None = None
-
-    def add_to(self, weight: torch.Tensor, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
-        out = torch.empty(weight.shape, dtype=dtype)
-        A, B = (self.A.float(), self.B.float()) if not transposed else (self.B.t().float(), self.A.t().float())
-        step = max(1, BLOCK_BYTES // (4 * max(1, weight.shape[1])))
-        for i in range(0, weight.shape[0], step):
-            rows = slice(i, i + step)
-            out[rows] = weight[rows].float() + torch.mm(B[rows], A) * self.scaling
-        return out
+class FolderExistsError(FastftError, FileExistsError):
+    """The new folder is there already."""
 
 
 @dataclass(frozen=True)
@@ -71,51 +57,6 @@ class Check:
         )
 
 
-def read_adapter(folder: Path) -> tuple[object, dict[str, Delta], dict[str, torch.Tensor]]:
-    """(its LoraConfig, the delta of every module by name, tensors that replace the base's). AdapterError for what is no plain LoRA."""
-    from peft import LoraConfig, PeftConfig
-
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"merge: want an adapter's folder with adapter_config.json, got {str(folder)!r}")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig) or config.use_dora or getattr(config, "target_parameters", None):
-        raise AdapterError(
-            f"merge: want plain LoRA on linear layers, got {config.peft_type} with use_dora={getattr(config, 'use_dora', False)}, "
-            f"target_parameters={getattr(config, 'target_parameters', None)}: load it with PEFT and call merge_and_unload()"
-        )
-    if (folder / "adapter_model.safetensors").is_file():
-        tensors = load_file(folder / "adapter_model.safetensors")
-    else:
-        tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    whole: dict[str, torch.Tensor] = {}
-    for key, t in tensors.items():
-        name = key.removeprefix("base_model.model.")
-        for part in (".lora_A.weight", ".lora_B.weight", ".lora_B.bias"):
-            if name.endswith(part):
-                parts.setdefault(name.removesuffix(part), {})[part] = t
-                break
-        else:
-            if ".lora_" in name:
-                raise AdapterError(f"merge: {key} is no part of plain LoRA: load it with PEFT and call merge_and_unload()")
-            whole[name] = t
-    return (
-        config,
-        {n: Delta(p[".lora_A.weight"], p[".lora_B.weight"], _scaling(config, n, p), p.get(".lora_B.bias")) for n, p in parts.items()},
-        whole,
-    )
-
-
-def _scaling(config, name: str, parts: dict[str, torch.Tensor]) -> float:
-    """PEFT's: alpha / r, or alpha / sqrt(r) for rsLoRA, both by pattern."""
-    from peft.utils.other import get_pattern_key
-
-    r = parts[".lora_A.weight"].shape[0]
-    key = get_pattern_key(config.alpha_pattern.keys(), name)
-    alpha = config.alpha_pattern.get(key, config.lora_alpha)
-    return alpha / (r**0.5 if config.use_rslora else r)
-
-
 def shards(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files, in order. ModelNotFoundError without any."""
     if (folder / INDEX).is_file():
@@ -125,12 +66,14 @@ def shards(folder: Path) -> list[Path]:
     raise ModelNotFoundError(f"merge: want a base with safetensors files, got none in {str(folder)!r}: save it once with save_pretrained")
 
 
-def _base_folder(name: str) -> Path:
+def _base_folder(name: str | None, revision: str | None) -> Path:
+    if not name:
+        raise AdapterError("merge: the adapter names no base; give one with --base")
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", *CONFIGS]))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *CONFIGS]))
 
 
 def _weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -157,66 +100,132 @@ def _expand(packed: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tenso
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, dtype: torch.dtype = torch.bfloat16, check: bool = True) -> Check | None:
     """Write base + adapter to the folder `out` as a plain `dtype` checkpoint, and check it (None with check=False).
 
-    base: instead of the one named in the adapter. Raises AdapterError (no plain LoRA, or modules that the base does not have),
-    ModelNotFoundError, MergeError (the check failed; nothing is left at `out`), FileExistsError for an `out` that is there.
+    base: instead of the one named in the adapter. Raises AdapterError (a part of the adapter that is not known, or that the base has no place
+    for: before anything is written), ModelNotFoundError, MergeError (the check failed; nothing is left at `out`, nor is it for any other
+    error), FolderExistsError for an `out` that is there.
     """
     adapter, out = Path(adapter), Path(out)
     if out.exists():
-        raise FileExistsError(f"merge: {str(out)!r} exists; give a new folder")
-    config, deltas, whole = read_adapter(adapter)
-    source = _base_folder(base or config.base_model_name_or_path)
+        raise FolderExistsError(f"merge: {str(out)!r} exists; give a new folder")
+    found = read_adapter(adapter)
+    source = _base_folder(base or found.config.base_model_name_or_path, found.config.revision)
+    plan = make_plan(source, found)
     partial = out.with_name(out.name + ".partial")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(source, partial, deltas, whole, dtype, config.fan_in_fan_out)
-        _write_configs(source, adapter, partial, dtype)
-        result = check_merge(source, adapter, partial, dtype) if check else None
+        _write(partial, plan, dtype)
+        _write_configs(source, adapter, partial, dtype, plan.is_untied)
+        result = check_merge(source, adapter, partial, dtype, found) if check else None
         if result is not None and not result.ok:
             raise MergeError(f"merge: the merged folder is not base + adapter: {result}")
         partial.rename(out)
     return result
 
 
-def _write(source: Path, to: Path, deltas: dict[str, Delta], whole: dict[str, torch.Tensor], dtype, transposed: bool) -> None:
-    left, weight_map, total = set(deltas), {}, 0
-    files = shards(source)
+@dataclass
+class Plan:
+    """What is written: every tensor of the base, changed where the adapter changes it; and where the base ties its output embedding to its
+    input embedding and the adapter changes one of them, both. `head`: (name of the output's weight, name of the tensor it begins from)."""
+
+    adapter: Adapter
+    files: list[Path]
+    head: tuple[str, str] | None = None
+    drop: set[str] = field(default_factory=set)  # the base's own copy of a tied head
+
+    @property
+    def is_untied(self) -> bool:
+        return self.head is not None
+
+
+def make_plan(source: Path, adapter: Adapter) -> Plan:
+    """From names and shapes alone. AdapterError, in one line, for what the base cannot take."""
+    files, shapes, quantised = shards(source), {}, set()
+    if not (source / "config.json").is_file():
+        raise ModelNotFoundError(f"merge: want a base with config.json, got none in {str(source)!r}: save it once with save_pretrained")
+    config = json.loads((source / "config.json").read_text())
     for path in files:
         with safe_open(path, "pt") as f:
-            names = f.keys()
-        with ShardWriter(to / path.name, names) as shard:
+            names = list(f.keys())
+            packed = {n.split(".quant_state.")[0] for n in names if ".weight.quant_state." in n}
+            shapes |= {n: None if n in packed else tuple(f.get_slice(n).get_shape()) for n in names}
+            quantised |= packed
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if (method is not None and not quantised) or any(n.endswith((".SCB", ".qweight", ".weight_scale_inv")) for n in shapes):
+        raise AdapterError(f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: {BY_PEFT}")
+    plan = Plan(adapter, files)
+    if config.get("model_type") and (tied := _tied_embeddings(source)) is not None:
+        plan = _untie(plan, *tied, shapes)
+    if wrong := next(misfits(adapter, shapes, quantised), None):
+        raise AdapterError(f"merge: in the base {str(source)!r}: {wrong}; or {BY_PEFT}")
+    return plan
+
+
+def _tied_embeddings(source: Path) -> tuple[str, str] | None:
+    """The module names of the input and the output embedding, if the base ties them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    if not (getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", False)):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {m: n for n, m in model.named_modules()}
+    into, out = model.get_input_embeddings(), model.get_output_embeddings()
+    return (names[into], names[out]) if out is not None and into in names and out in names else None
+
+
+def _untie(plan: Plan, into: str, out: str, shapes: dict[str, tuple[int, ...] | None]) -> Plan:
+    """As PEFT runs them: an adapter on one of two tied embeddings changes that one alone, and so does a copy of modules_to_save; trained tokens
+    and embeddings that were only saved along change the tensor that both share."""
+    adapter, names = plan.adapter, (f"{into}.weight", f"{out}.weight")
+    if not (adapter.touches(into) or adapter.touches(out)):
+        return plan
+    plan.drop = {names[1]}
+    if adapter.config.ensure_weight_tying:
+        raise AdapterError(f"merge: the adapter has ensure_weight_tying=True on {into!r} or {out!r}, which the base ties; not known here: {BY_PEFT}")
+    apart = [m for m in (into, out) if m in adapter.deltas or (adapter.is_saved(m) and f"{m}.weight" in adapter.whole)]
+    if adapter.tokens.keys() & {into, out}:
+        rows = adapter.tokens.pop(out, None)  # PEFT saves them for the tied head once more
+        if apart or into not in adapter.tokens or (rows is not None and not all(map(torch.equal, rows, adapter.tokens[into]))):
+            raise AdapterError(f"merge: the adapter trains single tokens of {into!r} and {out!r}, which the base ties, apart from each other: {BY_PEFT}")
+    shared = next((adapter.whole[n] for m, n in zip((into, out), names) if n in adapter.whole and not adapter.is_saved(m)), None)
+    if not apart:
+        if names[1] in adapter.whole:
+            adapter.whole.pop(names[1])
+            adapter.whole[names[0]] = shared if shared is not None else adapter.whole[names[0]]
+        return plan
+    if shared is not None:  # both begin from it
+        for name in names:
+            adapter.whole.setdefault(name, shared)
+    if names[0] in shapes:
+        shapes[names[1]] = shapes[names[0]]
+    plan.head = names[1], names[0]
+    return plan
+
+
+def _write(to: Path, plan: Plan, dtype: torch.dtype) -> None:
+    weight_map, total = {}, 0
+    for path in plan.files:
+        with safe_open(path, "pt") as f:
+            names = set(f.keys())
+        head = plan.head if plan.head is not None and plan.head[1] in names else None
+        with ShardWriter(to / path.name, names | ({head[0]} if head else set())) as shard:
             for name, t in _weights(path):
-                module, _, kind = name.rpartition(".")
-                delta = deltas.get(module)
-                if name in whole:
-                    t = whole[name].to(dtype)
-                elif delta is not None and kind == "weight":
-                    if sorted(t.shape) != sorted((delta.B.shape[0], delta.A.shape[1])):
-                        got = delta.B.shape[0], delta.A.shape[1]
-                        raise AdapterError(f"merge: {name} is {tuple(t.shape)}, the adapter's {got}: it is another base")
-                    t = delta.add_to(t, dtype, transposed)
-                    left.discard(module)
-                elif delta is not None and kind == "bias" and delta.bias is not None:
-                    t = (t.float() + delta.scaling * delta.bias.float()).to(dtype)
-                elif t.is_floating_point():
-                    t = t.to(dtype)
-                shard.add(name, t)
-                total += t.numel() * t.element_size()
-                weight_map[name] = path.name
-    if left:
-        raise AdapterError(
-            f"merge: the base in {str(source)!r} has no weight for {len(left)} adapted modules, such as {min(left)!r}: it is another base, or it "
-            "stores them fused; load it with PEFT and call merge_and_unload()"
-        )
-    lost = [m for m, d in deltas.items() if d.bias is not None and f"{m}.bias" not in weight_map]
-    if lost:
-        raise AdapterError(f"merge: {lost[0]!r} has lora_bias, but its base layer has no bias to take it")
-    if len(files) > 1:
+                if name in plan.drop:
+                    continue
+                for target in (name, head[0]) if head is not None and name == head[1] else (name,):
+                    merged = plan.adapter.apply(target, t, dtype)
+                    shard.add(target, merged)
+                    total += merged.numel() * merged.element_size()
+                    weight_map[target] = path.name
+                    del merged
+    if len(plan.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (to / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _write_configs(source: Path, adapter: Path, to: Path, dtype: torch.dtype) -> None:
+def _write_configs(source: Path, adapter: Path, to: Path, dtype: torch.dtype, is_untied: bool) -> None:
     """The base's configuration without its quantisation; the tokenizer, from the adapter's folder where it has one."""
     for folder in (source, adapter):
         for pattern in CONFIGS:
@@ -227,11 +236,16 @@ def _write_configs(source: Path, adapter: Path, to: Path, dtype: torch.dtype) ->
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if is_untied:
+        config["tie_word_embeddings"] = False
+        for part in (c for c in config.values() if isinstance(c, dict) and "tie_word_embeddings" in c):
+            part["tie_word_embeddings"] = False
     (to / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def check_merge(base: Path, adapter: Path, merged: Path, dtype: torch.dtype) -> Check:
-    """Logits in float32 on a few random tokens: the merged folder, reloaded in plain transformers, beside base + adapter in plain PEFT."""
+def check_merge(base: Path, adapter: Path, merged: Path, dtype: torch.dtype, parts: Adapter) -> Check:
+    """Logits in float32 on a few random tokens, trained ones among them: the merged folder, reloaded in plain transformers, beside base +
+    adapter in plain PEFT."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,6 +253,8 @@ def check_merge(base: Path, adapter: Path, merged: Path, dtype: torch.dtype) -> 
     config = AutoConfig.from_pretrained(base)
     vocab = config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+    for index, _ in parts.tokens.values():
+        ids[0, : min(8, len(index))] = index[:8]
     load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stock = load(base)
     if quantised:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.tools import merge as m
+from fastft.tools.merge_adapter import Delta
 from fastft.tools.shard_writer import ShardWriter
 
 
@@ -116,7 +117,7 @@ def test_a_shard_written_tensor_by_tensor(tmp_path):
 
 def test_a_lost_adapter_fails_and_leaves_nothing(base, tmp_path, monkeypatch):
     adapter = trained(base, tmp_path / "adapter")
-    monkeypatch.setattr(m.Delta, "add_to", lambda self, weight, dtype, transposed: weight.to(dtype))
+    monkeypatch.setattr(Delta, "add_to", lambda self, weight, dtype: weight.to(dtype))
     with pytest.raises(m.MergeError, match="not base \\+ adapter"):
         m.merge(adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
@@ -147,4 +148,4 @@ def test_bad_input_says_what_was_wanted(base, tmp_path):
     with pytest.raises(AdapterError, match="another base"):
         m.merge(adapter, tmp_path / "out", base=str(tmp_path / "other"), check=False)
     with pytest.raises(AdapterError, match="merge_and_unload"):
-        m.merge(trained(base, tmp_path / "dora", use_dora=True), tmp_path / "out")
+        m.merge(trained(base, tmp_path / "pissa", init_lora_weights="pissa"), tmp_path / "out")

@@ -83,14 +83,14 @@ def patched(model: Model, *, strict: bool = False, activation_policy: str | int 
 
 
 def report(model: nn.Module) -> PatchReport:
-    """What runs where, with the proofs' errors; and what stays stock, and why. Raises ValueError for a model that is not
-    patched."""
+    """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or counted. Raises
+    ValueError for a model that is not patched."""
     found = build_report(model)
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
     if (packing := packing_of(innermost(model))) is not None:
         found = replace(found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines()))
-    proof = trl_head.bind(innermost(model))
+    proof = trl_head.standing(innermost(model))
     if proof is None:
         return found
     numbers = (proof.error, proof.stock_error, proof.dtype)

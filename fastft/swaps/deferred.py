@@ -16,10 +16,11 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from fastft.swaps.deferred_node import Deferred, Node, argument, is_last
+from fastft.swaps.deferred_node import Deferred, Node, answered, argument, is_last
 from fastft.swaps.deferred_rows import rows
 from fastft.swaps.deferred_rowwise import answers as rowwise_answers
 from fastft.swaps.head_product import Family, Product, autocast_state
+from fastft.swaps.lazy_autograd import answers as autograd_answers
 
 T = torch.Tensor
 _DTYPES: dict = {}
@@ -52,12 +53,14 @@ def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return _logits(product, "logits", compute, (F.linear, (hidden, weight, bias), {}))
 
 
-def _logits(product: Product, form: str, dtype: torch.dtype, call: tuple) -> DeferredLogits:
+def _logits(product: Product, form: str, dtype: torch.dtype, call: tuple, view: bool = False) -> DeferredLogits:
+    """view: the result may share the memory of what it is made from."""
     product = product if torch.is_grad_enabled() else product.detached()
     # without a graph, slices are taken before the product; with one, stock's order keeps what its views and writes mean
     alone = product.logits if form == "logits" and not product.requires_grad else None
     node = Node(*call, product.family, (product, form), alone, True)
-    return DeferredLogits.make(node, product.shape, dtype, product)
+    node.view = view
+    return DeferredLogits.make(node, product.shape, dtype, call)
 
 
 def _dtype_of(func, x: torch.Tensor, *args, **kwargs) -> torch.dtype:
@@ -162,7 +165,7 @@ def _cast(func, fixed: torch.dtype | None = None):
 def _detach(func):
     def detach(args, kwargs):
         with torch.no_grad():
-            return _logits(args[0].product, args[0].form, args[0].dtype, (func, args, kwargs))
+            return _logits(args[0].product, args[0].form, args[0].dtype, (func, args, kwargs), view=True)
 
     return detach
 
@@ -176,14 +179,14 @@ def _clone(args, kwargs):
         return _logits(x.product, x.form, x.dtype, call)
     node = Node(*call, x.product.family, (x.product, x.form), None, True)
     node.apart = True
-    return DeferredLogits.make(node, x.shape, x.dtype, x.product)
+    return DeferredLogits.make(node, x.shape, x.dtype, call)
 
 
 # ------------------------------------------------------------------------------------------------------------------- positions
 
 
 def _at(x: DeferredLogits, hidden: torch.Tensor, call: tuple, part: tuple[int, int] | None = None) -> DeferredLogits:
-    return _logits(x.product.at(hidden, part), x.form, x.dtype, call)
+    return _logits(x.product.at(hidden, part), x.form, x.dtype, call, view=True)
 
 
 def _same_rows(x: DeferredLogits, hidden: torch.Tensor, call: tuple) -> DeferredLogits:
@@ -191,7 +194,7 @@ def _same_rows(x: DeferredLogits, hidden: torch.Tensor, call: tuple) -> Deferred
     product = x.product.at(hidden)
     object.__setattr__(product, "cache", x.product.cache)
     object.__setattr__(product, "part", x.product.part)
-    return _logits(product, x.form, x.dtype, call)
+    return _logits(product, x.form, x.dtype, call, view=True)
 
 
 def _getitem(args, kwargs):
@@ -332,9 +335,9 @@ def _mean(func):
             return NotImplemented
         if x.product.tanh and x.product.requires_grad and torch.is_grad_enabled():
             return NotImplemented
-        by_row = x.product.tied(x.product.mean())
+        by_row = x.product.mean()
         out = by_row.mean() if dim is None else by_row.reshape((*x.shape[:-1], 1) if keep else x.shape[:-1])
-        return out.to(_dtype_of(func, x))
+        return answered(out.to(_dtype_of(func, x)), x.product.family, (func, args, kwargs))
 
     return mean
 
@@ -382,7 +385,7 @@ def _loss(func, form: str):
             return NotImplemented
         out = x.product.cross_entropy(target, reduction, given.get("ignore_index", -100), smoothing)
         zeros = torch.zeros(1, dtype=torch.int64, device=x.device)
-        return x.product.tied(out).to(_dtype_of(func, x, zeros))
+        return answered(out.to(_dtype_of(func, x, zeros)), x.product.family, (func, args, kwargs))
 
     return loss
 
@@ -422,3 +425,4 @@ def _first(known, otherwise):
 
 
 DeferredLogits.answers = _table()
+Deferred.on_the_graph = autograd_answers()

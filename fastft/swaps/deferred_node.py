@@ -1,32 +1,34 @@
 """Tensors that stand for a value which is computed when something needs it: the machinery under deferred logits.
 
 A `Deferred` is a wrapper tensor without memory. Its `Node` records the call that stock would have made (function, arguments, autocast, grad
-mode), so that `value()` is stock's own result: the same operations in the same order with the same graph. What the value *means*, the
-subclasses know, and answer some calls without it (`answers`). Everything else happens to the value.
+mode), so that `value()` is stock's own result: the same operations in the same order. What the value *means*, the subclasses know, and answer
+some calls without it (`answers`). Everything else happens to the value. So does everything once somebody watches the gradient of a lazy
+tensor: a hook, retain_grad, a function that returned it with a backward of its own (`watched`).
 
 Python code reaches `__torch_function__`. C++ code that walks through a module's outputs (DDP's search for used parameters) finds a wrapper
-with a grad_fn that leads to the head's input and parameters; a gradient that arrives there is passed on through the value.
+with a grad_fn that leads to the head's input and parameters (`lazy_graph`).
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastft.swaps.head_product import Family, Product, autocast_as, autocast_state
+from fastft.swaps.head_product import Family, autocast_as, autocast_state
+from fastft.swaps.lazy_graph import Connect, Local, Uses, passes_on, shortcut, through
 
 T = torch.Tensor
 _PROPERTIES = (
-    "shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "layout", "grad_fn", "grad", "is_cuda", "is_cpu", "is_xpu", "is_mps",
-    "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xla", "names", "output_nr", "itemsize", "nbytes", "_version",
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
+    "is_mkldnn", "is_xla", "names", "itemsize", "nbytes", "_version", "_base",
 )  # fmt: skip
 _METHODS = (
-    "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "__len__", "get_device", "__hash__",
-    "stride", "is_contiguous", "is_inference",
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "__len__", "get_device",
+    "stride", "is_contiguous", "is_inference", "_is_view",
 )  # fmt: skip
 ASKS = {getattr(T, n).__get__ for n in _PROPERTIES if hasattr(T, n)} | {getattr(T, n) for n in _METHODS if hasattr(T, n)}
 ASKS |= {torch.numel, torch.is_floating_point, torch.is_complex}
@@ -41,160 +43,227 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 class Node:
     """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from.
-    big: it is of the logits' size. view: a result by token in another shape. apart: cloned without a graph (see `_adopt`)."""
+    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see `Deferred.settle_apart`)."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, family: Family, meaning, alone: Callable[[], torch.Tensor] | None, big: bool):
         strip = lambda d: d.node
         self.func, self.family, self.meaning, self.alone, self.big = func, family, meaning, alone, big
         self.args, self.kwargs = tree_map_only(Deferred, strip, args), tree_map_only(Deferred, strip, kwargs)
-        self.before = list(_nodes(self.args))
+        self.before = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Node)]
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
-        self.cached: torch.Tensor | None = None
-        self.apart = self.view = False
-        self.token: torch.Tensor | None = None
+        self.made = self.apart = self.view = False
+        self.kept: torch.Tensor | None = None
+        self.own_local: Local | None = None
+        self.wrapper: Callable[[], Deferred | None] = lambda: None
+        self.connect: Callable[[], object] = lambda: None
+        self.hooks: dict | None = None
+        self.wanted = 0
         self.wait_with([family])
 
     def wait_with(self, families: Iterable[Family]) -> None:
         """Whoever writes to logits of these families has this value made first."""
         for family in families:
-            family.waiting = [r for r in family.waiting if (n := r()) is not None and n.cached is None and n is not self]
+            family.waiting = [r for r in family.waiting if (n := r()) is not None and n is not self]
             family.waiting.append(weakref.ref(self))
 
     def root(self) -> Node:
         """The result by token whose memory this is a view of."""
-        return self.before[0].root() if self.view else self
+        return self.before[0].root() if self.view and not self.big else self
 
     def descends_from(self, other: Node) -> bool:
         return self is other or any(n.descends_from(other) for n in self.before)
 
     def settled(self) -> bool:
         """Does the value exist, or that of a node it is made from (which may have been written to since)?"""
-        return self.cached is not None or any(n.settled() for n in self.before)
+        return self.made or any(n.settled() for n in self.before)
+
+    # ------------------------------------------------------------------------------------------------------------- who watches
+
+    def watched(self) -> bool:
+        """Does somebody watch the gradient of this lazy tensor, or of one that it is made from?"""
+        with torch._C.DisableTorchFunctionSubclass():
+            return any(n.watched_itself() for n in self.line())
+
+    def line(self) -> Iterator[Node]:
+        yield self
+        for n in self.before:
+            yield from n.line()
+
+    def watched_itself(self) -> bool:
+        if self.hooks or self.wanted:
+            return True
+        lazy = self.wrapper()
+        if lazy is None:
+            return False
+        own = self.connect()
+        return lazy.retains_grad or lazy.grad_fn is not own or (own is None and lazy.requires_grad)
+
+    def anchor(self) -> None:
+        """The graph keeps what is recorded: a gradient may come when no lazy tensor is left."""
+        for n in self.line():
+            if (own := n.connect()) is not None and not n.apart and own.local is None:
+                own.keep = n
+
+    def before_the_head_learns(self) -> None:
+        """What a caller still holds is the state before the step: with a trained head it is made now, at stock's cost."""
+        for family in {id(n.family): n.family for n in self.line()}.values():
+            if family.trained:
+                for node in family.alive():
+                    if not node.made and node.wrapper() is not None:
+                        node.value("a caller who keeps the output of a trained head")
+
+    # ------------------------------------------------------------------------------------------------------------- what is made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
         """in_place: someone is about to write, so views must be stock's views."""
-        if self.cached is None:
-            settled = self.settled()
-            if self.big and not settled:
-                self.family.check()
-                self.family.count(why)
+        lazy = self.wrapper()
+        known = self.kept if lazy is None else lazy.made
+        if known is None:
+            known = self._make(lazy, why, in_place)
+            if lazy is not None:
+                lazy.made = known
+            if lazy is None or not known.requires_grad:
+                self.kept = known
+        return known
+
+    def _make(self, lazy: Deferred | None, why: str, in_place: bool) -> torch.Tensor:
+        settled = self.settled()
+        self._check(settled, why)
+        self.made = True
+        if self.alone is not None and not settled and not (in_place and (self.big or self.view)) and not self.watched():
             with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
-                if self.alone is not None and not settled and not (in_place and (self.big or self.view)):
-                    self.cached = self.alone()
-                else:
-                    args, kwargs = tree_map_only(Node, lambda n: n.value(why, in_place), (self.args, self.kwargs))
-                    self.cached = self.func(*args, **kwargs)
-            if self.token is not None:
-                self.cached = Tie.apply(self.cached.detach(), self.token, True)
-        return self.cached
+                value = self.alone()
+            return lazy.hang(shortcut(value, self, lazy)) if lazy is not None and value.requires_grad else value
+        watched = lazy is not None and self.watched()
+        if in_place and self.view and not watched:
+            self.anchor()
+            with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
+                return self._call(lambda n: n.value(why, in_place))
+        value = self.local(why).raw
+        if lazy is None or not lazy.has_grad:
+            return value
+        self.anchor()
+        return lazy.hang(through(value, lazy))
 
+    def local(self, why: str) -> Local:
+        """The value, and how to differentiate it by what this call was given."""
+        if self.own_local is None:
+            self._check(self.settled(), why)
+            edges, root = [], not self.before
 
-def _nodes(x) -> list[Node]:
-    if isinstance(x, Node):
-        return [x]
-    return [n for v in x for n in _nodes(v)] if isinstance(x, (tuple, list)) else []
+            def fill(x):
+                x = x.value(why) if isinstance(x, Node) else x
+                own = self.grad and x.requires_grad
+                x = x.view_as(x) if own else x
+                edges.append(get_gradient_edge(x) if own else None)
+                return x
 
+            with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
+                local = Local(self._call(fill, T if root else Node), edges)
+            if not self.grad:
+                return local
+            self.own_local = local
+            if (own := self.connect()) is not None and not self.apart:
+                own.local, own.keep = local, None
+        return self.own_local
 
-class _Connect(torch.autograd.Function):
-    """The wrapper, as a function of what its value is computed from."""
+    def _call(self, fill: Callable, kind: type | None = None) -> torch.Tensor:
+        args, kwargs = tree_map_only(kind or Node, fill, (self.args, self.kwargs))
+        return self.func(*args, **kwargs)
 
-    @staticmethod
-    def forward(ctx, make: Callable[[], torch.Tensor], node: Node, *inputs):
-        ctx.set_materialize_grads(False)
-        ctx.node, ctx.inputs = node, inputs
-        return make()
+    def _check(self, settled: bool, why: str) -> None:
+        if self.big and not settled:
+            self.family.check()
+            self.family.count(why)
 
-    @staticmethod
-    def backward(ctx, g):
-        if g is None:
-            return (None,) * (2 + len(ctx.inputs))
-        wanted = [t for t, need in zip(ctx.inputs, ctx.needs_input_grad[2:]) if need]
-        value = ctx.node.value("a gradient from outside")
-        found = iter(torch.autograd.grad(value, wanted, g, retain_graph=True, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
-
-
-class Token(torch.autograd.Function):
-    """A tensor of the wrapper's shape without memory, and an edge to the wrapper's graph."""
-
-    @staticmethod
-    def forward(ctx, wrapper):
-        ctx.set_materialize_grads(False)
-        return torch.zeros((), dtype=wrapper.dtype, device=wrapper.device).expand(wrapper.shape)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-class Tie(torch.autograd.Function):
-    """x, with a second edge, to a token: no gradient flows there, but the functions behind it run. whole: all of it flows there."""
-
-    @staticmethod
-    def forward(ctx, x, token, whole: bool):
-        ctx.whole = whole
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return None if ctx.whole else g, g if ctx.whole else None, None
-
-
-def _tie(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return Tie.apply(x, token, False)
-
-
-def _adopt(d: Deferred) -> None:
-    """An autograd function (DDP's sink, through which all outputs pass) cloned deferred logits, and so has its place in their graph: it
-    must run when a result of the clone is differentiated, and be given the gradient of what is made of the clone."""
-    node, node.apart = d.node, False
-    product, *rest = node.meaning
-    with torch._C.DisableTorchFunctionSubclass():
-        if not d.requires_grad:
-            product = product.detached()
-        else:
-            with torch.enable_grad():
-                node.token = Token.apply(d)
-            product = product.tied_to(functools.partial(_tie, token=node.token))
-    node.meaning = (product, *rest)
+    def become_a_view(self) -> None:
+        """Its memory is its input's, which is about to be written to: what is made of it from now on must know of that."""
+        lazy = self.wrapper()
+        if lazy is not None and self.view and lazy.hangs and not self.watched():
+            with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
+                lazy.made, lazy.stands = self._call(lambda n: n.value()), None
 
 
 class Deferred(torch.Tensor):
-    """Root of the two kinds of deferred tensors. `node`: its `Node`. A subclass's `answers` maps functions to handlers
-    (args, kwargs) -> result or NotImplemented."""
+    """Root of the kinds of deferred tensors. `node`: its `Node`; `made`: its value, once there is one. A subclass's `answers` maps functions
+    to handlers (args, kwargs) -> result or NotImplemented; `on_the_graph` does for what concerns autograd alone."""
 
     answers: dict[Callable, Callable] = {}
+    on_the_graph: dict[Callable, Callable] = {}  # those of `lazy_autograd`
     node: Node
+    made: torch.Tensor | None = None
+    stands: object = None  # the graph's node by which `made` hangs on this wrapper
+    uses: tuple[Uses, ...] = ()
 
     @classmethod
-    def make(cls, node: Node, shape: tuple[int, ...], dtype: torch.dtype, *products: Product) -> Deferred:
+    def make(cls, node: Node, shape: Iterable[int], dtype: torch.dtype, call: tuple) -> Deferred:
+        """call: (func, args, kwargs), with the lazy tensors themselves."""
+        leaves = tree_leaves(call[1:])
+        before = [x for x in leaves if isinstance(x, Deferred)]
+        inputs = before or [x for x in leaves if isinstance(x, T)]
+        shape, device = tuple(shape), node.family.hidden.device
+
         def wrapper() -> Deferred:
             # strides of 0: there is no memory to give to a kernel
-            return torch.Tensor._make_wrapper_subclass(
-                cls, tuple(shape), strides=(0,) * len(shape), dtype=dtype, device=products[0].hidden.device, requires_grad=False
-            )
+            return torch.Tensor._make_wrapper_subclass(cls, shape, strides=(0,) * len(shape), dtype=dtype, device=device, requires_grad=False)
 
-        if torch.is_grad_enabled() and any(p.requires_grad for p in products):
-            inputs = [t for p in products for t in (p.hidden, p.weight, p.bias) if t is not None]
-            out = _Connect.apply(wrapper, node, *inputs)
-        else:
-            out = wrapper()
-        out.node = node
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+                out = Connect.apply(wrapper, node, *inputs)
+                node.connect = weakref.ref(out.grad_fn)
+            else:
+                out = wrapper()
+        out.node, node.wrapper = node, weakref.ref(out)
+        out.uses = tuple({id(u): u for d in before for u in d.uses}.values()) or (Uses(),)
         return out
+
+    @property
+    def has_grad(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad
+
+    def hang(self, value: torch.Tensor) -> torch.Tensor:
+        self.stands = value.grad_fn
+        return value
+
+    @property
+    def hangs(self) -> bool:
+        """Is the value the one that hangs on this wrapper (it was not written to since)? Or is there none yet?"""
+        return self.made is None or (self.stands is not None and self.made.grad_fn is self.stands)
+
+    def settle_apart(self) -> None:
+        """A clone without a graph, made inside an autograd function: what the function is, its grad_fn says when the function has ended.
+        DDP's sink hands on every gradient, absent ones too, so the clone keeps its meaning, with its place in the graph."""
+        node = self.node
+        with torch._C.DisableTorchFunctionSubclass():
+            grad_fn = self.grad_fn
+        if grad_fn is not None and passes_on(grad_fn):
+            node.connect = weakref.ref(grad_fn)
+        else:
+            node.apart = False
+            product, *rest = node.meaning
+            node.meaning = (product.detached(), *rest)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is T.__hash__:
+            return id(args[0])
+        if func in cls.on_the_graph and (out := cls.on_the_graph[func](args, kwargs)) is not NotImplemented:
+            return out
         deferred = _deferred(args) or _deferred(tuple(kwargs.values()))
-        settled = any(d.node.settled() for d in deferred)
+        if func in ASKS:
+            known = args[0].made if isinstance(args[0], Deferred) else None
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs) if known is None else func(known, *args[1:], **kwargs)
+        grad = torch.is_grad_enabled()
         for d in deferred:
-            if d.node.apart and func not in ASKS:
-                _adopt(d)
-        if not settled:
-            if func in ASKS:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+            if d.node.apart and d.node.connect() is None:
+                d.settle_apart()
+            if not grad and d.has_grad:  # perhaps inside an autograd function, whose backward gives d its gradient
+                d.node.anchor()
+        if not any(d.node.settled() or (grad and d.node.watched()) for d in deferred):
             for kind in {type(d) for d in deferred}:
                 if func in kind.answers and (out := kind.answers[func](args, kwargs)) is not NotImplemented:
                     return out
@@ -206,19 +275,43 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Below autograd: what did not come through Python."""
-        value = lambda d: d.node.value(func.__name__).detach()
+        """Below autograd: what did not come through Python. The value is made above it, with its graph."""
+
+        def value(d: Deferred) -> torch.Tensor:
+            with torch.overrides.enable_reentrant_dispatch():
+                return d.node.value(func.__name__).detach()
+
         args, kwargs = tree_map_only(Deferred, value, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class Answered(Deferred):
+    """The place in the graph of a result that was computed without the logits; nobody holds it."""
+
+
+def answered(fast: torch.Tensor, family: Family, call: tuple) -> torch.Tensor:
+    """fast: the result of call = (func, args, kwargs), computed without the logits."""
+    if not fast.requires_grad:
+        return fast
+    node = Node(*call, family, None, None, False)
+    node.made = True
+    return shortcut(fast, node, Answered.make(node, fast.shape, fast.dtype, call))
 
 
 def _before_writing(targets: list[Deferred], name: str) -> None:
     """Values that do not exist yet and are not views of the target must be those from before."""
     for target in targets:
+        if target.node.watched():  # the gradients of earlier results will ask for the logits as they were
+            for uses in target.uses:
+                for node in list(uses.nodes.values()):
+                    node.local(name)
         root = target.node.root()
-        for node in [r() for r in root.family.waiting]:
-            if node is not None and (root.big or node.descends_from(root)):
-                node.value(name, in_place=True)
+        for node in root.family.alive():
+            if root.big or node.descends_from(root):
+                if node.made:
+                    node.become_a_view()
+                else:
+                    node.value(name, in_place=True)
 
 
 def _deferred(x) -> list[Deferred]:

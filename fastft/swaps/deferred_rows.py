@@ -36,12 +36,12 @@ def rows(product: Product, kind: str, shape, dtype: torch.dtype, call: tuple, in
     meaning = Meaning(product, kind, index, negative)
     node = Node(*call, product.family, meaning, None, False)
     node.alone = lambda: _compute(node, meaning, tuple(shape), dtype)
-    return DeferredRows.make(node, shape, dtype, product)
+    return DeferredRows.make(node, shape, dtype, call)
 
 
 def _compute(node: Node, m: Meaning, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.set_grad_enabled(m.product.requires_grad):
-        x = m.product.tied(_flat(node, m))
+        x = _flat(node, m)
         return (-x if m.negative else x).to(dtype).reshape(shape)
 
 
@@ -70,7 +70,7 @@ def _flat(node: Node, m: Meaning) -> torch.Tensor:
 def _waiting_entropy(node: Node, p: Product) -> Product | None:
     """The entropy of the same logits is wanted as well, perhaps without gradient."""
     for other in [r() for r in node.family.waiting]:
-        if other is None or other is node or other.cached is not None or getattr(other.meaning, "kind", "") != "entropy":
+        if other is None or other is node or other.made or getattr(other.meaning, "kind", "") != "entropy":
             continue
         q = other.meaning.product
         if p.same(q) or p.detached().same(q):

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastft.swaps.deferred_node import Deferred, Node, argument
+from fastft.swaps.deferred_node import Deferred, Node, answered, argument
 from fastft.swaps.head_product import Product, autocast_as
 
 T = torch.Tensor
@@ -73,7 +73,7 @@ def _record(meaning: Meaning, shape: tuple[int, ...], dtype: torch.dtype, call: 
     node = Node(*call, sources[0].node.family, meaning, None, True)
     products = _products(node)
     node.wait_with(p.family for p in products)
-    return DeferredRowwise.make(node, shape, dtype, *products)
+    return DeferredRowwise.make(node, shape, dtype, call)
 
 
 def _leaves(node: Node) -> Iterator[Node]:
@@ -186,7 +186,8 @@ def total(func: Callable) -> Callable:
         if dim is not None and (not isinstance(dim, int) or dim not in (-1, x.dim() - 1)):
             return NotImplemented
         y = by_token(x)
-        return (y.sum() if dim is None else y.reshape(x.shape[:-1])).to(x.dtype)
+        out = (y.sum() if dim is None else y.reshape(x.shape[:-1])).to(x.dtype)
+        return answered(out, x.node.family, (func, args, kwargs))
 
     return compute
 
@@ -199,8 +200,6 @@ def by_token(x: DeferredRowwise) -> torch.Tensor:
     _check_constants(node)
     tensors = [t for n in leaves for t in _parts(n.meaning[0], n.grad)]
     y = _ByToken.apply(node, leaves, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32, *tensors)
-    for leaf in leaves:
-        y = leaf.meaning[0].tied(y)
     return y
 
 
@@ -263,7 +262,7 @@ def _values(node: Node, leaves: list[Node], tensors: list, at: torch.Tensor, dty
         p = leaf.meaning[0]
         hidden = hidden.reshape(*(1,) * (len(p.rows) - 1), *hidden.shape) if p.rows else hidden.reshape(hidden.shape[-1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and leaf.grad), autocast_as(leaf.autocast):
-            logits[id(leaf)] = replace(p, hidden=hidden, weight=weight, bias=bias, part=None, cache={}, tie=None).logits_unchecked()
+            logits[id(leaf)] = replace(p, hidden=hidden, weight=weight, bias=bias, part=None, cache={}).logits_unchecked()
     return _replay(node, logits, at, {}).sum(-1, dtype=dtype).reshape(-1)
 
 

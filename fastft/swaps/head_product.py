@@ -38,7 +38,8 @@ def autocast_as(state: tuple[str, bool, torch.dtype]):
 
 @dataclass(eq=False, repr=False)
 class Family:
-    """What all logits of one call of the head share. waiting: weak references to the nodes whose values do not exist yet."""
+    """What all logits of one call of the head share. waiting: weak references to the nodes of its lazy tensors. autocast: as it was at the
+    call: it is the head's, whatever is on where a value is made."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -47,9 +48,17 @@ class Family:
     versions: tuple[int, ...] = ()
     waiting: list = field(default_factory=list)
     counted: bool = False
+    autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
 
     def __post_init__(self):
-        self.versions = self._now()
+        self.versions, self.autocast = self._now(), autocast_state(self.hidden.device)
+
+    @property
+    def trained(self) -> bool:
+        return any(t is not None and t.requires_grad for t in (self.weight, self.bias))
+
+    def alive(self) -> list:
+        return [node for r in self.waiting if (node := r()) is not None]
 
     def _now(self) -> tuple[int, ...]:
         return tuple(t._version for t in (self.hidden, self.weight, self.bias) if t is not None)
@@ -70,7 +79,7 @@ class Family:
 @dataclass(frozen=True, eq=False, repr=False)
 class Product:
     """hidden (*rows, H); weight (V, H); bias (V,) or None; a, b, tanh: see above. part: (whole, first, last) rows of another Product.
-    steps: the scalar operations in stock's order, to apply to the product itself. tie: a function that gives results a further edge."""
+    steps: the scalar operations in stock's order, to apply to the product itself."""
 
     family: Family
     hidden: torch.Tensor
@@ -83,7 +92,6 @@ class Product:
     part: tuple[Product, int, int] | None = None
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
     cache: dict = field(default_factory=dict)
-    tie: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def rows(self) -> torch.Size:
@@ -123,14 +131,8 @@ class Product:
             return self
         if "detached" not in self.cache:
             bias = None if self.bias is None else self.bias.detach()
-            self.cache["detached"] = replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache={}, tie=None)
+            self.cache["detached"] = replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache={})
         return self.cache["detached"]
-
-    def tied_to(self, tie: Callable[[torch.Tensor], torch.Tensor]) -> Product:
-        return replace(self, part=None, cache={}, tie=tie)
-
-    def tied(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.tie is None or not x.requires_grad else self.tie(x)
 
     def same(self, other: Product) -> bool:
         """Do both stand for the same values (they may differ in casts)?"""
@@ -142,7 +144,8 @@ class Product:
         return self.logits_unchecked()
 
     def logits_unchecked(self) -> torch.Tensor:
-        z = F.linear(self.hidden, self.weight, self.bias)
+        with autocast_as(self.family.autocast):
+            z = F.linear(self.hidden, self.weight, self.bias)
         for step in self.steps:
             z = step(z)
         return z
@@ -194,7 +197,8 @@ class Product:
         hidden, weight, settings = self._operands()
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if not self.tanh:
-            x = hidden.to(wide) @ weight.mean(0, dtype=wide)
+            with no_autocast(hidden.device):
+                x = hidden.to(wide) @ weight.mean(0, dtype=wide)
             return (x if self.bias is None else x + self.bias.mean(dtype=wide)) * self.a
         zeros = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         return with_room(linear_logprob, hidden, weight, zeros, outputs=("mean_logits",), compact=False, **settings).mean_logits

@@ -356,7 +356,9 @@ def find_groups(context: Context, inner: set[nn.Module]) -> dict[nn.Module, tupl
     """For every unit outside an output head and outside `inner`: the module that holds it, its group, and the members' names below the holder."""
     units = [m for m in context.names if is_unit(m)]
     head = context.model.get_output_embeddings() if hasattr(context.model, "get_output_embeddings") else None
-    units = [u for u in units if u not in inner and u is not head and getattr(u, "base_layer", None) is not head]
+    saved = getattr(head, "modules_to_save", None)
+    heads = {head} if saved is None else set(head.modules())  # PEFT's copies of a head that trains, and the original
+    units = [u for u in units if u not in inner and u not in heads and getattr(u, "base_layer", None) is not head]
 
     names, parents = context.names, _parents(context)
     together: dict[tuple, list[nn.Module]] = {}

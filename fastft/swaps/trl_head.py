@@ -141,6 +141,23 @@ def _prove(theirs: type, key: tuple, device: torch.device) -> Proof:
         return prove(theirs, FusedHead, width, vocab, dtype, device)
 
 
+def standing(base: nn.Module) -> Proof | None:
+    """The proof of what stands on `base` now, or None where TRL's forward does not; binds nothing, and proves nothing."""
+    if "forward" not in base.__dict__:
+        return None
+    found = None
+    for function, _ in places(base.__dict__, "forward"):
+        theirs = function.__globals__.get(NAME)
+        if theirs is FusedHead:
+            replaced = function.__dict__.get("_fastft_replaces")
+            found = found if replaced is None else known_proof(KIND, *_question(base, replaced)) or found
+        elif theirs is not None:
+            found = known_proof(KIND, *_question(base, theirs))
+            if found is None or found.ok:
+                found = Proof(False, reason="TRL bound its forward since the patch: ours joins at the next forward or train()")
+    return found
+
+
 def release(base: nn.Module) -> None:
     """The exact undo of `bind`."""
     for function, put in list(places(base.__dict__, "forward")):

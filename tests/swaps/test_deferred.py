@@ -214,6 +214,7 @@ def test_a_divergence_between_two_heads():
                 with torch.set_grad_enabled(teacher_learns):
                     teacher = head(*other)
                 out = loss(head(*student), teacher)
+                del teacher  # kept, it would be made by the backward, before a trained head learns
                 return [out.detach(), *torch.autograd.grad(out, [t for t in (*student, *other) if t.requires_grad])]
 
             with float64_truth():

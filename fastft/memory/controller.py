@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from fastft.memory.meter import Meter
 from fastft.memory.policy import Policy
 from fastft.memory.runs import is_plain
 from fastft.memory.stack import Stack, stacks
+from fastft.patching.stock_only import transformed
 
 LOWER = {"auto": "lean", "lean": "offload"}
 
@@ -90,26 +92,52 @@ class Controller:
 
 
 class Begin:
-    """Forward pre-hook of a stack's owner."""
+    """Forward pre-hook of a stack's owner. What a policy writes stands on the layers, where every thread sees it: one thread at a time
+    has its forwards under the policy, and who comes meanwhile runs as the trainer says, to the same bits."""
 
     def __init__(self, controller: Controller, stack: Stack):
         self.controller, self.stack = controller, stack
-        self.running: list[Forward | None] = []
+        self.lock = threading.Lock()
+        self.running: dict[int, list[Forward | None]] = {}  # by thread
+        self.held: list[Forward] = []  # ended, but other threads are still among the layers
 
     def __call__(self, module: nn.Module, args) -> None:
         if torch.compiler.is_compiling():
             return
         if module is not self.stack.owner():  # a replica that DataParallel made
             return
-        training = module.training and torch.is_grad_enabled() and not _is_sharded(module)
+        training = module.training and torch.is_grad_enabled() and not _is_sharded(module) and not transformed()
         forward = Forward(self.controller, self.stack) if training else None
-        self.running.append(forward)
-        if forward is not None:
-            forward.begin()
+        me = threading.get_ident()
+        with self.lock:
+            if self.is_shared(me):
+                forward = None
+            self.running.setdefault(me, []).append(forward)
+            if forward is not None:
+                forward.begin()
+
+    def is_shared(self, me: int) -> bool:
+        """Is another thread inside the owner's forward?"""
+        return bool(self.held) or any(thread != me for thread in self.running)
+
+    def end(self) -> None:
+        me = threading.get_ident()
+        with self.lock:
+            mine = self.running.get(me)
+            if not mine:
+                return
+            if (forward := mine.pop()) is not None:
+                forward.over()
+                self.held.append(forward)
+            if not mine:
+                del self.running[me]
+            if not any(thread != me for thread in self.running):
+                for forward in reversed(self.held):
+                    forward.end()
+                self.held.clear()
 
     def __deepcopy__(self, memo) -> Begin:
-        new = memo[id(self)] = Begin.__new__(Begin)
-        new.controller, new.stack, new.running = copy.deepcopy(self.controller, memo), copy.deepcopy(self.stack, memo), []
+        new = memo[id(self)] = Begin(copy.deepcopy(self.controller, memo), copy.deepcopy(self.stack, memo))
         return new
 
     def __reduce__(self):
@@ -124,11 +152,8 @@ class End:
         self.begin = begin
 
     def __call__(self, module: nn.Module, args, output) -> None:
-        if torch.compiler.is_compiling() or not self.begin.running or module is not self.begin.stack.owner():
-            return
-        forward = self.begin.running.pop()
-        if forward is not None:
-            forward.end()
+        if not torch.compiler.is_compiling() and module is self.begin.stack.owner():
+            self.begin.end()
 
     def __deepcopy__(self, memo) -> End:
         new = memo[id(self)] = End(copy.deepcopy(self.begin, memo))
@@ -189,6 +214,8 @@ class Guarded:
         learning = [p for p in owner.parameters() if p.requires_grad]
         theirs = [f for layer in begin.stack.alive() if (f := asked_for(layer)) is not None]
         if not can_be_guarded(owner, learning, args, kwargs) or not all(map(is_plain, theirs)):  # a reentrant one runs backwards of its own
+            return call()
+        if begin.is_shared(threading.get_ident()):
             return call()
         return Attempt(begin.controller, begin.stack, owner, call, learning)()
 

@@ -7,6 +7,7 @@ token ids, which cost 8 bytes a token instead of a hidden state.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -21,11 +22,10 @@ class Embedded:
     """A forward hook of an embedding module: remembers its last output, weakly, and what it came from."""
 
     def __init__(self) -> None:
-        self.output: Callable[[], torch.Tensor | None] = lambda: None
-        self.came_from: tuple | None = None  # (the module, weakly; ids; tensors and their versions)
+        self.mine = threading.local()  # .last: (the output and the module, weakly; ids; tensors and their versions), of this thread
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
-        self.came_from = None
+        self.mine.last = None
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) != 1 or not isinstance(output, torch.Tensor):
             return
         ids = args[0]
@@ -35,14 +35,14 @@ class Embedded:
         plain = all(type(t) in (torch.Tensor, nn.Parameter, FakeTensor) and not hasattr(t, "ds_id") for t in held)
         if not plain or any(t.requires_grad for t in held) or not isinstance(ids, torch.Tensor) or ids.is_inference() or ids.is_floating_point():
             return
-        self.output = weakref.ref(output)
-        self.came_from = weakref.ref(module), ids, [(t, t._version) for t in (*held, ids)]
+        self.mine.last = weakref.ref(output), weakref.ref(module), ids, [(t, t._version) for t in (*held, ids)]
 
     def of(self, x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
         """How to compute x again, if it is the last output, unchanged."""
-        if self.came_from is None or self.output() is not x or x._version or x._backward_hooks:
+        last = getattr(self.mine, "last", None)
+        if last is None or last[0]() is not x or x._version or x._backward_hooks:
             return None
-        module, ids, versions = self.came_from
+        _, module, ids, versions = last
         return None if (embedding := module()) is None else _Again(embedding, ids, versions)
 
     def __deepcopy__(self, memo) -> Embedded:

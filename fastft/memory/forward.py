@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Forward:
         self.controller, self.stack = controller, stack
         self.mode, self.why = controller.mode, ""
         self.ran = False
+        self.thread: int | None = threading.get_ident()
         self.split: Split | None = None
         self.offloader: Offloader | None = None
         self.before: list[tuple[nn.Module, dict]] = []  # what stood in a layer's __dict__
@@ -54,11 +56,17 @@ class Forward:
             self.before.append((layer, {n: layer.__dict__[n] for n in (SWITCH, FUNCTION) if n in layer.__dict__}))
             layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, index, theirs)})
 
+    def over(self) -> None:
+        """From now on a layer that still calls is somebody else's."""
+        self.thread = None
+
     def end(self) -> None:
+        self.over()
         for layer, was in self.before:
-            for name in (SWITCH, FUNCTION):
-                layer.__dict__.pop(name, None)
             layer.__dict__.update(was)
+            for name in (SWITCH, FUNCTION):
+                if name not in was:
+                    layer.__dict__.pop(name, None)
         self.before.clear()
         if not self.ran:  # compiled, or run by a guarded step's own
             return
@@ -67,6 +75,8 @@ class Forward:
         self.stack.last = f"{said} layers{self.why}" if said else ""
 
     def run(self, index: int, theirs: CheckpointFunction | None, function, args: tuple):
+        if self.thread != threading.get_ident():  # another thread's forward of the same layers
+            return function(*args) if theirs is None else theirs(function, *args)
         self.ran, x = True, args[0] if args else None
         if not isinstance(x, torch.Tensor) or x.dim() < 2:
             return function(*args) if theirs is None else theirs(function, *args)

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.memory.forward import Forward
 from fastft.memory.hooks import has_foreign_hooks
 from fastft.memory.stack import Stack
 from fastft.patching.relief import GIVERS
+from fastft.patching.stock_only import transformed
 
 
 class _Step(torch.autograd.Function):
@@ -34,7 +34,6 @@ class _Step(torch.autograd.Function):
         return tuple(t.detach() for t in attempt.results())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return None, *ctx.attempt.backward(grads)
 
@@ -117,7 +116,9 @@ class Attempt:
                 return [None] * len(self.learning)
             outputs, upstream = [t for t, _ in wanted], [g for _, g in wanted]
             self.leaves = None
-            return list(torch.autograd.grad(outputs, self.learning, upstream, allow_unused=True, retain_graph=self.is_shared))
+            twice = torch.is_grad_enabled()  # gradients that are to be differentiated: the inner graph stands on the same parameters
+            keep = self.is_shared or twice
+            return list(torch.autograd.grad(outputs, self.learning, upstream, allow_unused=True, retain_graph=keep, create_graph=twice))
 
         try:
             found = self._until_it_fits(body)
@@ -178,7 +179,7 @@ def _autocast(kinds) -> Callable[[], contextlib.AbstractContextManager]:
 
 def can_be_guarded(owner: nn.Module, learning: list[nn.Parameter], args: tuple, kwargs: dict) -> bool:
     """A training forward of one process, from data that want no gradient, with parameters whose gradients nobody changes on the way."""
-    if torch.compiler.is_compiling() or not (owner.training and torch.is_grad_enabled() and learning):
+    if torch.compiler.is_compiling() or transformed() or not (owner.training and torch.is_grad_enabled() and learning):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return False

@@ -20,7 +20,7 @@ from fastft.memory.attention import form_of
 from fastft.memory.backends import run
 from fastft.memory.segments import SegmentMask
 from fastft.patching.rebind import innermost, rebind
-from fastft.patching.swap import install, is_fast, obstacle, slot_of, stock_class
+from fastft.patching.swap import install, is_fast, obstacle, order, order_of, slot_of, stock_class
 
 KIND = "packed attention"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -50,11 +50,11 @@ class Registry:
         return name in self.stock
 
 
+@order(89)
 class PackedAttention:
     """Root of the mixins whose forward is the one that stood there, over other globals. It stands in front of what else rebinds the
     whole forward (the rotary embedding), behind what calls the next one."""
 
-    ORDER = 89
 
 
 _MIXINS: weakref.WeakKeyDictionary[Callable, type] = weakref.WeakKeyDictionary()
@@ -62,8 +62,8 @@ _MIXINS: weakref.WeakKeyDictionary[Callable, type] = weakref.WeakKeyDictionary()
 
 def _mixin(module: nn.Module) -> type:
     slot = slot_of(module)
-    behind = [] if slot is None else [mixin for mixin, _ in slot.parts.values() if getattr(mixin, "ORDER", 0) > PackedAttention.ORDER]
-    forward = min(behind, key=lambda m: m.ORDER, default=stock_class(module)).forward
+    behind = [] if slot is None else [mixin for mixin, _ in slot.parts.values() if order_of(mixin) > order_of(PackedAttention)]
+    forward = min(behind, key=order_of, default=stock_class(module)).forward
     if forward not in _MIXINS:
         names = {REGISTRY: Registry(innermost(forward).__globals__[REGISTRY])}
         _MIXINS[forward] = type("FastPackedAttention", (PackedAttention,), {"forward": rebind(forward, names)})

@@ -11,14 +11,16 @@ import types
 
 from torch import nn
 
+from fastft.patching.swap import KEY, new_instance
+
 
 def clone(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """The copy; tied parameters and shared children stay tied and shared in it."""
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
-    new = memo[id(module)] = module.__class__.__new__(module.__class__)
-    new.__dict__.update(module.__dict__)
+    new = memo[id(module)] = new_instance(module)
+    new.__dict__.update({k: v for k, v in module.__dict__.items() if k != KEY})
     forward = module.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         del new.__dict__["forward"]

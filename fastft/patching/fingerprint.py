@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from fastft.patching.swap import KEY, stock_class
+from fastft.patching.swap import KEY, plain_class
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -50,4 +50,4 @@ def fingerprint(module: nn.Module, ignore: frozenset[str] = frozenset({"layer_id
         if t is not None
     )
     children = tuple((n, fingerprint(c, ignore)) for n, c in module._modules.items() if c is not None)
-    return (stock_class(module), attributes(module, ignore), tensors, children)
+    return (plain_class(module), attributes(module, ignore), tensors, children)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +25,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.patching.rebind import global_calls, rebind
-from fastft.patching.swap import Fast, install, obstacle, uninstall
+from fastft.patching.swap import Fast, as_stock, install, obstacle, order, uninstall
 
 TOKENS = (2, 8)
 REAL_RUN_LIMIT = 1 << 30  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 STAND_INS = 8  # classes of modules that may be stood in for before the observation is given up
 
 
@@ -111,6 +116,20 @@ def _attributes_kept(model: nn.Module):
             m._parameters.update(parameters)
 
 
+def _without_hooks(model: nn.Module, real: bool) -> None:
+    """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back (FSDP2 starts its
+    state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a forward of the instance, stays in a real
+    run: it brings inputs to a module's device."""
+    for m in model.modules():
+        for name in _HOOKS:
+            if m.__dict__.get(name):
+                m.__dict__[name] = OrderedDict()
+        if "_compiled_call_impl" in m.__dict__:
+            m.__dict__["_compiled_call_impl"] = None
+        if not real and "_old_forward" in m.__dict__:
+            m.__dict__.pop("forward", None)
+
+
 def _exchange_tensors(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones stay tied). Real:
     buffers become copies, as a forward may write into them."""
@@ -141,10 +160,9 @@ class _Yes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@order(-100)
 class _Empty:
     """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside is called."""
-
-    ORDER = -100
 
     def forward(self, x, *args, **kwargs):
         weight = getattr(getattr(self, "base_layer", self), "weight", None)
@@ -152,10 +170,9 @@ class _Empty:
         return x.new_empty((*x.shape[:-1], self.out_features), dtype=dtype)
 
 
+@order(-100)
 class _LikeInput:
     """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating input."""
-
-    ORDER = -100
 
     def forward(self, *args, **kwargs):
         first = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
@@ -301,7 +318,9 @@ def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tupl
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(as_stock(model))
         stack.enter_context(_attributes_kept(model))
+        _without_hooks(model, real)
         inside = set() if real else _stand_in(model, failing, stack)
         modules = [m for m in model.modules() if m not in inside]
         _tap(modules, seen, wanted, stack)

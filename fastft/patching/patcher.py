@@ -16,7 +16,7 @@ from fastft.patching.oom import PatchMemoryError, is_out_of_memory
 from fastft.patching.proofs import proof_of
 from fastft.patching.prove import Proof
 from fastft.patching.report import PatchReport, Row
-from fastft.patching.swap import is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft.patching.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
 
 RECORD = "_fastft_record"
 
@@ -96,6 +96,9 @@ def _no_memory(e: BaseException, new: bool) -> str:
 
 def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
     record = base.__dict__[RECORD] = record_of(base) or Record()
+    for kind in kinds:
+        if hasattr(kind, "refresh"):
+            kind.refresh(base)
     wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
     with _uncounted(base):
         seen = observe(base, lambda fn: any(w(fn) for w in wants))
@@ -189,7 +192,7 @@ def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Callable]
     for module in base.modules():
         if (slot := slot_of(module)) is not None:
             counters.append(slot.fallbacks)
-            functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in getattr(mixin, "FAST", ())})
+            functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in functions_of(mixin)})
     return counters, list(functions.values())
 
 

@@ -7,8 +7,11 @@ Decorated forwards (`functools.wraps`, so `__wrapped__`) are rebuilt around the 
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
+
+import torch
 
 
 def innermost(fn: Callable) -> Callable:
@@ -61,6 +64,35 @@ def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
     new = _copy(fn, fn.__globals__, closure)
     new.__wrapped__ = new_inner
     return new
+
+
+def kept_current(forward: Callable, stock: Callable, names: Mapping[str, object]) -> Callable:
+    """`forward`, which is `rebind(stock, names)`, taking over at every call what somebody has put into the globals of stock's module since:
+    under one of `names` too, whose object then counts the call in its `fallbacks`."""
+    theirs = innermost(stock).__globals__
+    was = {n: theirs[n] for n in _names_in(innermost(stock).__code__) if n in theirs}
+    moved: set[str] = set()
+
+    @functools.wraps(forward)
+    def current(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            for n, before in was.items():
+                now = theirs.get(n)
+                if now is not before:
+                    moved.add(n)
+                    if n in names:
+                        names[n].fallbacks += 1
+                if n in moved:  # asked here: this may have been rebound itself, by another swap
+                    innermost(forward).__globals__[n] = names.get(n, now) if now is before else now
+        return forward(*args, **kwargs)
+
+    return current
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """The names that a function's code, and what is defined inside it, may look up among the globals."""
+    inside = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*map(_names_in, inside))
 
 
 def _holds(cell: types.CellType, value: object) -> bool:

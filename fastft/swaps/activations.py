@@ -11,8 +11,10 @@ from torch import nn
 
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.swap import KEY, install
+from fastft.patching.stock_only import stands_aside
+from fastft.patching.swap import KEY, install, order
 from fastft.patching.truth import float64_truth
+from fastft.patching.unchanged import Seen
 from fastft.swaps.proof_sizes import elementwise_rows
 from fastft_kernels.activation import activation
 from fastft_kernels.recipe import Recipe, attach
@@ -21,19 +23,23 @@ KIND = "mlp"
 WIDTH = 64
 
 
+@order(30)
 class FastActivation:
     """Mixin of the leaf."""
 
-    ORDER = 30
-
     def forward(self, *args, **kwargs):
-        slot = self.__dict__[KEY]
+        slot = self.__dict__.get(KEY)
+        if slot is None or stands_aside(slot.fallbacks, KIND):
+            return super().forward(*args, **kwargs)
+        act, seen = slot.state(KIND)
         x = args[0] if len(args) == 1 and not kwargs else None
         plain = type(x) in (torch.Tensor, nn.Parameter) or isinstance(x, torch._subclasses.FakeTensor)
         if not plain or not x.is_floating_point():
             slot.fallbacks["mlp: an activation was called with something else than one plain tensor"] += 1
             return super().forward(*args, **kwargs)
-        act: str = slot.state(KIND)
+        if why := seen.changed(self):
+            slot.fallbacks[f"mlp: {why}"] += 1
+            return super().forward(*args, **kwargs)
         y = activation(x, act)
         if y.requires_grad:
             attach(y, Recipe((x.detach(),), lambda x: activation(x, act)))
@@ -65,4 +71,4 @@ def activation_of(module: nn.Module, names: Sequence[str]) -> str | None:
 def prove_activation(module: nn.Module, act: str, dtype: torch.dtype, device: torch.device) -> Proof:
     rows = elementwise_rows(WIDTH, device)
     inputs = lambda g, scale: [(torch.randn(rows, WIDTH, generator=g, dtype=torch.float64) * scale).to(device)]
-    return prove(module, lambda m: install(m, KIND, FastActivation, act), inputs, dtype=dtype, scales=(1.0, 30.0))
+    return prove(module, lambda m: install(m, KIND, FastActivation, (act, Seen(m))), inputs, dtype=dtype, scales=(1.0, 30.0))

@@ -17,8 +17,10 @@ from torch import nn
 from fastft.patching.kinds import Context
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.stock_only import stands_aside
+from fastft.patching.swap import KEY, install, order, stock_class
 from fastft.patching.truth import float64_truth
+from fastft.patching.unchanged import Seen
 from fastft.swaps.proof_sizes import FEW, norm_rows
 from fastft_kernels._runtime import wider
 from fastft_kernels.gated_rms_norm import gated_rms_norm
@@ -56,20 +58,28 @@ class GatedFormula:
         )  # fmt: skip
 
 
+@order(50)
 class FastGatedNorm:
     """Mixin: what is not two plain tensors of one shape goes the stock way, counted."""
 
-    ORDER = 50
-
     def forward(self, *args, **kwargs):
-        slot = self.__dict__[KEY]
-        f: GatedFormula = slot.state(KIND)
+        slot = self.__dict__.get(KEY)
+        if slot is None or stands_aside(slot.fallbacks, KIND):
+            return super().forward(*args, **kwargs)
+        f, seen = slot.state(KIND)
+        if why := seen.changed(self):
+            slot.fallbacks[f"norm: {why}"] += 1
+            return super().forward(*args, **kwargs)
         given = {**dict(zip(f.names, args)), **kwargs}
         x, gate = given.get(f.x), given.get(f.gate)
         if len(given) != 2 or len(args) + len(kwargs) != 2 or not all(map(_plain, (x, gate, getattr(self, f.weight)))) or x.shape != gate.shape:
             slot.fallbacks["norm: called without a gate, or with other tensors than in the proof"] += 1
             return super().forward(*args, **kwargs)
         return f(self, x, gate)
+
+
+def install_gated(module: nn.Module, f: GatedFormula) -> None:
+    install(module, KIND, FastGatedNorm, (f, Seen(module, but=(f.eps,))))
 
 
 def _plain(t: object) -> bool:
@@ -168,5 +178,5 @@ def prove_gated(stock: nn.Module, f: GatedFormula, dims: int, dtype: torch.dtype
     rows = lambda scale: norm_rows(width, device) if scale == 1.0 else FEW
     draw = lambda g, scale: (torch.randn((*(1,) * (dims - 2), rows(scale), width), generator=g, dtype=torch.float64) * scale).to(device)
     inputs = lambda g, scale: [draw(g, scale), draw(g, scale)]
-    swap = lambda m: install(m.norm, KIND, FastGatedNorm, f)
+    swap = lambda m: install_gated(m.norm, f)
     return prove(_Called(stock, f), swap, inputs, dtype=dtype, scales=(1.0, 10.0), reset=reset)

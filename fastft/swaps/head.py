@@ -18,7 +18,7 @@ from torch import nn
 from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.prove import Proof, prove
 from fastft.patching.stock_only import transformed
-from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.swap import KEY, install, order, stock_class
 from fastft.swaps.deferred import defer
 from fastft.swaps.proof_sizes import head_sizes
 from fastft.swaps.trl_head import bind as bind_trl_head
@@ -45,10 +45,9 @@ class Head:
         return Head(weakref.ref(copied) if copied is not None else None)
 
 
+@order(30)
 class FastHead:
     """Mixin of the output embedding. In front of whatever else a module carries: the one that runs is the one that the report names."""
-
-    ORDER = 30
 
     def train(self, mode: bool = True):
         """A trainer says this before every step: the moment to see a forward that TRL has bound on the model since."""

@@ -9,11 +9,12 @@ raises: an early-stopped recomputation, an exception, a generation loop leave no
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ from fastft.patching.oom import is_out_of_memory
 from fastft.patching.patcher import Outcome, Record, record_of
 from fastft.patching.proofs import proof_of
 from fastft.patching.prove import Proof, undisturbed
-from fastft.patching.swap import KEY, install, is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft.patching.stock_only import stands_aside, transformed
+from fastft.patching.swap import KEY, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
 from fastft.swaps.lora_proof import group_key, prove_group
 from fastft.swaps.lora_state import (
     Inexpressible,
@@ -45,19 +47,72 @@ from fastft_kernels.recipe import recipe_of
 
 KIND = "linear group"
 HOLDER = "linear group holder"
+PATIENCE = 3  # results in a row that nobody could take, after which members compute for themselves
+OTHER_MODE = "a member was called in another grad mode, autocast or saved-tensor hook than the first: it computed for itself"
+OTHER_ADAPTERS = "adapters were switched between a group's members: one computed for itself"
+_hooks_on_saved = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class Mode(NamedTuple):
+    """What a result was computed in, beside its input and its parameters: it is nobody else's where any of this differs."""
+
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None
+    anywhere: bool  # autocast as PEFT asks for it
+    hooks: object  # on saved tensors, the innermost
+    dispatch: int  # how many dispatch modes listen
+
+    @classmethod
+    def now(cls, device: str) -> Mode:
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        inference, anywhere = torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+        return cls(torch.is_grad_enabled(), inference, autocast, anywhere, _hooks_on_saved(True), torch._C._len_torch_dispatch_stack())
+
+
+def _adapters_are(module: nn.Module) -> tuple:
+    """Which adapters of a member are on, and whether they drop out."""
+    d = module.__dict__
+    return d["training"], d.get("_disable_adapters"), d.get("_active_adapter"), bool(d.get("merged_adapters"))
+
+
+@dataclass
+class Call:
+    """One call of a holder, as one group of its sees it: the results that wait for a member, and the tensor object they belong to."""
+
+    left: dict[int, tuple[torch.Tensor, tuple]] = field(default_factory=dict)
+    x: torch.Tensor | None = None
+    version: int = 0
+    mode: Mode | None = None
+
+    def clear(self) -> None:
+        self.left.clear()
+        self.x = None
+
+    def take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
+        """(what was left for this call, or why what was left is none)."""
+        if self.x is not x or self.version != _version(x):
+            self.clear()
+            return None, ""
+        found = self.left.pop(id(module), None)
+        mode = self.mode
+        if not self.left:
+            self.clear()
+        if found is None:
+            return None, ""
+        if mode != Mode.now(x.device.type):
+            return None, OTHER_MODE
+        return (found[0], "") if found[1] == _adapters_are(module) else (None, OTHER_ADAPTERS)
 
 
 @dataclass
 class Group:
-    """refs: the members, in the order of their calls; weak, as each member refers to the group. left: results that wait for a member;
-    x: the tensor object they belong to. open: the holder is running; a member that is called by itself computes for itself, as nobody
-    would clear away what it left."""
+    """refs: the members, in the order of their calls; weak, as each member refers to the group. now.call: this thread's innermost call of
+    the holder. A member that is called outside one computes for itself, as nobody would clear away what it left."""
 
-    refs: list[weakref.ref[nn.Module]]
-    left: dict[int, torch.Tensor] = field(default_factory=dict)
-    x: torch.Tensor | None = None
-    version: int = 0
-    open: bool = False
+    refs: list[Callable[[], nn.Module | None]]
+    now: threading.local = field(default_factory=threading.local)
+    wasted: int = 0  # results in a row that their member could not take
 
     @classmethod
     def of(cls, members: Sequence[nn.Module]) -> Group:
@@ -67,18 +122,19 @@ class Group:
     def members(self) -> list[nn.Module]:
         return [m for r in self.refs if (m := r()) is not None]
 
-    def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        if self.x is not x or self.version != _version(x):
-            self.clear()
-            return None
-        y = self.left.pop(id(module), None)
-        if not self.left:
-            self.clear()
-        return y
+    @property
+    def call(self) -> Call | None:
+        return getattr(self.now, "call", None)
 
-    def clear(self) -> None:
-        self.left.clear()
-        self.x = None
+    def take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
+        if (call := self.call) is None or call.x is None:
+            return None, ""
+        y, why = call.take(module, x)
+        if y is not None:
+            self.wasted = 0
+        elif why:
+            self.wasted += 1
+        return y, why
 
     def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
@@ -89,7 +145,8 @@ class Group:
             return None
         run, settled = [(module, own)], dtypes(module, x, own)
         compiling = torch.compiler.is_compiling()  # the compiler sees each product and schedules for itself
-        for later in () if compiling else self._after(module):
+        call = None if compiling or self.wasted >= PATIENCE else self.call
+        for later in () if call is None else self._after(module):
             try:
                 p = describe(later)
                 alike = dtypes(later, x, p).items() <= settled.items()
@@ -98,24 +155,25 @@ class Group:
             if alike and not elsewhere(p, x) and p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
                 run.append((later, p))
         ys = lora_linear(x, [p for _, p in run], recipe=recipe_of(x), **settled)
-        if len(run) > 1:
-            self.left = {id(m): y for (m, _), y in zip(run[1:], ys[1:])}
-            self.x, self.version = x, _version(x)
+        if call is not None and len(run) > 1:
+            call.left = {id(m): (y, _adapters_are(m)) for (m, _), y in zip(run[1:], ys[1:])}
+            call.x, call.version, call.mode = x, _version(x), Mode.now(x.device.type)
         return ys[0]
 
     def _after(self, module: nn.Module) -> list[nn.Module]:
-        """The members that will be called after `module` and run here: not those that stay stock."""
-        if not self.open:
-            return []
+        """The members that will be called after `module` and run here: not those that stay stock, and none for a copy of a member."""
         members = self.members
         at = next((i for i, m in enumerate(members) if m is module), len(members))
         return [m for m in members[at + 1 :] if is_fast(m, KIND)]
 
     def __deepcopy__(self, memo):
-        new = Group([])
-        memo[id(self)] = new
-        new.refs = [weakref.ref(m) for m in copy.deepcopy(self.members, memo)]
+        """Where the copies of the members are, the copied holder knows, by their names below it: it finds them at its next call."""
+        new = memo[id(self)] = Group([_nobody for _ in self.refs])
         return new
+
+
+def _nobody() -> None:
+    return None
 
 
 def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, torch.dtype | None]:
@@ -156,20 +214,23 @@ def _instance_hooks(module: nn.Module) -> bool:
     return any(module.__dict__.get(h) for h in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 
+@order(40)
 class FastLinear:
     """Mixin of a group's members."""
 
-    ORDER = 40
-
     def forward(self, *args, **kwargs):
-        slot = self.__dict__[KEY]
+        slot = self.__dict__.get(KEY)
+        if slot is None or stands_aside(slot.fallbacks, KIND):
+            return super().forward(*args, **kwargs)
         group: Group = slot.state(KIND)
         why = _unusual(args, kwargs)
         if why is None:
             x = args[0]
-            y = group.take(self, x)
+            y, note = group.take(self, x)
             if y is not None:
                 return y
+            if note:
+                slot.fallbacks[f"linear group: {note}"] += 1
             try:
                 y = group.compute(self, x)
             except Inexpressible as e:
@@ -215,9 +276,24 @@ class Held:
                 if former is not None:
                     _release(former, group)
                 group.refs[i] = weakref.ref(now)
-                new.append((now, f"{self.name}.{path}" if self.name else path))
+                if not _belongs(now, group):  # (it does in a copy)
+                    new.append((now, f"{self.name}.{path}" if self.name else path))
             if new:
                 self._join(group, new)
+
+    def drop_changed(self, holder: nn.Module) -> None:
+        """Groups of which a member is not the one that it was are no groups any more: a patch finds them anew."""
+        for group, paths in list(self.groups):
+            if any(_below(holder, path) is not ref() for path, ref in zip(paths, group.refs)):
+                self.groups.remove((group, paths))
+                for member in (*group.members, *(m for path in paths if (m := _below(holder, path)) is not None)):
+                    _release(member, group)
+
+    def dissolve(self) -> None:
+        """Members that have left the model since, and that nobody else finds, are stock again too."""
+        for group, _ in self.groups:
+            for member in group.members:
+                _release(member, group)
 
     def _join(self, group: Group, new: list[tuple[nn.Module, str]]) -> None:
         """Prove the group as it is now, once for all that are alike, and say in the record what came of it."""
@@ -238,16 +314,16 @@ class Held:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """What members leave for each other is gone when the holder's forward returns or raises."""
-        before = [group.open for group, _ in self.groups]
-        for group, _ in self.groups:
-            group.open = True
+        """What members leave for each other is this thread's, and gone when the holder's forward returns or raises."""
+        locals_ = [group.now for group, _ in self.groups]
+        before = [getattr(now, "call", None) for now in locals_]
+        for now in locals_:
+            now.call = Call()
         try:
             yield
         finally:
-            for (group, _), was in zip(self.groups, before):
-                group.open = was
-                group.clear()
+            for now, was in zip(locals_, before):
+                now.call = was
 
 
 def _proof_while_training(candidate: Candidate) -> Proof:
@@ -268,16 +344,19 @@ def _below(holder: nn.Module, path: str) -> nn.Module | None:
     return holder
 
 
+def _belongs(module: nn.Module, group: Group) -> bool:
+    return is_fast(module, KIND) and slot_of(module).state(KIND) is group
+
+
 def _release(module: nn.Module, group: Group) -> None:
     """A former member, now inside its successor or gone, is stock again."""
-    if is_fast(module, KIND) and slot_of(module).state(KIND) is group:
+    if _belongs(module, group):
         uninstall(module, KIND)
 
 
+@order(5)
 class Holder:
     """Root of the per-class mixins of the modules that hold a group's members."""
-
-    ORDER = 5
 
 
 @functools.cache
@@ -286,9 +365,10 @@ def holder_mixin(cls: type) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        held: Held = self.__dict__[KEY].state(HOLDER)
-        if torch.compiler.is_compiling():
+        slot = self.__dict__.get(KEY)
+        if slot is None or torch.compiler.is_compiling() or transformed() or slot.owner() is not self:  # a replica's parts are no members
             return super(mixin, self).forward(*args, **kwargs)
+        held: Held = slot.state(HOLDER)
         held.adopt(self)
         with held.running():
             return super(mixin, self).forward(*args, **kwargs)
@@ -303,6 +383,12 @@ class LinearGroups:
     def __init__(self):
         self._groups: dict[nn.Module, tuple[nn.Module | None, Group, tuple[str, ...]]] | None = None
         self._inner: set[nn.Module] = set()  # what lies inside an adapter layer is that layer's business
+
+    def refresh(self, base: nn.Module) -> None:
+        """Before a patch looks at the model: what was replaced since the last one leaves its group."""
+        for module in list(base.modules()):
+            if is_fast(module, HOLDER):
+                slot_of(module).state(HOLDER).drop_changed(module)
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         if self._groups is None:
@@ -343,7 +429,7 @@ def _candidate(group: Group) -> Candidate:
 
 def _swap_siblings(layers: list[nn.Module]) -> None:
     group = Group.of(layers)
-    group.open = True
+    group.now.call = Call()
     for layer in layers:
         install(layer, KIND, FastLinear, group)
 

@@ -20,8 +20,10 @@ from fastft.patching.fingerprint import fingerprint
 from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.swap import KEY, install, is_fast, stock_class
+from fastft.patching.stock_only import stands_aside
+from fastft.patching.swap import KEY, install, is_fast, new_instance, order, stock_class
 from fastft.patching.truth import float64_truth
+from fastft.patching.unchanged import Seen
 from fastft.swaps.activations import FastActivation, activation_of, is_leaf, prove_activation
 from fastft.swaps.proof_sizes import elementwise_rows
 from fastft_kernels.activation import activation
@@ -80,15 +82,16 @@ class Shape:
         return (products[1], products[0]) if self.swapped else (products[0], products[1])
 
 
+@order(30)
 class FastMLP:
     """Mixin: the children run as modules, in stock's order; act and product in one launch; the product can be recomputed, not saved."""
 
-    ORDER = 30
-
     def forward(self, *args, **kwargs):
-        slot = self.__dict__[KEY]
-        shape: Shape = slot.state(KIND)
-        why = _interposed(self, shape)
+        slot = self.__dict__.get(KEY)
+        if slot is None or stands_aside(slot.fallbacks, KIND):
+            return super().forward(*args, **kwargs)
+        shape, seen = slot.state(KIND)
+        why = _interposed(self, shape) or seen.changed(self)
         if len(args) != 1 or kwargs or why:
             slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
             return super().forward(*args, **kwargs)
@@ -102,6 +105,10 @@ class FastMLP:
             return h
         y = modules[shape.calls[-1]](h)
         return activation(y, shape.final) if shape.final else y
+
+
+def _install(module: nn.Module, shape: Shape) -> None:
+    install(module, KIND, FastMLP, (shape, Seen(module, shape.others)))
 
 
 def _interposed(module: nn.Module, shape: Shape) -> str:
@@ -198,7 +205,7 @@ def _in_a_row(linears: dict[str, tuple[int, int]]) -> bool:
 def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> tuple[nn.Module, list]:
     log: list = []
     g = torch.Generator().manual_seed(3)
-    new = module.__class__.__new__(stock_class(module))
+    new = new_instance(module)
     new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (KEY, "forward", "_old_forward", "_hf_hook")})
     children = {n: StandIn(*linears[n], g, log, n) if n in linears else copy.deepcopy(c) for n, c in module._modules.items()}
     new._modules = children
@@ -257,7 +264,7 @@ class MLPs:
         dtype = weight.dtype if weight is not None else torch.float32
         device = device_of(parent)
         prove = lambda: prove_activation(module, act, dtype, device)
-        return Candidate(f"activation({act})", (*key, dtype), prove, lambda m: install(m, KIND, FastActivation, act), device=device)
+        return Candidate(f"activation({act})", (*key, dtype), prove, lambda m: install(m, KIND, FastActivation, (act, Seen(m))), device=device)
 
     def _module(self, module: nn.Module, context: Context) -> Candidate | str | None:
         linears = _linears(module)
@@ -273,7 +280,7 @@ class MLPs:
         if found is None or isinstance(found, str):
             return found
         prove = lambda: self._prove(module, linears, found, dtype)
-        return Candidate(found.kernel, key, prove, lambda m: install(m, KIND, FastMLP, found), device=device_of(module))
+        return Candidate(found.kernel, key, prove, lambda m: _install(m, found), device=device_of(module))
 
     @staticmethod
     def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]], given: int) -> Shape | str | None:
@@ -314,7 +321,7 @@ class MLPs:
         width = _outward(linears)
         rows = elementwise_rows(min(out for _, out in linears.values()), device)
         inputs = lambda g, scale: [(torch.randn(1, rows, width, generator=g, dtype=torch.float64) * scale).to(device)]
-        proof = prove(probe.to(device), lambda m: install(m, KIND, FastMLP, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
+        proof = prove(probe.to(device), lambda m: _install(m, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
         log.clear()
         return proof
 
@@ -354,7 +361,7 @@ def _outward(linears: dict[str, tuple[int, int]]) -> int | None:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    bare = module.__class__.__new__(stock_class(module))
+    bare = new_instance(module)
     bare.__dict__.update({k: v for k, v in module.__dict__.items() if k != KEY})
     bare._modules = {}
     return bare

@@ -19,9 +19,11 @@ from fastft.patching.fingerprint import fingerprint
 from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.swap import KEY, install, stock_class
+from fastft.patching.stock_only import stands_aside
+from fastft.patching.swap import KEY, install, new_instance, order, stock_class
 from fastft.patching.truth import float64_truth
-from fastft.swaps.gated_norms import FastGatedNorm, prove_gated, recognise_gated, two_inputs
+from fastft.patching.unchanged import Seen
+from fastft.swaps.gated_norms import install_gated, prove_gated, recognise_gated, two_inputs
 from fastft.swaps.proof_sizes import FEW, norm_rows
 from fastft_kernels._runtime import wider
 from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
@@ -81,18 +83,19 @@ class Formula:
         return rms_norm(x, w, self.eps_of(module), offset=self.offset, cast=self.cast_of(x, w), out_dtype=self.out_dtype(x, w))
 
 
+@order(50)
 class FastNorm:
     """Mixin: one launch forward, one backward; the output carries the recipe by which a consumer recomputes it instead of saving it."""
 
-    ORDER = 50
-
     def forward(self, *args, **kwargs):
-        slot = self.__dict__[KEY]
-        f: Formula = slot.state(KIND)
+        slot = self.__dict__.get(KEY)
+        if slot is None or stands_aside(slot.fallbacks, KIND):
+            return super().forward(*args, **kwargs)
+        f, seen = slot.state(KIND)
         x = args[0] if len(args) == 1 and not kwargs else next(iter(kwargs.values())) if len(kwargs) == 1 and not args else None
         weight = getattr(self, f.weight) if f.weight else None
         bias = getattr(self, f.bias) if f.bias else None
-        why = _cannot(x, weight, bias)
+        why = seen.changed(self) or _gone(f, weight, bias) or _cannot(x, weight, bias)
         if why:
             slot.fallbacks[f"norm: {why}"] += 1
             return super().forward(*args, **kwargs)
@@ -110,6 +113,10 @@ class FastNorm:
         return y
 
 
+def _install(module: nn.Module, f: Formula) -> None:
+    install(module, KIND, FastNorm, (f, Seen(module, but=(f.eps,))))
+
+
 def _recipe(tensors: tuple[torch.Tensor | None, ...], recompute: Callable, **settings) -> Recipe:
     """Absent parameters are no tensors to save: they are passed as None again."""
     there = [t is not None for t in tensors]
@@ -119,6 +126,10 @@ def _recipe(tensors: tuple[torch.Tensor | None, ...], recompute: Callable, **set
         return recompute(*(next(rest) if t else None for t in there), **settings)
 
     return Recipe(tuple(t.detach() for t in tensors if t is not None), again)
+
+
+def _gone(f: Formula, weight, bias) -> str:
+    return "its weight or bias was removed" if (f.weight and weight is None) or (f.bias and bias is None) else ""
 
 
 def _cannot(x, weight, bias) -> str:
@@ -174,7 +185,7 @@ def _probe(module: nn.Module, width: int) -> tuple[nn.Module, torch.Tensor, torc
 
 def _copy_on_cpu(module: nn.Module) -> nn.Module:
     """A copy whose parameters are fresh CPU tensors (the model's may be fakes, or anywhere)."""
-    new = module.__class__.__new__(stock_class(module))
+    new = new_instance(module)
     new.__dict__.update({k: copy.copy(v) if k in ("_parameters", "_buffers", "_modules") else v for k, v in module.__dict__.items() if k != KEY})
     new.__dict__.pop("forward", None)
     for n, p in module._parameters.items():
@@ -299,7 +310,7 @@ class Norms:
             return found
         f = found
         prove = lambda: self._prove(module, f, width, dtype)
-        return Candidate(f.kernel, key, prove, lambda m: install(m, KIND, FastNorm, f), device=device_of(module))
+        return Candidate(f.kernel, key, prove, lambda m: _install(m, f), device=device_of(module))
 
     def _gated(self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]) -> Candidate | str:
         dtype, key = vector[1].dtype, ("gated", fingerprint(module), given)
@@ -313,7 +324,7 @@ class Norms:
             device = device_of(module)
             return prove_gated(_copy_on_cpu(module).to(device), f, given[2], dtype, device, _draw_parameters)
 
-        return Candidate(f.kernel, key, proof, lambda m: install(m, KIND, FastGatedNorm, f), device=device_of(module))
+        return Candidate(f.kernel, key, proof, lambda m: install_gated(m, f), device=device_of(module))
 
     @staticmethod
     def _recognise(module: nn.Module, width: int, names: list[str]) -> Formula | str | None:
@@ -339,7 +350,7 @@ class Norms:
                 return [torch.randn(1, rows, width, generator=g, dtype=torch.float64).to(device)]
             return [(torch.randn(2, FEW, 3, width, generator=g, dtype=torch.float64) * scale).to(device).transpose(1, 2)]
 
-        proof = prove(stock, lambda m: install(m, KIND, FastNorm, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
+        proof = prove(stock, lambda m: _install(m, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
         if proof.ok and (why := _prove_mixed(module, f, device)):
             return Proof(False, dtype="mixed", reason=why)
         return proof

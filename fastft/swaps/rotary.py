@@ -18,8 +18,9 @@ from fastft.patching.kinds import Candidate, Context, device_of
 from fastft.patching.observe import FunctionCall
 from fastft.patching.oom import not_for_want_of_memory
 from fastft.patching.prove import Proof, prove
-from fastft.patching.rebind import global_calls, rebind
-from fastft.patching.swap import install, stock_class
+from fastft.patching.rebind import global_calls, kept_current, rebind
+from fastft.patching.stock_only import transformed
+from fastft.patching.swap import counts_itself, install, order, stock_class
 from fastft.patching.truth import float64_truth
 from fastft_kernels._runtime import wider
 from fastft_kernels.rope import LAYOUTS, rope, rope_single
@@ -69,7 +70,7 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
         given.update(kwargs)
         xs, (cos, sin) = [given.get(n) for n in variant.rotated], _cos_sin([given.get(n) for n in variant.tables])
         extra = any(v is not None for k, v in given.items() if k not in known)
-        if not extra and _are_tensors(*xs, cos, sin):
+        if not extra and not transformed() and _are_tensors(*xs, cos, sin):
             out = wider(xs[0].dtype, cos.dtype) if variant.promotes else None
             axis = given.get("unsqueeze_dim", default_axis)
             missing = xs[0].dim() - cos.dim() - (axis is not None)
@@ -131,10 +132,9 @@ class _Function(nn.Module):
         return _Function(self.fn, FunctionCall(self.args, self.kwargs, None))
 
 
+@order(90)
 class RotaryMixin:
     """Root of the per-class mixins whose forward is the stock forward over other globals."""
-
-    ORDER = 90
 
 
 class Rotary:
@@ -173,8 +173,8 @@ class Rotary:
         def apply(m: nn.Module) -> None:
             if key not in self._mixins:
                 names = {n: make_fast(f, v) for n, (f, v, _) in found.items()}
-                body = {"forward": rebind(forward, names), "FAST": tuple(names.values())}
-                self._mixins[key] = type("FastRotary", (RotaryMixin,), body)
+                self._mixins[key] = type("FastRotary", (RotaryMixin,), {"forward": kept_current(rebind(forward, names), forward, names)})
+                counts_itself(self._mixins[key], tuple(names.values()))
             install(m, KIND, self._mixins[key], None)
 
         device = device_of(module)

@@ -297,7 +297,7 @@ def test_the_first_checkpoint_is_given_up():
     embedding, rows = model.get_input_embeddings(), controller_of(model.get_base_model()).embedded
     plain = run(fastft.patch(model_of()), train_step)
     loss = model(tokens(), labels=tokens()).loss
-    assert rows.came_from is not None and rows.output() is None
+    assert rows.mine.last is not None and rows.mine.last[0]() is None
     loss.backward()
     model.zero_grad(set_to_none=True)
     same_bits(plain, run(model, train_step))

@@ -9,19 +9,17 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 from fastft.patching.rebind import global_calls, rebind
-from fastft.patching.swap import KEY, Fast, install, is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft.patching.swap import KEY, Fast, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
 
 
+@order(10)
 class Doubling:
-    ORDER = 10
-
     def forward(self, x):
         return 2 * super().forward(x)
 
 
+@order(20)
 class Negating:
-    ORDER = 20
-
     def forward(self, x):
         return -super().forward(x)
 

@@ -1,0 +1,53 @@
+"""What was read off a module at the patch, compared at the call.
+
+A recogniser reads a module's attributes, and those of children that its swap does not call (an activation, a dropout). Whatever of that
+is another by now, the swap was not proven for, and stock answers. Compared are class, class's forward, and every attribute that stood on
+the instance: numbers by value, the rest by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastft.patching.swap import KEY, slot_of, stock_class
+
+_OWN = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward", "layer_idx", "_is_hf_initialized"}
+_NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
+_MISSING = object()
+
+
+class Seen:
+    """One module as it was. but: names of attributes that the swap reads at every call by itself."""
+
+    __slots__ = ("attributes", "children", "cls", "forward")
+
+    def __init__(self, module: nn.Module, children: Iterable[str] = (), but: Iterable[object] = ()):
+        self.cls = stock_class(module)
+        self.forward = self.cls.forward
+        left = _OWN.union(n for n in but if isinstance(n, str))
+        self.attributes = tuple((k, v) for k, v in module.__dict__.items() if k not in left)
+        below = {n: module._modules.get(n) for n in children}
+        self.children = tuple((n, Seen(c, c._modules)) for n, c in below.items() if c is not None)
+
+    def changed(self, module: nn.Module) -> str:
+        """Empty, or what is another now."""
+        slot = slot_of(module)
+        if (type(module) if slot is None else slot.stock) is not self.cls:
+            return "its class is another"
+        if self.cls.forward is not self.forward:
+            return f"the forward of {self.cls.__name__} is another"
+        here = module.__dict__
+        for name, was in self.attributes:
+            now = here.get(name, _MISSING)
+            if now is not was and not (type(now) is type(was) and isinstance(was, _NUMBERS) and now == was):
+                return f"{name} is another"
+        for name, child in self.children:
+            now = module._modules.get(name)
+            if now is None:
+                return f"{name} was removed"
+            if why := child.changed(now):
+                return f"{name} was replaced" if why == "its class is another" else f"{name}: {why}"
+        return ""

@@ -134,8 +134,8 @@ def _formulas(probe: nn.Module, names: list[str], weight: str, width: int) -> It
     numbers = [v for v in probe.__dict__.values() if type(v) is int and 0 < v < width and width % v == 0]
     groups = dict.fromkeys([1, *numbers, *(width // v for v in numbers)])
     eps = [*(k for k, v in probe.__dict__.items() if isinstance(v, float) and 0 <= v < 0.1), 1e-5, 1e-6]
-    for order, e, n, act, first in itertools.product((names, names[::-1]), eps, groups, ACTIVATIONS, (True, False)):
-        yield GatedFormula(_names(probe), *order, weight, e, act, first, n)
+    for names_in_order, e, n, act, first in itertools.product((names, names[::-1]), eps, groups, ACTIVATIONS, (True, False)):
+        yield GatedFormula(_names(probe), *names_in_order, weight, e, act, first, n)
 
 
 def _with_dtype(probe: nn.Module, f: GatedFormula, names: list[str], *tensors: torch.Tensor) -> GatedFormula | str:

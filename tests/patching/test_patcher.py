@@ -16,6 +16,7 @@ from fastft.patching.kinds import Candidate
 from fastft.patching.prove import prove
 from fastft.patching.swap import is_fast
 from fastft.swaps import linears
+from fastft.swaps.linear_group import Call
 from tests.swaps import test_mlp, test_norms
 from tests.swaps.lora_models import adapted, dense, fallbacks, groups_of, in_float64, judge, llama, run, tokens, train_step
 
@@ -161,10 +162,10 @@ def test_members_on_several_devices_compute_for_themselves():
     with FakeTensorMode(allow_non_fake_inputs=True):
         for p in attention.k_proj.parameters():
             p.data = torch.empty(p.shape, device="cuda")
-        group.open = True
+        group.now.call = Call()
         attention.q_proj(torch.empty(1, 4, 32, requires_grad=True))
-        assert list(group.left) == [id(attention.v_proj)]
-        group.clear()
+        assert list(group.call.left) == [id(attention.v_proj)]
+        group.now.call = None
 
 
 def test_a_model_that_does_not_say_where_its_embedding_is():

@@ -26,15 +26,16 @@ class Watch:
     def noting(self, group, compute):
         def run(module, x):
             y = compute(module, x)
-            self.refs += [weakref.ref(t) for t in (x, *group.left.values())]
-            self.left += len(group.left)
+            left = [t for t, _ in group.call.left.values()] if group.call else []
+            self.refs += [weakref.ref(t) for t in (x, *left)]
+            self.left += len(left)
             return y
 
         return run
 
     def assert_gone(self, alive=()):
         for g in self.groups:
-            assert not g.left and g.x is None and not g.open
+            assert g.call is None
         gc.collect()
         kept = [r() for r in self.refs if r() is not None and not any(r() is t for t in alive)]
         assert not kept, [tuple(t.shape) for t in kept]
@@ -53,7 +54,7 @@ def test_between_forward_and_backward_only_the_graph_holds():
     model = fastft.patch(dense())
     watch = Watch(model)
     loss = model(tokens(), labels=tokens()).loss
-    assert all(not g.left and g.x is None for g in watch.groups)
+    assert all(g.call is None for g in watch.groups)
     loss.backward()
     del loss
     watch.assert_gone()

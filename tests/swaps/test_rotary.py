@@ -6,6 +6,7 @@ from torch import nn
 
 from fastft.patching.kinds import Candidate, Context
 from fastft.patching.observe import FunctionCall, Observation
+from fastft.patching.swap import functions_of, slot_of
 from fastft.swaps.rotary import Rotary, is_rotary, make_fast
 
 HEADS, TOKENS, WIDTH = 2, 5, 8

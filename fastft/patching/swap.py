@@ -198,6 +198,8 @@ def _set_class(module: nn.Module, slot: Slot) -> None:
 
 def install(module: nn.Module, kind: str, mixin: type, state: object) -> None:
     """Give the instance `mixin` under the name `kind`, beside what it has already (`order` says which runs outermost)."""
+    if hasattr(mixin, "ORDER"):
+        raise TypeError(f"install: want the order of {mixin.__name__} by the decorator `order`: an attribute would be every swapped module's")
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[KEY] = Slot(type(module), owner=weakref.ref(module))

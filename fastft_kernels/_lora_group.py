@@ -326,13 +326,13 @@ class Backward:
 
     def parameter_gradients(self, x: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The gradient of each of the group's tensors that wants one, None elsewhere. x [..., in]; None if not needed."""
-        g, needs, grads = self.g, self.needs, [None] * len(self.needs)
+        g, t, needs, grads = self.g, self.t, self.needs, [None] * len(self.needs)
         jobs: list[Job] = []
         wide, xc = self._cast_input(x)
-        run: list[AdapterSlot] = []  # adapters that share one product: neighbours, all wanted, without dropout
+        run: list[AdapterSlot] = []  # adapters that share one product: neighbours of one dtype, all wanted, without dropout
         for (a, _), c in zip(self.adapters, self.columns):
             if needs[a.A] and a.p == 0:
-                run = jobs.pop().targets if run else []
+                run = jobs.pop().targets if run and t[run[-1].A].dtype == t[a.A].dtype else []
                 run.append(a)
                 first = c.stop - sum(r.rank for r in run)
                 jobs.append(Job(run, self.dxA[:, first : c.stop], wide, 1.0, self.t[a.A].dtype))

@@ -27,6 +27,7 @@ from fastft.patching.stock_only import transformed
 from fastft.patching.swap import KEY, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
 from fastft.swaps.linear_group import KIND, Call, FastLinear, Group
 from fastft.swaps.lora_proof import group_key, prove_group
+from fastft.swaps.lora_small import device_of
 from fastft.swaps.lora_state import is_quantised_otherwise, is_unit, refusal
 
 HOLDER = "linear group holder"
@@ -201,7 +202,7 @@ def _candidate(group: Group) -> Candidate:
     """The proof of the members that the group function can express."""
     fit = [m for m in group.members if is_unit(m) and not refusal(m)]
     apply = lambda m: install(m, KIND, FastLinear, group)
-    return Candidate(f"lora_linear(group of {len(fit)})", group_key(fit), lambda: prove_group(fit, _swap_siblings), apply)
+    return Candidate(f"lora_linear(group of {len(fit)})", group_key(fit), lambda: prove_group(fit, _swap_siblings), apply, device=device_of(fit))
 
 
 def _swap_siblings(layers: list[nn.Module]) -> None:

@@ -57,13 +57,21 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
         return proof
     for x_dtype, autocast in _ways(stock, dtype, dense, bool(quantised), device):
         stock.autocast = autocast
-        found = prove(stock, swap, inputs, dtype=x_dtype, dtypes=(x_dtype,), cast=cast)
+        found = prove(stock, swap, inputs, dtype=x_dtype, dtypes=(x_dtype,), cast=cast, reset=_freeze_bases if autocast else None)
         found = found if not found.ok else _with_dropout(stock, swap, inputs, x_dtype, cast, device) or found
         if not found.ok:
             return replace(found, reason=f"under autocast to {autocast}: {found.reason}".replace("torch.", "")) if autocast else found
         proof = proof or found
     assert proof is not None
     return proof
+
+
+def _freeze_bases(siblings: nn.Module) -> None:
+    """A dense layer that does not train runs the stock way, whose sum of the siblings' input gradients rounds each of them to autocast's
+    dtype: it does so from the start where the proof compares runs with different parameters in training."""
+    for m in siblings.layers:
+        if is_dense(base_of(m)):
+            base_of(m).requires_grad_(False)
 
 
 def _width(base: nn.Module) -> int:

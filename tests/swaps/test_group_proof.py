@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fastft
-from fastft.patching import patcher
+from fastft.patching import proofs
 from fastft.swaps.linears import _swap_siblings
 from fastft.swaps.lora_proof import prove_group, stock_matrices
 from fastft.swaps.lora_small import Siblings, outputs_4bit, small_layers
@@ -109,7 +109,7 @@ def test_stock_that_reads_a_ragged_weight_wrongly_keeps_its_layers(monkeypatch):
         default = staticmethod(gemm)
 
     monkeypatch.setattr(torch.ops.bitsandbytes, "gemm_4bit", Op)
-    monkeypatch.setattr(patcher, "_PROOFS", {})
+    monkeypatch.setattr(proofs, "CACHE", {})
     stock = small_llama()
     model = fastft.patch(copy.deepcopy(stock))
     why = [r.reason for r in fastft.report(model) if r.kind == "linear group" and not r.is_swapped]
@@ -239,16 +239,16 @@ def test_the_mask_of_dropout_is_judged(base, wrong, monkeypatch):
 
 
 def test_what_goes_wrong_under_autocast_only_is_found(monkeypatch):
-    from fastft.swaps import linears
+    from fastft.swaps import linear_group
 
-    right = linears.lora_linear
+    right = linear_group.lora_linear
 
     def wrong(x, projections, **settings):
         ys = right(x, projections, **settings)
         return tuple(y * 1.1 for y in ys) if torch.is_autocast_enabled("cpu") else ys
 
     members = pair(64, "dense")
-    monkeypatch.setattr(linears, "lora_linear", wrong)
+    monkeypatch.setattr(linear_group, "lora_linear", wrong)
     found = proof(members)
     assert not found.ok and "under autocast to bfloat16" in found.reason
 
@@ -277,9 +277,9 @@ def test_a_proof_leaves_no_trace():
 
 
 def test_one_proof_serves_layers_that_are_alike(monkeypatch):
-    monkeypatch.setattr(patcher, "_PROOFS", {})
+    monkeypatch.setattr(proofs, "CACHE", {})
     fastft.patch(adapted(quantised(llama(layers=3))))
-    kinds = [k for k in patcher._PROOFS if k[0] == "linear group"]
+    kinds = [k for k in proofs.CACHE if k[0] == "linear group"]
     assert len(kinds) == 4, "one for each kind of group, not for each layer"
 
 
@@ -313,3 +313,11 @@ def test_the_kernel_is_launched_with_several_programs_and_its_last_is_judged():
     pytest.importorskip("triton")
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("targets", [["layers.0"], ["layers.1"], None], ids=["first", "second", "none"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_groups_with_plain_members_are_proven(targets, compute):
+    members = pair(64, "dense", compute=compute, **({"target_modules": targets} if targets else {}))
+    found = proof(members if targets else [m.base_layer for m in members])
+    assert found.ok, found.reason

@@ -145,10 +145,20 @@ class Reread(torch.Tensor):
     def value(self) -> T:
         if self.made is None:
             second = self.second()
+            self._hold()
             with _plain(), torch.enable_grad():
                 connected = self.requires_grad
                 self.made = _Read.apply(second, self) if connected else second.detach()
         return self.made
+
+    def _hold(self) -> None:
+        """The graph keeps what the lazy logits recorded: a gradient may come when nobody holds them any more."""
+        x: Reread | None = self
+        with _plain():
+            while x is not None:
+                if x.lazy is not None and x.grad_fn is not None:
+                    x.grad_fn.__dict__["keep"] = getattr(x.lazy, "node", None)
+                x = x.of
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

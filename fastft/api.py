@@ -34,7 +34,7 @@ def patch(model: Model, *, strict: bool = False, activation_policy: str | int | 
 
     unpad: whether padded training batches run without their padding, see fastft/memory/packed.py. None (the default of a first patch):
     where that is provably the same; True: also where dropout is on, which then draws other values of the same distribution; False: never.
-    Hidden states, and so logits, at padded positions then come from zeros.
+    Either way only where nothing that leaves the model depends on the padding; logits that are read are a second, padded forward's.
 
     Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which Liger's kernels
     stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser looked at stays stock.

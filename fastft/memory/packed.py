@@ -6,15 +6,15 @@ at the padding. Everything between works token by token, or is attention, which 
 this model at the first such batch. Any other batch passes untouched: stock's path, bit for bit. What could have gone this way and did
 not is counted with the reason.
 
-A third hook, on the modules through which a forward enters, notes the labels: an unpadded batch has no hidden states at its padding, so
-no label may ask for them.
+Two more hooks, on the modules through which a forward enters, see its labels and what it returns (`entrance`): an unpadded batch has no
+hidden states at its padding, so nothing that leaves the forward may depend on them. A backbone that a caller enters himself stays padded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -26,11 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.utils import ModelOutput
 
+from fastft.memory.entrance import Frame, Underway, named, protect, random_state
 from fastft.memory.interface import KIND, attentions, teach
+from fastft.memory.lengths import Lengths
 from fastft.memory.rows import Labels, Unpadded, packed, unpadded
 from fastft.memory.segments import SegmentMask
 from fastft.memory.stack import stacks
-from fastft.memory.structure import proof_of
+from fastft.memory.structure import head_of, proof_of
+from fastft.memory.whole import whole_proof
 from fastft.patching.oom import is_out_of_memory
 from fastft.patching.patcher import record_of
 from fastft.patching.prove import Proof
@@ -50,7 +53,7 @@ _LENGTHS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})  # a packed 
 @dataclass
 class Packing:
     """owner: the module that calls the layers. unpad: True also where dropout then draws other, equally likely values; False never;
-    None where it is provably the same. entered: the labels of the forwards under way, outermost first."""
+    None where it is provably the same. padded_now: why no batch runs without its padding any more."""
 
     base: weakref.ref[nn.Module]
     owner: weakref.ref[nn.Module]
@@ -61,8 +64,9 @@ class Packing:
     counts: Counter = field(default_factory=Counter)
     used: dict[str, str] = field(default_factory=dict)  # kernels, and why no faster ones
     proofs: dict[str, Proof] = field(default_factory=dict)
-    entered: list[Labels | None] = field(default_factory=list)
-    is_entrance: bool = False  # the owner is itself what the user calls
+    underway: Underway = field(default_factory=Underway)
+    padded_now: str = ""
+    lengths: Lengths = field(default_factory=Lengths)
 
     def plan(self, module: nn.Module, given: dict) -> dict | Unpadded | None:
         """New keyword arguments for a packed row, the rows of a batch to unpad, or None: stock."""
@@ -91,24 +95,77 @@ class Packing:
         return {**given, "attention_mask": SegmentMask.of(replace(segments, used=self.used))}
 
     def _unpad(self, module: nn.Module, given: dict, mask: torch.Tensor) -> Unpadded | None:
-        labels = Labels() if self.is_entrance else self.entered[-1] if self.entered else None
-        found = unpadded(mask, labels or Labels(), given.get("input_ids"), getattr(module.config, "pad_token_id", None))
+        if self.underway.padded:
+            return None
+        frame = self.underway.frames[-1] if self.underway.frames else None
+        labels = None if frame is None else frame.labels
+        found = unpadded(mask, labels or Labels(), given.get("input_ids"), _pad_id(module.config))
         if found is None:
             return None
-        why = found if isinstance(found, str) else self._obstacle(module, given, "padded", _KNOWN - _LENGTHS)
-        if not why and labels is None:
-            why = "the labels are not seen, as the model's forward is entered by another way than at the patch: patch again"
+        why = found if isinstance(found, str) else self.padded_now or self._leaves(frame, mask, given)
+        why = why or self._obstacle(module, given, "padded", _KNOWN - _LENGTHS - {"logits_to_keep"})
         if not why and (p := given.get("position_ids")) is not None and (p.dim() != 2 or p.shape[1] != mask.shape[1]):
             why = "its position ids are not [rows, length]"
-        if not why and isinstance(found, Unpadded) and found.segments.tokens > (1 - PAYS) * mask.numel():
-            return None
-        if why or isinstance(found, str):
+        if not why and isinstance(found, Unpadded):
+            if found.segments.tokens > (1 - PAYS) * mask.numel():
+                return None
+            why = self.lengths.obstacle(module, found, given.get("position_ids"))
+        if not why and frame is not None and (base := self.base()) is not None and not frame.is_fused(base):
+            proof = self._proof(module, "labels" if frame.by_token else "pooled")
+            why = "" if proof.ok else proof.reason
+        if why or isinstance(found, str) or frame is None:
             self._count(f"a padded batch: {why}")
             return None
+        frame.rows = found
+        if frame.by_token and (entered := frame.module()) is not None:
+            frame.note(entered)
         self.counts["unpadded"] += 1
         self.counts["real tokens"] += found.segments.tokens
         self.counts["padded tokens"] += mask.numel()
         return replace(found, segments=replace(found.segments, used=self.used))
+
+    def _leaves(self, frame: Frame | None, mask: torch.Tensor, given: dict) -> str:
+        """Why something that leaves the forward may be looked at where it is padded; empty where it cannot."""
+        base = self.base()
+        if frame is None or base is None or base is self.owner():
+            return "its hidden states leave the model, and may be looked at where they are padded (a backbone entered by itself, or a forward called past its hooks)"
+        if frame.given is None:
+            return "the names of its arguments cannot be told"
+        labels, frame.by_token = frame.labels, False
+        head = head_of(base)
+        if labels is not None and (labels.targets is None or labels.targets.shape != mask.shape) and head is not None:
+            return "its labels are of another shape than the attention mask"
+        if frame.is_fused(base):
+            return "" if labels is not None else "no labels are given"
+        if hook := next(filter(None, map(_foreign_hook_on, _outside(base, self.owner()))), ""):
+            return f"the hook {hook} may look at rows"
+        if labels is None or (head is None and labels.targets is not None and labels.targets.shape != mask.shape):
+            if head is not None:
+                return "no labels are given, so that its logits may be looked at where they are padded"
+            if given.get("input_ids") is None or _pad_id(base.config) is None:
+                return "a head cannot find the last token without token ids and the padding's id"
+            return ""
+        frame.by_token = True
+        if head is None or not any(is_fast(m, "head") for m in head.modules()):
+            return "its outputs by token are not lazy (the head is stock's)"
+        return ""
+
+    def was_read(self) -> None:
+        self.padded_now = "logits were read after a batch ran without its padding, which cost a second forward: from then on the padded one runs"
+
+    def leave(self, frame: Frame, output):
+        """What the caller is given; None: as it is."""
+        base = self.base()
+        if frame.rows is None or base is None:
+            return None
+        head = head_of(base)
+        biased = any(getattr(m, "bias", None) is not None and m.bias.requires_grad for m in head.modules()) if head is not None else False
+        found = protect(output, frame, self.underway, self.was_read, biased)
+        if isinstance(found, str):
+            self.padded_now = found
+            self._count(f"a padded batch: {found}")
+            return frame.again(self.underway)
+        return found
 
     def _count(self, why: str) -> None:
         base = self.base()
@@ -144,7 +201,8 @@ class Packing:
     def _proof(self, module: nn.Module, kind: str) -> Proof:
         if kind not in self.proofs:
             try:
-                self.proofs[kind] = proof_of(module, kind)
+                base = self.base()
+                self.proofs[kind] = proof_of(module, kind) if kind in ("packed", "padded") or base is None else whole_proof(base, module, kind)
             except Exception as e:
                 if not is_out_of_memory(e):
                     raise
@@ -166,7 +224,8 @@ class Packing:
         if self.why_not:
             return [f"packed rows and padding run as in stock: {self.why_not}"]
         c = self.counts
-        lines = [f"{kind} rows run as in stock: {p.reason}" for kind, p in self.proofs.items() if not p.ok]
+        lines = [f"padded batches run padded: {self.padded_now}"] if self.padded_now else []
+        lines += [f"{kind} rows run as in stock: {p.reason}" for kind, p in self.proofs.items() if not p.ok]
         if c["packed"]:
             lines.append(f"{c['packed']} packed rows ({c['packed documents']} documents, {c['packed tokens']} tokens) ran without a mask")
         if c["unpadded"]:
@@ -176,7 +235,7 @@ class Packing:
 
     def __deepcopy__(self, memo) -> Packing:
         base, owner = self.base(), self.owner()
-        new = memo[id(self)] = Packing(self.base, self.owner, self.unpad, self.why_not, [], self.implementation, is_entrance=self.is_entrance)
+        new = memo[id(self)] = Packing(self.base, self.owner, self.unpad, self.why_not, [], self.implementation, padded_now=self.padded_now)
         new.proofs, new.used = dict(self.proofs), dict(self.used)
         if base is not None and owner is not None:
             new.base, new.owner = weakref.ref(copy.deepcopy(base, memo)), weakref.ref(copy.deepcopy(owner, memo))
@@ -186,16 +245,31 @@ class Packing:
 
 def _foreign_hook(owner: nn.Module) -> str:
     """The name of a hook below the owner that is not known to treat tokens alike: a user's, noise on embeddings, adapters by row."""
-    for module in owner.modules():
-        if module is owner:
-            continue
-        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            for hook in table.values():
-                name = getattr(hook, "__name__", type(hook).__name__)
-                home = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
-                if home != "fastft" and not (home in ("transformers", "peft") and name in _TOKENWISE):
-                    return name
+    return next(filter(None, (_foreign_hook_on(m) for m in owner.modules() if m is not owner)), "")
+
+
+def _foreign_hook_on(module: nn.Module) -> str:
+    for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        for hook in table.values():
+            name = getattr(hook, "__name__", type(hook).__name__)
+            home = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
+            if home != "fastft" and not (home in ("transformers", "peft") and name in _TOKENWISE):
+                return name
     return ""
+
+
+def _outside(base: nn.Module, owner: nn.Module | None) -> Iterator[nn.Module]:
+    """The modules of `base` that are not below `owner`, which is among them."""
+    yield base
+    for child in base.children():
+        if child is owner:
+            yield child
+        else:
+            yield from _outside(child, owner)
+
+
+def _pad_id(config) -> int | None:
+    return getattr(config.get_text_config(), "pad_token_id", None) if hasattr(config, "get_text_config") else getattr(config, "pad_token_id", None)
 
 
 def _caches(module: nn.Module, given: dict) -> bool:
@@ -238,7 +312,14 @@ class Look(_Hook):
 
     def __init__(self, packing: Packing):
         super().__init__(packing)
-        self.running: list[Unpadded | None] = []
+        self.here = threading.local()
+
+    @property
+    def running(self) -> list[Unpadded | None]:
+        """Of this thread's forwards."""
+        if not hasattr(self.here, "rows"):
+            self.here.rows = []
+        return self.here.rows
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         if torch.compiler.is_compiling() or module is not self.packing.owner():  # a replica of DataParallel
@@ -246,7 +327,7 @@ class Look(_Hook):
         self.running.append(None)
         if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
             return None  # how rows are padded or packed is a question to values
-        given = _named(module, args, kwargs)
+        given = named(module, args, kwargs)
         plan = None if given is None else self.packing.plan(module, given)
         if plan is None or given is None:
             return None
@@ -277,34 +358,28 @@ class Restore(_Hook):
 
 
 class Enter(_Hook):
-    """Forward pre-hook of a module through which a forward enters: notes the labels."""
+    """Forward pre-hook of a module through which a forward enters."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (base := self.packing.base()) is None:
             return
-        given = _named(module, args, kwargs)
-        if given is None:
-            self.packing.entered.append(None)
-            return
-        shifted = given.get("shift_labels")
-        labels = given.get("labels") if shifted is None else shifted
-        self.packing.entered.append(Labels(labels if isinstance(labels, torch.Tensor) else None, shifted is not None))
+        random = [] if self.packing.padded_now or not base.training else random_state(_device(base))
+        self.packing.underway.frames.append(Frame(weakref.ref(module), args, kwargs, named(module, args, kwargs, base), random))
 
 
 class Leave(_Hook):
     """Forward hook of such a module, called after an exception too."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if not torch.compiler.is_compiling() and self.packing.entered:
-            self.packing.entered.pop()
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        frames = self.packing.underway.frames
+        if torch.compiler.is_compiling() or not frames or frames[-1].module() is not module:
+            return None
+        frame = frames.pop()
+        return None if output is None else self.packing.leave(frame, output)
 
 
-def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict | None:
-    """All arguments by name; None where that cannot be told."""
-    if not args:
-        return kwargs
-    names = [n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    return None if len(args) > len(names) else {**dict(zip(names, args)), **kwargs}
+def _device(base: nn.Module) -> torch.device:
+    return next((p.device for p in base.parameters()), torch.device("cpu"))
 
 
 def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Packing | None:
@@ -327,7 +402,6 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     owner.register_forward_hook(Restore(packing, look), with_kwargs=True, always_call=True)
     for module in _entrances(model, base):
         if module is owner:
-            packing.is_entrance = base is owner
             continue
         module.register_forward_pre_hook(Enter(packing), with_kwargs=True)
         module.register_forward_hook(Leave(packing), with_kwargs=True, always_call=True)

@@ -5,6 +5,7 @@ Each question reads one small tensor on the host, once per batch; stock's own ma
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -24,12 +25,19 @@ def packed(positions: torch.Tensor) -> Segments | None:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """rows, length: of the padded batch. index [T]: where each real token stands in it, shortest document first. total: rows x length."""
+    """rows, length: of the padded batch. last: the last real position of any row. index [T]: where each real token stands in it, shortest document first. total: rows x length."""
 
     segments: Segments
     index: torch.Tensor
     rows: int
     length: int
+    last: int
+
+    @functools.cached_property
+    def padding(self) -> torch.Tensor:
+        """[B, S] bool."""
+        flat = torch.ones(self.rows * self.length, dtype=torch.bool, device=self.index.device)
+        return flat.index_fill(0, self.index, False).unflatten(0, (self.rows, self.length))
 
     def gather(self, t: torch.Tensor) -> torch.Tensor:
         """[B, S, ...] -> [1, T, ...]; one row serves all."""
@@ -60,12 +68,13 @@ class Labels:
     is_shifted: bool = False
 
     def look_at(self, padding: torch.Tensor) -> torch.Tensor:
-        """0-d bool: is a hidden state at the padding [B, S] trained on?"""
+        """0-d bool: does a label at the padding [B, S] count, or one that is predicted from there?"""
         t = self.targets
         if t is None or t.shape != padding.shape:
             return torch.zeros((), dtype=torch.bool, device=padding.device)
         used = t.to(padding.device) != -100
-        return (used & padding).any() if self.is_shifted else (used[:, 1:] & padding[:, :-1]).any()
+        at = (used & padding).any()
+        return at if self.is_shifted else at | (used[:, 1:] & padding[:, :-1]).any()
 
 
 def unpadded(mask: torch.Tensor, labels: Labels, ids: torch.Tensor | None, pad_id: int | None) -> Unpadded | str | None:
@@ -79,6 +88,8 @@ def unpadded(mask: torch.Tensor, labels: Labels, ids: torch.Tensor | None, pad_i
     binary = ((mask == 0) | (mask == 1)).all()
     by_id = labels.targets is None or labels.targets.shape != mask.shape  # a head that finds the last token by its id
     other = ((ids != pad_id) & ~real).any() if by_id and ids is not None and pad_id is not None and pad_id >= 0 else ~binary & binary
+    if by_id and ids is not None and pad_id is not None and pad_id >= 0:  # a row without a token but the padding's has none to find
+        other = other | ~(real & (ids != pad_id)).any(1).all()
     flags = torch.stack([binary, labels.look_at(~real), other]).long()
     host = torch.cat([flags, first, last, count]).tolist()
     is_binary, looks, others = host[:3]
@@ -92,10 +103,10 @@ def unpadded(mask: torch.Tensor, labels: Labels, ids: torch.Tensor | None, pad_i
     if looks:
         return "a label asks for the prediction of a padded position"
     if others:
-        return "a masked position holds a token other than the padding's, on which a head may look"
+        return "a head that looks for the last token by the padding's id would look at the padding"
     by_length = sorted((n, i) for i, n in enumerate(count) if n)
     if not by_length:
         return "every position is padded"
     index = torch.cat([torch.arange(first[i], first[i] + n) + i * length for n, i in by_length])
     segments = Segments(tuple(n for n, _ in by_length), mask.device)
-    return Unpadded(segments, index.to(mask.device, non_blocking=True), rows, length)
+    return Unpadded(segments, index.to(mask.device, non_blocking=True), rows, length, max(last))

@@ -82,10 +82,10 @@ def clone_of_one(module: nn.Module) -> nn.Module:
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     new._parameters, new._modules = dict(module._parameters), {}
-    return _bare(new)
+    return bare(new)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module) -> nn.Module:
     """As its class made it: no swap, no hook, no forward of somebody's."""
     if (slot := slot_of(module)) is not None:
         module.__class__ = slot.stock
@@ -97,16 +97,28 @@ def _bare(module: nn.Module) -> nn.Module:
     return module
 
 
-def _copy(owner: nn.Module) -> nn.Module | str:
-    """The copy that is run; or why there is none."""
+def head_of(base: nn.Module) -> nn.Module | None:
+    """The output embedding; None where there is none, or the model does not say."""
+    try:
+        return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    except NotImplementedError:
+        return None
+
+
+def small_copy(owner: nn.Module, vocabulary: int | None = None) -> nn.Module | str:
+    """The copy that is run; or why there is none. vocabulary: of its head and its configuration, whose padding's id is then 0."""
     device = next((p.device for p in owner.parameters()), torch.device("cpu"))
     if any(hasattr(p, "ds_id") or type(p.data) is not torch.Tensor or p.device.type == "meta" for p in owner.parameters() if p.is_floating_point()):
         return "its parameters are sharded or offloaded"
     generator = torch.Generator().manual_seed(5)
     memo: dict[int, object] = {}
     inside: set[nn.Module] = set()
+    head = head_of(owner)
+    heads = set() if head is None else set(head.modules())
     for module in owner.modules():
         if module not in inside and (new := _stand_in(module, device, generator)) is not None:
+            if vocabulary is not None and isinstance(new, _Thin) and module in heads:
+                new = _Thin(new.in_features, vocabulary, new.bias is not None, device, generator)
             memo[id(module)] = new
             inside.update(module.modules())
     rest = sum(8 * p.numel() for m in owner.modules() if m not in inside for p in m._parameters.values() if p is not None)
@@ -115,16 +127,23 @@ def _copy(owner: nn.Module) -> nn.Module | str:
     new = clone(owner, memo)
     configs: dict[int, object] = {}
     for module in new.modules():
-        _bare(module)
+        bare(module)
         for name, value in list(module.__dict__.items()):
             if name in WINDOWS and type(value) is int:
                 module.__dict__[name] = min(value, WINDOW)
+            elif vocabulary is not None and name == "vocab_size":
+                module.__dict__[name] = vocabulary
             elif hasattr(value, "to_json_string"):
-                module.__dict__[name] = configs.setdefault(id(value), _short(copy.deepcopy(value)))
+                if id(value) not in configs:
+                    configs[id(value)] = _short(copy.deepcopy(value), vocabulary)
+                module.__dict__[name] = configs[id(value)]
     return new.eval()
 
 
-def _short(config):
+def _short(config, vocabulary: int | None = None):
+    if vocabulary is not None and hasattr(config, "get_text_config"):
+        for c in {id(c): c for c in (config, config.get_text_config())}.values():
+            c.vocab_size, c.pad_token_id = vocabulary, 0
     if getattr(config, "_experts_implementation", None) not in (None, "eager"):
         config._experts_implementation = "eager"  # the grouped products know no float64
     for name in WINDOWS:
@@ -171,7 +190,7 @@ def _packed_batch(device: torch.device) -> tuple[list[dict], None, dict]:
     return alone, None, {"input_ids": ids, "position_ids": positions, "use_cache": False, "attention_mask": SegmentMask.of(segments)}
 
 
-def _padded_batch(pad_id: int | None, device: torch.device) -> tuple[list[dict], Unpadded, dict]:
+def padded_batch(pad_id: int | None, device: torch.device) -> tuple[list[dict], Unpadded, dict]:
     mask = torch.zeros(len(PADDED), PADDED[0][1], dtype=torch.long)
     for i, (a, b) in enumerate(PADDED):
         mask[i, a:b] = 1
@@ -206,11 +225,11 @@ def proof_of(owner: nn.Module, kind: str) -> Proof:
 
 def _prove(owner: nn.Module, kind: str) -> Proof:
     with undisturbed():
-        new = _copy(owner)
+        new = small_copy(owner)
         if isinstance(new, str):
             return Proof(False, reason=new)
         device = next(new.parameters()).device
-        run = _Run(new, *(_packed_batch(device) if kind == "packed" else _padded_batch(getattr(owner.config, "pad_token_id", None), device)))
+        run = _Run(new, *(_packed_batch(device) if kind == "packed" else padded_batch(getattr(owner.config, "pad_token_id", None), device)))
         try:
             with torch.no_grad():
                 run()

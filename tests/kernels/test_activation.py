@@ -10,6 +10,8 @@ from fastft_kernels.activation import ACTIVATIONS, activation, activation_recomp
 from fastft_kernels.numerics import compare
 from tests.kernels.test_glu import EAGER
 
+from .examples import examples
+
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, where inf is right
 
 
@@ -40,7 +42,7 @@ def test_alpha(dtype, device):
     judge(x, torch.randn_like(x), "swiglu_oai", 0.7)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12, 30), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_shape(dtype, device, data):
     shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=0, max_size=3)))

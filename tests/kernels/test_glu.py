@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.activation import ACTIVATIONS
 from fastft_kernels.glu import glu, glu_bwd_recompute, glu_recompute
 from fastft_kernels.numerics import compare
+
+from .examples import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, where inf is right
 EAGER = {
@@ -169,7 +170,7 @@ def test_small_shapes(shape, dtype, device):
         assert x.shape == shape
 
 
-@settings(max_examples=20 if INTERPRETED else 40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(20, 40), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_shape(dtype, device, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=2))) + (data.draw(st.integers(1, 40)),)

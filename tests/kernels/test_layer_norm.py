@@ -14,6 +14,8 @@ from fastft_kernels._runtime import INTERPRETED, use_triton
 from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_ref, layer_norm_with_stats
 from fastft_kernels.numerics import compare
 
+from .examples import examples
+
 EPS = 1e-5
 
 
@@ -154,7 +156,7 @@ def test_strided(index, dtype, device):
 
 @settings(
     deadline=None,
-    max_examples=6 if INTERPRETED else 20,
+    max_examples=examples(6, 20),
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

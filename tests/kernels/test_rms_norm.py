@@ -17,6 +17,8 @@ from fastft_kernels._runtime import INTERPRETED, use_triton
 from fastft_kernels.numerics import compare
 from fastft_kernels.rms_norm import rms_norm, rms_norm_recompute, rms_norm_ref, rms_norm_with_rstd
 
+from .examples import examples
+
 EPS = 1e-5
 STOCK = {
     "llama": (LlamaRMSNorm, {"cast": "before"}),
@@ -189,7 +191,7 @@ def test_more_leading_strides_than_a_kernel_takes(dtype, device):
 
 @settings(
     deadline=None,
-    max_examples=6 if INTERPRETED else 20,
+    max_examples=examples(6, 20),
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -12,6 +12,8 @@ from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.numerics import compare
 from fastft_kernels.rope import LAYOUTS, rope, rope_single
 
+from .examples import examples
+
 
 def halves(x):
     half = x.shape[-1] // 2
@@ -196,7 +198,7 @@ def test_empty(shape, dtype, device):
     assert judge(*args)[0].shape == (batch, count, length, 16)
 
 
-@settings(max_examples=5 if INTERPRETED else 30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(5, 30), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_shape(dtype, device, data):
     layout, axis = data.draw(st.sampled_from(sorted(LAYOUTS))), data.draw(st.sampled_from([1, 2]))

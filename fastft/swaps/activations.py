@@ -36,7 +36,7 @@ class FastActivation:
         act: str = slot.state(KIND)
         y = activation(x, act)
         if y.requires_grad:
-            attach(y, Recipe((x.detach(),), lambda x: activation(x, act)))
+            attach(y, Recipe((x,), lambda x: activation(x, act)))
         return y
 
 

@@ -17,13 +17,29 @@ from fastft_kernels.recipe import Recipe, recipe_of
 
 
 def source_of(hidden: torch.Tensor) -> Recipe | None:
-    """How a backward that does not save hidden gets it for second derivatives: its recipe, whose tensors live anyway. A view of the
-    whole tensor (hidden[:, 0:]) has that of its base."""
-    if torch.compiler.is_compiling() or not hidden.requires_grad:
+    """How a backward that does not save hidden gets it for second derivatives: its recipe, whose tensors live anyway, or that of the
+    tensor of which it is a view (a slice of the tokens, all of them as rows)."""
+    if torch.compiler.is_compiling() or not (hidden.requires_grad and torch.is_grad_enabled()):
         return None
-    base = hidden._base
-    same = base is not None and (base.shape, base.stride(), base.storage_offset()) == (hidden.shape, hidden.stride(), hidden.storage_offset())
-    return recipe_of(hidden) or (recipe_of(base) if same else None)
+    recipe, base = recipe_of(hidden), hidden._base
+    if recipe is not None or base is None or base.dtype != hidden.dtype:
+        return recipe
+    recipe = recipe_of(base)
+    return None if recipe is None else _viewed(recipe, base, hidden)
+
+
+def _viewed(recipe: Recipe, base: torch.Tensor, view: torch.Tensor) -> Recipe:
+    strides, geometry = base.stride(), (view.shape, view.stride(), view.storage_offset() - base.storage_offset())
+    whole_again = recipe.differentiable
+
+    def again(*tensors: torch.Tensor) -> torch.Tensor:
+        whole = whole_again(*tensors)
+        if whole.stride() != strides:
+            whole = torch.empty_strided(whole.shape, strides, dtype=whole.dtype, device=whole.device).copy_(whole)
+        shape, stride, offset = geometry
+        return whole.as_strided(shape, stride, whole.storage_offset() + offset)
+
+    return Recipe(recipe.tensors, again)
 
 
 def kept(hidden: torch.Tensor, source: Recipe | None) -> tuple[torch.Tensor, ...]:

@@ -7,9 +7,9 @@ Let m and A be the maximum and the sum of exp(z_j - m) over the *other* columns 
 
 with c_j = dz_j/dx_j = (scale / T)(1 - tanh^2). log p_t depends on its own row of h alone, so whatever gradient g arrives,
 dh_i = g_i J_i. With a frozen head the forward therefore accumulates U beside A (online softmax over vocabulary tiles), and saves
-J / w in h's dtype and w in float32, in place of h: two matrix products of 2 tokens H V operations in all, forward and backward;
-one without gradients. p is rounded relative to the largest *other* probability, so J keeps its relative precision where
-1 - p_t is 1e-6, and in float16.
+J / w in h's dtype and w in float32 (and for second derivatives what recomputes h, which lives anyway, or h where nothing does):
+two matrix products of 2 tokens H V operations in all, forward and backward; one without gradients. p is rounded relative to the
+largest *other* probability, so J keeps its relative precision where 1 - p_t is 1e-6, and in float16.
 
 Weight or bias trained, or a gradient for the entropy: the backward projects again and forms the logits' gradient tile by tile,
     dz_j = -g p_j - g_H p_j (z_j - mu) (j != t),      dz_t = g w - g_H p_t (z_t - mu),      mu = sum_j p_j z_j
@@ -181,10 +181,10 @@ def linear_logprob(
     tile: (tokens, columns) of a tile; None: from the shapes, see `tile_sizes`.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 with frozen weight and bias (4 when a gradient
-    for the entropy arrives; hidden is saved, too, only where the entropy is asked for); 4 with weight trained.
-    Memory beyond inputs, outputs and the saved J (hidden's size and dtype), with tiles (bt, bv) and b bytes an element:
-    bt (bv (4 + b) + 4 H) + 60 tokens; at most 0.25 GiB for H = 4096 in bf16. A trained weight adds 4 H (bv + tokens), the float32
-    accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
+    for the entropy arrives); 4 with weight trained.
+    Memory beyond inputs (hidden stays alive where it has no recipe), outputs and the saved J (hidden's size and dtype), with tiles
+    (bt, bv) and b bytes an element: bt (bv (4 + b) + 4 H) + 60 tokens; at most 0.25 GiB for H = 4096 in bf16. A trained weight adds
+    4 H (bv + tokens), the float32 accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
     Raises TypeError, ValueError for dtypes and shapes."""
     check_inputs("linear_logprob", hidden, weight, target, bias)
     check_tile("linear_logprob", tile)

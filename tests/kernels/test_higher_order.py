@@ -121,7 +121,9 @@ CONSUMERS = {
     "group": lambda y, w, a, b: lora_linear(y, [adapted(w, None, a, b)], recipe=recipe_of(y))[0],
     "mlp": lambda y, w, a, b: lora_mlp(y, adapted(w, None, a, b), Projection(w), Projection(w.mT), recipe=recipe_of(y)),
     "head": lambda y, w, a, b: linear_logprob(y, w, picked(y)).log_probs,
-    "loss": lambda y, w, a, b: linear_cross_entropy(y[:, 0:], w, picked(y)),
+    "loss": lambda y, w, a, b: linear_cross_entropy(y.flatten(0, 1), w, picked(y).flatten()),
+    "loss of a slice": lambda y, w, a, b: linear_cross_entropy(y[:, 1:], w, picked(y)[:, 1:]),
+    "loss of a transposed view": lambda y, w, a, b: linear_cross_entropy(y.transpose(0, 1)[1:], w, picked(y).t()[1:]),
 }
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._runtime import math_dtype, on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
@@ -279,9 +279,11 @@ class _Activation(torch.autograd.Function):
         return _fwd(x, act, alpha)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
+        if higher_order.wanted():
+            formula = lambda x: act_ref(x.to(math_dtype(x.dtype)), ctx.act, ctx.alpha).to(x.dtype)
+            return *higher_order.gradients(formula, (x,), (True,), (dy,)), None, None
         return _bwd(dy, x, ctx.act, ctx.alpha), None, None
 
 
@@ -293,7 +295,7 @@ def activation(x: torch.Tensor, activation: str = "silu", *, alpha: float | None
 
     x: (..., N), float64, float32, float16 or bfloat16, any strides, not modified. y: contiguous, the dtype of x; math in
     float32 and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai".
-    Differentiable once, in x; saves x alone.
+    Differentiable in x; saves x alone.
     Raises ValueError for an unknown activation, an alpha it does not have, or an x that is not floating.
     """
     act, alpha = resolve(activation, alpha)

@@ -16,8 +16,8 @@ sums its own rows into its own line of a [P, N] buffer, and one sum over P follo
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._rows import BWD_TILES, PARTIALS, RowLaunch, row_launch
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
 from fastft_kernels._triton import tl, triton
@@ -228,14 +228,16 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(ctx, x, gate, weight, eps, act, alpha, gate_first, groups, out_dtype):
         y, rstd = _fwd(x, gate, weight, eps, act, alpha, gate_first, groups, out_dtype)
         ctx.save_for_backward(x, gate, weight, rstd)
-        ctx.settings = (act, alpha, gate_first, groups)
+        ctx.settings, ctx.eps, ctx.out_dtype = (act, alpha, gate_first, groups), eps, out_dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, gate, weight, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
+        if higher_order.wanted():
+            formula = lambda x, gate, weight: _formula(x, gate, weight, ctx.eps, *ctx.settings)[0].to(ctx.out_dtype)
+            return *higher_order.gradients(formula, (x, gate, weight), need, (dy,)), *(None,) * 6
         dx, dg, partial = _bwd(dy, x, gate, weight, rstd, *ctx.settings, *need)
         dw = partial.sum(0).to(weight.dtype) if need[2] else None
         return dx if need[0] else None, dg if need[1] else None, dw, *(None,) * 6
@@ -258,7 +260,7 @@ def gated_rms_norm(
     """gate_first: rms(x act(gate)) weight, else rms(x) weight act(gate); rms over each of `groups` equal parts of the last dimension.
 
     x, gate: [..., N], any strides; weight: [N]; bf16, fp16, fp32 (math in fp32) or float64. activation: of `activation`. The result is
-    contiguous, of x's dtype unless out_dtype says another, rounded once. Differentiable once, in x, gate and weight; saves these and r.
+    contiguous, of x's dtype unless out_dtype says another, rounded once. Differentiable in x, gate and weight; saves these and r.
     Raises TypeError on dtypes that are not floating, ValueError on shapes that do not fit and on an unknown activation.
     """
     if not (x.is_floating_point() and gate.is_floating_point() and weight.is_floating_point()):

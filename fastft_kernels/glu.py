@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.activation import LAUNCH, act_grad, act_grad_ref, act_ref, act_value, act_weight, resolve, tile_of, tiled
@@ -44,6 +44,13 @@ def glu_ref(gate: torch.Tensor, up: torch.Tensor, act: str, alpha: float, limit:
     """h in the dtype of gate and up."""
     g, u = _clamped(gate, up, limit)
     return act_ref(g, act, alpha) * (u + offset)
+
+
+def glu_plain(gate: torch.Tensor, up: torch.Tensor, act: str, alpha: float, limit: float | None, offset: float) -> torch.Tensor:
+    """`glu` in plain torch, in its dtypes; differentiable any number of times."""
+    dtype = wider(gate.dtype, up.dtype)
+    f = math_dtype(dtype)
+    return glu_ref(gate.to(f), up.to(f), act, alpha, limit, offset).to(dtype)
 
 
 def glu_bwd_ref(dh, gate, up, act: str, alpha: float, limit: float | None, offset: float, want_gate: bool, want_up: bool):
@@ -224,10 +231,12 @@ class _GLU(torch.autograd.Function):
         return _fwd(gate, up, act, alpha, limit, offset)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         want_gate, want_up = ctx.needs_input_grad[:2]
+        if higher_order.wanted():
+            formula = lambda gate, up: glu_plain(gate, up, *ctx.form)
+            return *higher_order.gradients(formula, (gate, up), (want_gate, want_up), (dh,)), None, None, None, None
         dgate, dup = _bwd(dh, gate, up, *ctx.form, want_gate, want_up)
         return dgate if want_gate else None, dup if want_up else None, None, None, None, None
 
@@ -263,7 +272,7 @@ def glu(
     promoted dtype; math in float32 and one rounding.
     activation: one of `fastft_kernels.activation.ACTIVATIONS`; alpha: of "silu" and "swiglu_oai", gate * sigmoid(alpha * gate).
     limit: before use gate is clamped to at most limit and up to [-limit, limit]; None does not clamp.
-    Differentiable once, in gate and up (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone.
+    Differentiable in gate and up (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone.
     Raises ValueError for shapes that differ, dtypes that are not floating, an unknown activation, an alpha that it does not have,
     and limit <= 0.
     """

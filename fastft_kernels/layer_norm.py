@@ -11,8 +11,8 @@ each program sums its own rows into its own line of a [P, N] buffer, P fixed by 
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._rows import (
     BWD_TILES,
     FWD_TILES,
@@ -346,18 +346,22 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, out_dtype):
         y, mean, rstd = _fwd(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.form = None if bias is None else bias.dtype, (eps, out_dtype)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         return y, mean, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _mean, _rstd):
         if dy is None:
             return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        if higher_order.wanted():
+            eps, out = ctx.form
+            bias = None if ctx.bias_dtype is None else x.new_zeros(x.shape[-1], dtype=ctx.bias_dtype)  # no gradient depends on it
+            formula = lambda x, weight, bias: layer_norm_ref(x, weight, bias, eps, out_dtype=out)
+            return *higher_order.gradients(formula, (x, weight, bias), (need_dx, need_dw, need_db), (dy,)), None, None
         dx, dw, db = _bwd(dy, x, mean, rstd, weight, need_dx, need_dw, need_db)
         return (
             dx if need_dx else None,
@@ -383,7 +387,7 @@ def layer_norm(
 
     x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight, bias: [N] of a floating dtype, each may be None.
     The result has the dtype of x (as torch.nn.functional.layer_norm), whatever that of weight and bias, or out_dtype. It is
-    dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable once, in x, weight and
+    dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable in x, weight and
     bias; saves x, weight, m and r.
     Raises TypeError on dtypes that are not floating, ValueError on shapes that do not fit.
     """

@@ -20,8 +20,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import head_formula, higher_order
 from fastft_kernels import online_softmax as osm
 from fastft_kernels._runtime import math_dtype
 from fastft_kernels.head_tiles import (
@@ -51,6 +51,7 @@ from fastft_kernels.head_tiles import (
     take,
     tile_sizes,
 )
+from fastft_kernels.recipe import Recipe
 
 REDUCTIONS = ("mean", "sum", "none")
 RESIDENT_BYTES = 384 << 20
@@ -143,7 +144,7 @@ def _resident(h, weight, bias, target, plan: Plan):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, plan: Plan):
+    def forward(ctx, hidden, weight, bias, target, plan: Plan, source: Recipe | None):
         rows = select_rows(target, plan.compact)
         h, t = take(hidden, rows), take(target, rows)
         ignored, vocab = t < 0, weight.shape[0]
@@ -170,14 +171,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     saved = (hidden, weight, bias, target, *s)
         losses = losses.masked_fill(ignored, 0)
         ctx.plan, ctx.n, ctx.dtypes = plan, hidden.shape[0], (weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(rows, *saved)
+        again = () if plan.mode == "value" else head_formula.kept(hidden, source)
+        ctx.formula, ctx.n_again = None if source is None else source.differentiable, len(again)
+        whole = (weight, bias, target) if again else ()  # for second derivatives
+        ctx.save_for_backward(*again, *whole, rows, *saved)
         return losses.sum() if plan.total else put(losses, rows, hidden.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        rows, *saved = ctx.saved_tensors
-        plan = ctx.plan
+        plan, n, kept = ctx.plan, ctx.n_again, ctx.saved_tensors
+        if n and higher_order.wanted():
+            hidden, (weight, bias, target) = head_formula.restored(ctx.formula, kept[:n]), kept[n : n + 3]
+
+            def formula(hidden, weight, bias):
+                loss = head_formula.losses(hidden, weight, bias, target, plan.head, plan.smoothing, plan.z_loss)
+                return loss.sum() if plan.total else loss
+
+            return *higher_order.gradients(formula, (hidden, weight, bias), plan.need, (g,)), None, None, None
+        rows, *saved = kept[n + 3 :] if n else kept
         g = take(g, rows) if g.dim() else g
         dh = dw = db = None
         if plan.mode == "recompute":
@@ -195,7 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dw is not None or db is not None:
                 g = torch.where((factor != 0).any(), g, 0.0)  # no row counts: 0 even where g is a division by 0
             dw, db = (_times(x, g, dtype) for x, dtype in zip((dw, db), ctx.dtypes))
-        return None if dh is None else put(dh, rows, ctx.n), dw, db, None, None
+        return None if dh is None else put(dh, rows, ctx.n), dw, db, None, None, None
 
 
 def _times(x: torch.Tensor | None, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -236,7 +247,7 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(softcap tanh(scale (hidden W^T + bias) / softcap) / temperature) and target.
 
     hidden (..., H), weight (V, H), target (...) int64, bias (V,); bf16, fp16, fp32, fp64; the result is float32 (float64 for
-    float64 inputs), a number or, for reduction "none", of target's shape. Differentiable once, by hidden, weight and bias.
+    float64 inputs), a number or, for reduction "none", of target's shape. Differentiable by hidden, weight and bias.
     reduction: "mean" divides by the number of targets that are not ignored (where all are: nan, and gradients of 0, as
     torch.nn.functional.cross_entropy's), or by
     num_items_in_batch (a number, or a tensor of one element); "sum"; "none" (0 in ignored rows).
@@ -276,7 +287,7 @@ def linear_cross_entropy(
         token_tile = even_tile(h.shape[0], min(cap, TOKEN_TILE), 128)
     head = Head(float(scale), softcap, 1.0 / temperature, (token_tile, vocab_tile))
     plan = Plan(head, label_smoothing, z_loss, mode, total, need, resolve_compact(compact, flat))
-    loss = _LinearCrossEntropy.apply(h, weight, bias, flat, plan)
+    loss = _LinearCrossEntropy.apply(h, weight, bias, flat, plan, head_formula.source_of(hidden))
     if reduction == "none":
         loss = loss.reshape(target.shape)
         return loss[..., :-1] if shift else loss

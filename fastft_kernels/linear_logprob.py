@@ -7,9 +7,9 @@ Let m and A be the maximum and the sum of exp(z_j - m) over the *other* columns 
 
 with c_j = dz_j/dx_j = (scale / T)(1 - tanh^2). log p_t depends on its own row of h alone, so whatever gradient g arrives,
 dh_i = g_i J_i. With a frozen head the forward therefore accumulates U beside A (online softmax over vocabulary tiles), and saves
-J / w in h's dtype and w in float32, in place of h: two matrix products of 2 tokens H V operations in all, forward and backward;
-one without gradients. p is rounded relative to the largest *other* probability, so J keeps its relative precision where
-1 - p_t is 1e-6, and in float16.
+J / w in h's dtype and w in float32 (and for second derivatives what recomputes h, which lives anyway, or h where nothing does):
+two matrix products of 2 tokens H V operations in all, forward and backward; one without gradients. p is rounded relative to the
+largest *other* probability, so J keeps its relative precision where 1 - p_t is 1e-6, and in float16.
 
 Weight or bias trained, or a gradient for the entropy: the backward projects again and forms the logits' gradient tile by tile,
     dz_j = -g p_j - g_H p_j (z_j - mu) (j != t),      dz_t = g w - g_H p_t (z_t - mu),      mu = sum_j p_j z_j
@@ -23,8 +23,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import head_formula, higher_order
 from fastft_kernels import online_softmax as osm
 from fastft_kernels.head_tiles import (
     Head,
@@ -43,6 +43,7 @@ from fastft_kernels.head_tiles import (
     take,
     tile_sizes,
 )
+from fastft_kernels.recipe import Recipe
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _STATE_OF = {"entropy": osm.PZ, "log_sum_sq_probs": osm.SQ, "mean_logits": osm.SUM, "is_top1": osm.BEFORE}
@@ -101,7 +102,7 @@ def row_coefficients(s: Stats, mu, g, g_entropy) -> torch.Tensor:
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, head: Head, outputs: tuple[str, ...], jacobian: bool, compact: bool):
+    def forward(ctx, hidden, weight, bias, target, head: Head, outputs: tuple[str, ...], jacobian: bool, compact: bool, source: Recipe | None):
         ctx.set_materialize_grads(False)
         rows = select_rows(target, compact)
         h, t = take(hidden, rows), take(target, rows)
@@ -117,21 +118,27 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.shape = tuple(hidden.shape)
         recompute = not jacobian or "entropy" in outputs
         kept = (hidden, weight, bias, target, got.get("mean_below"), *s) if recompute else ()
-        ctx.save_for_backward(j, s.w.masked_fill(ignored, 0), rows, *kept)
+        again = head_formula.kept(hidden, source)
+        ctx.formula, ctx.n_again = None if source is None else source.differentiable, len(again)
+        whole = (weight, bias, target) if again else ()  # for second derivatives
+        ctx.save_for_backward(*again, *whole, j, s.w.masked_fill(ignored, 0), rows, *kept)
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, g_entropy, *_):
-        j, w, rows, *kept = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
+        need, n, saved = ctx.needs_input_grad[:3], ctx.n_again, ctx.saved_tensors
         if g is None and g_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
+        if n and higher_order.wanted():
+            hidden, (weight, bias, target) = head_formula.restored(ctx.formula, saved[:n]), saved[n : n + 3]
+            formula = lambda hidden, weight, bias: head_formula.log_probs(hidden, weight, bias, target, ctx.head)
+            return *higher_order.gradients(formula, (hidden, weight, bias), need, (g, g_entropy)), *(None,) * 6
+        j, w, rows, *kept = saved[n + 3 :] if n else saved
         if g_entropy is None and j is not None:
             f = torch.where(w == 0, 0.0, take(g, rows) * w)
             dh = torch.empty_like(j)
             torch.mul(j, f.unsqueeze(1), out=dh)
-            return put(dh, rows, ctx.n), *(None,) * 7
+            return put(dh, rows, ctx.n), *(None,) * 8
         hidden, weight, bias, target, mu, *s = kept
         h, t = take(hidden, rows), take(target, rows)
         g = None if g is None else take(g, rows).to(w.dtype)
@@ -140,7 +147,7 @@ class _LinearLogProb(torch.autograd.Function):
         coef = torch.where(t < 0, 0.0, coef)
         with no_autocast(hidden.device):
             dh, dw, db = gradient_tiles(h, weight, bias, t, coef, w, ctx.head, g_entropy is not None, need)
-        return None if dh is None else put(dh, rows, ctx.n), dw, db, *(None,) * 5
+        return None if dh is None else put(dh, rows, ctx.n), dw, db, *(None,) * 6
 
 
 # ------------------------------------------------------------------------------------------------------------------------- public
@@ -165,8 +172,8 @@ def linear_logprob(
     hidden (..., H), weight (V, H), target (...) int64, bias (V,); bf16, fp16, fp32, fp64. Products run in hidden's dtype (weight
     tiles are cast to it), whatever autocast says; logits and accumulators are float32 (float64 for float64 inputs).
     outputs: what to compute among `log_probs`, `entropy`, `log_sum_sq_probs` = log sum p^2, `mean_logits` = mean of z over the
-    vocabulary, `is_top1` = target is the (first) largest; `log_probs` and `entropy` are differentiable by hidden, weight and bias
-    (once), the others are not. A column with z = -inf adds nothing to the entropy.
+    vocabulary, `is_top1` = target is the (first) largest; `log_probs` and `entropy` are differentiable by hidden, weight and bias,
+    the others are not. A column with z = -inf adds nothing to the entropy.
     Rows with target == ignore_index give 0 (is_top1: False) and no gradient. An index outside of the vocabulary raises IndexError
     on a CPU; on a GPU its row is NaN, as asking would wait for the device.
     compact: leave ignored rows out of all products. Their number is needed on the host, which on a GPU waits for the work queued
@@ -174,10 +181,10 @@ def linear_logprob(
     tile: (tokens, columns) of a tile; None: from the shapes, see `tile_sizes`.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 with frozen weight and bias (4 when a gradient
-    for the entropy arrives; hidden is saved, too, only where the entropy is asked for); 4 with weight trained.
-    Memory beyond inputs, outputs and the saved J (hidden's size and dtype), with tiles (bt, bv) and b bytes an element:
-    bt (bv (4 + b) + 4 H) + 60 tokens; at most 0.25 GiB for H = 4096 in bf16. A trained weight adds 4 H (bv + tokens), the float32
-    accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
+    for the entropy arrives); 4 with weight trained.
+    Memory beyond inputs (hidden stays alive where it has no recipe), outputs and the saved J (hidden's size and dtype), with tiles
+    (bt, bv) and b bytes an element: bt (bv (4 + b) + 4 H) + 60 tokens; at most 0.25 GiB for H = 4096 in bf16. A trained weight adds
+    4 H (bv + tokens), the float32 accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
     Raises TypeError, ValueError for dtypes and shapes."""
     check_inputs("linear_logprob", hidden, weight, target, bias)
     check_tile("linear_logprob", tile)
@@ -189,5 +196,5 @@ def linear_logprob(
     head = Head(float(scale), softcap, 1.0 / temperature, tile or tile_sizes(h.shape[0], weight.shape[0], h))
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     jacobian = torch.is_grad_enabled() and hidden.requires_grad and not trained and bool({"log_probs", "entropy"} & set(outputs))
-    got = _LinearLogProb.apply(h, weight, bias, flat, head, outputs, jacobian, resolve_compact(compact, flat))
+    got = _LinearLogProb.apply(h, weight, bias, flat, head, outputs, jacobian, resolve_compact(compact, flat), head_formula.source_of(hidden))
     return LogProbs(*(None if x is None else x.reshape(target.shape) for x in got))

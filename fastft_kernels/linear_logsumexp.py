@@ -9,16 +9,17 @@ of `linear_logprob`, with a target outside of the vocabulary: no column is set a
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import head_formula, higher_order
 from fastft_kernels import online_softmax as osm
 from fastft_kernels._runtime import math_dtype
 from fastft_kernels.head_tiles import Head, check_inputs, fold_tokens, gradient_tiles, no_autocast, spans, tile_sizes
+from fastft_kernels.recipe import Recipe
 
 
 class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, jacobian: bool, recompute: bool):
+    def forward(ctx, hidden, weight, bias, head: Head, jacobian: bool, recompute: bool, source: Recipe | None):
         n, wide = hidden.shape[0], math_dtype(hidden.dtype)
         nowhere = torch.full((n,), weight.shape[0], dtype=torch.int64, device=hidden.device)
         j = torch.empty_like(hidden) if jacobian else None
@@ -30,21 +31,28 @@ class _LinearLogSumExp(torch.autograd.Function):
                 if jacobian:
                     j[a:b] = acc.div_(state[osm.A].unsqueeze(1))
         ctx.head = head
-        ctx.save_for_backward(j, *((hidden, weight, bias, nowhere, top, log_sum) if recompute else ()))
+        again = head_formula.kept(hidden, source)
+        ctx.formula, ctx.n_again = None if source is None else source.differentiable, len(again)
+        whole = (weight, bias) if again else ()  # for second derivatives
+        ctx.save_for_backward(*again, *whole, j, *((hidden, weight, bias, nowhere, top, log_sum) if recompute else ()))
         return top + log_sum
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        j, *kept = ctx.saved_tensors
+        n, saved = ctx.n_again, ctx.saved_tensors
+        if n and higher_order.wanted():
+            inputs = head_formula.restored(ctx.formula, saved[:n]), *saved[n : n + 2]
+            formula = lambda hidden, weight, bias: head_formula.logsumexp(hidden, weight, bias, ctx.head)
+            return *higher_order.gradients(formula, inputs, ctx.needs_input_grad[:3], (g,)), *(None,) * 4
+        j, *kept = saved[n + 2 :] if n else saved
         if not kept:
-            return (None if j is None else torch.mul(j, g.unsqueeze(1), out=torch.empty_like(j))), *(None,) * 5
+            return (None if j is None else torch.mul(j, g.unsqueeze(1), out=torch.empty_like(j))), *(None,) * 6
         hidden, weight, bias, nowhere, top, log_sum = kept
         zero = torch.zeros_like(top)
         coef = torch.stack((top, log_sum, g, zero, zero, zero))
         with no_autocast(hidden.device):
             grads = gradient_tiles(hidden, weight, bias, nowhere, coef, torch.ones_like(top), ctx.head, False, ctx.needs_input_grad[:3])
-        return *grads, None, None, None
+        return *grads, *(None,) * 4
 
 
 def linear_logsumexp(
@@ -60,11 +68,13 @@ def linear_logsumexp(
     """log sum exp over the vocabulary of softcap tanh(scale (hidden W^T + bias) / softcap) / temperature, by token.
 
     hidden (..., H), weight (V, H), bias (V,); bf16, fp16, fp32, fp64. The result has hidden's leading shape, in float32 (float64 for
-    float64 inputs), and is differentiable once by hidden, weight and bias. Products and memory: as in `linear_logprob`.
+    float64 inputs), and is differentiable by hidden, weight and bias. Products and memory: as in `linear_logprob`.
     Raises TypeError, ValueError for dtypes and shapes."""
     check_inputs("linear_logsumexp", hidden, weight, torch.empty(hidden.shape[:-1], dtype=torch.int64, device=hidden.device), bias)
     h = hidden.reshape(-1, hidden.shape[-1])
     head = Head(float(scale), softcap, 1.0 / temperature, tile or tile_sizes(h.shape[0], weight.shape[0], h))
     grad = torch.is_grad_enabled()
     recompute = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    return _LinearLogSumExp.apply(h, weight, bias, head, grad and hidden.requires_grad and not recompute, recompute).reshape(hidden.shape[:-1])
+    return _LinearLogSumExp.apply(
+        h, weight, bias, head, grad and hidden.requires_grad and not recompute, recompute, head_formula.source_of(hidden)
+    ).reshape(hidden.shape[:-1])

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastft_kernels import _lora_group as group
+from fastft_kernels import higher_order, lora_formula
 from fastft_kernels._lora_group import AdapterSlot, Group, Kept, ProjectionSlot
 from fastft_kernels.lean import recomputing
 from fastft_kernels.recipe import Recipe
@@ -98,16 +98,34 @@ def trainable(g: Group, needs: Sequence[bool], index: int) -> bool:
     return any(i >= 0 and needs[i] for i in own)
 
 
-def _remember(ctx, g: Group, recompute, x: torch.Tensor, parameters, recipe, kept: Kept, first: int = 4) -> tuple[int, ...]:
+def source_of(g: Group, t: Sequence[torch.Tensor], x: torch.Tensor, recipe: Recipe | None) -> Recipe | None:
+    """How the backward gets x, where x itself is not saved: its recipe, or a narrower copy, both connected to x's graph."""
+    if recipe is not None or torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+        return recipe
+    narrow = g.lora == g.compute and g.compute.itemsize < x.element_size()
+    return lora_formula.narrowed(x, g.compute) if narrow and input_needed(g, [p.requires_grad for p in t]) else None
+
+
+def again(where: str, formula, xs: Sequence[torch.Tensor], want: bool) -> torch.Tensor:
+    """x from what was saved, connected where its gradient is wanted."""
+    x = xs[0] if formula is None else formula(*xs)
+    if want and not x.requires_grad:
+        raise RuntimeError(lora_formula.UNKEPT.format(where))
+    return x
+
+
+def _remember(ctx, g: Group, source: Recipe | None, x: torch.Tensor, parameters, kept: Kept, first: int = 3) -> tuple[int, ...]:
     """Saves what the backward needs; the indices of the projections whose output has no gradient. first: the parameters' place among
     the function's arguments."""
-    want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[first : first + len(parameters)]
+    want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + len(parameters)]
     xs: tuple[torch.Tensor, ...] = ()
-    if input_needed(g, needs):
-        xs = recipe if recompute is not None else (saved_input(g, x),)
-    kept_xA = (kept.xA,) if kept.xA is not None and any(needs[a.B] for a in g.adapters) else ()
+    trained_B = any(needs[a.B] for a in g.adapters)
+    if input_needed(g, needs) or (want and trained_B and source is not None):  # the latter for second derivatives: a recipe costs nothing
+        xs = source.tensors if source is not None else (saved_input(g, x),)
+    kept_xA = (kept.xA,) if kept.xA is not None and trained_B else ()
     ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)
-    ctx.g, ctx.recompute, ctx.draws, ctx.counts = g, recompute, kept.draws, (len(parameters), len(xs), len(kept_xA))
+    ctx.recompute, ctx.formula = (None, None) if source is None else (source.recompute, source.differentiable)
+    ctx.g, ctx.draws, ctx.counts = g, kept.draws, (len(parameters), len(xs), len(kept_xA))
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.set_materialize_grads(False)
     return () if want else tuple(i for i in range(len(g.projections)) if not trainable(g, needs, i))
@@ -115,40 +133,55 @@ def _remember(ctx, g: Group, recompute, x: torch.Tensor, parameters, recipe, kep
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g: Group, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor):
-        parameters, recipe = tensors[: len(tensors) - n_recipe], tensors[len(tensors) - n_recipe :]
+    def forward(ctx, g: Group, source: Recipe | None, x: torch.Tensor, *parameters: torch.Tensor):
         with group.exact_dtypes(x):
             ys, kept = group.forward(g, parameters, x)
-            constant = _remember(ctx, g, recompute, x, parameters, recipe, kept)
+            constant = _remember(ctx, g, source, x, parameters, kept)
         ys = _shaped(ys, x)
         ctx.mark_non_differentiable(*(ys[i] for i in constant))
         return ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys):
         return _gradients(ctx, dys)
 
 
-def _gradients(ctx, dys, first: int = 4) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx, dys, first: int = 3) -> tuple[torch.Tensor | None, ...]:
     """One gradient, or None, for each argument of the forward; the parameters begin at argument `first`."""
     n, n_xs, n_xA = ctx.counts
     saved = ctx.saved_tensors
     parameters, xs, rest = saved[:n], saved[n : n + n_xs], saved[n + n_xs :]
     if all(dy is None for dy in dys):
         return (None,) * len(ctx.needs_input_grad)
-    want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[first : first + n]
+    want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + n]
     kept = Kept(rest[0] if n_xA else None, ctx.draws, rest[n_xA:])
+    if higher_order.wanted():
+        dx, *grads = _differentiable(ctx, dys, parameters, xs, kept, want, needs)
+        return None, None, dx, *(None,) * (first - 3), *grads
     with group.exact_dtypes(next(dy for dy in dys if dy is not None)):
         work = group.Backward(ctx.g, parameters, needs, kept, dys, ctx.x_shape)
         dx = work.input_gradient(want, ctx.x_dtype)
         x = None
-        if n_xs:
+        if n_xs and input_needed(ctx.g, needs):
             x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
         grads = work.parameter_gradients(x)
     dx = dx if dx is None else dx.view(ctx.x_shape)
-    n_rest = len(ctx.needs_input_grad) - first - n
-    return *(None,) * 3, dx, *(None,) * (first - 4), *grads, *(None,) * n_rest
+    return None, None, dx, *(None,) * (first - 3), *grads
+
+
+def _differentiable(ctx, dys, parameters, xs, kept: Kept, want: bool, needs) -> list[torch.Tensor | None]:
+    """The gradients of x and the parameters with a graph of their own."""
+    g, xA = ctx.g, None
+    if xs:
+        x = again("lora_linear", ctx.formula, xs, want)
+    elif want and kept.xA is not None:
+        raise RuntimeError(lora_formula.UNKEPT.format("lora_linear"))
+    else:  # the outputs are linear in x, or x is a constant of which only xA counts
+        x, xA = next(dy for dy in dys if dy is not None).new_zeros(ctx.x_shape, dtype=ctx.x_dtype), kept.xA
+    with group.exact_dtypes(x):
+        masks = lora_formula.masks_of(g, parameters, kept, x.detach().contiguous())
+        formula = lambda x, *t: lora_formula.outputs(g, t, x, masks, xA)
+        return higher_order.gradients(formula, (x, *parameters), (want, *needs), dys)
 
 
 def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -161,19 +194,17 @@ class _Keep(torch.autograd.Function):
     the outputs, of their shapes and without memory. started: an empty list that receives the state with which to go on."""
 
     @staticmethod
-    def forward(ctx, g: Group, recompute, n_recipe: int, x: torch.Tensor, started: list, *tensors: torch.Tensor):
-        parameters, recipe = tensors[: len(tensors) - n_recipe], tensors[len(tensors) - n_recipe :]
+    def forward(ctx, g: Group, source: Recipe | None, x: torch.Tensor, started: list, *parameters: torch.Tensor):
         with group.exact_dtypes(x):
             started.append(group.low_rank(g, parameters, x))
-            constant = _remember(ctx, g, recompute, x, parameters, recipe, started[0].kept, first=5)
+            constant = _remember(ctx, g, source, x, parameters, started[0].kept, first=4)
         stand_ins = tuple(x.new_empty((), dtype=g.out).expand(*x.shape[:-1], p.layout.shape[0]) for p in g.projections)
         ctx.mark_non_differentiable(*(stand_ins[i] for i in constant))
         return stand_ins
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys):
-        return _gradients(ctx, dys, first=5)
+        return _gradients(ctx, dys, first=4)
 
 
 class _Deliver(torch.autograd.Function):
@@ -188,12 +219,12 @@ class _Deliver(torch.autograd.Function):
         return dy, None
 
 
-def _saved_first(g: Group, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _saved_first(g: Group, source: Recipe | None, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What _LoraLinear returns, in two halves: a recomputation that stops at the last saved tensor never reaches the products."""
     started: list = []
-    stand_ins = _Keep.apply(g, recompute, n_recipe, x, started, *tensors)
+    stand_ins = _Keep.apply(g, source, x, started, *tensors)
     with torch.no_grad(), group.exact_dtypes(x):
-        ys = group.outputs(g, tensors[: len(tensors) - n_recipe], started[0])
+        ys = group.outputs(g, tensors, started[0])
     return tuple(_Deliver.apply(s, y) if s.requires_grad else y.view(s.shape) for s, y in zip(stand_ins, ys))
 
 
@@ -216,11 +247,10 @@ def lora_linear(
     dropout_dtype: of the x that stock's dropout is given, on which its random stream depends on a GPU; None is each A's.
     recipe: how to recompute x in the backward (`recipe_of(x)`); None saves x.
 
-    Differentiable once in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's
+    Differentiable in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its tensor's
     dtype; only those asked for are computed. Dropout draws from torch's default stream, in the order of the projections and their
     adapters, as torch.nn.functional.dropout on x in dropout_dtype would. Nothing is modified. ValueError: shapes do not fit.
     """
     g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype, dropout_dtype)
-    kept = recipe.tensors if recipe is not None else ()
     function = _saved_first if recomputing() else _LoraLinear.apply
-    return function(g, recipe.recompute if recipe is not None else None, len(kept), x, *tensors, *kept)
+    return function(g, source_of(g, tensors, x, recipe), x, *tensors)

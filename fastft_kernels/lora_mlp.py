@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastft_kernels import _lora_group as group
+from fastft_kernels import higher_order, lora_formula
 from fastft_kernels._lora_group import Group, Kept
-from fastft_kernels.glu import glu_bwd_recompute, glu_recompute
-from fastft_kernels.lora_linear import Projection, input_needed, pack, saved_input, trainable
+from fastft_kernels.activation import resolve
+from fastft_kernels.glu import glu_bwd_recompute, glu_plain, glu_recompute
+from fastft_kernels.lora_linear import Projection, again, input_needed, pack, saved_input, source_of, trainable
 from fastft_kernels.recipe import Recipe
 
 
@@ -52,37 +53,39 @@ def _join(tensors, draws) -> Kept:
 
 class _LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec: _Spec, recompute, n_recipe: int, x: torch.Tensor, *tensors: torch.Tensor):
+    def forward(ctx, spec: _Spec, source: Recipe | None, x: torch.Tensor, *tensors: torch.Tensor):
         n1, n2 = spec.counts
-        t1, t2, recipe = tensors[:n1], tensors[n1 : n1 + n2], tensors[n1 + n2 :]
-        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        t1, t2 = tensors[:n1], tensors[n1:]
+        want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         needs1, needs2 = needs[:n1], needs[n1 : n1 + n2]
         with group.exact_dtypes(x):
             (gate, up), kept1 = group.forward(spec.inner, t1, x)
             h = glu_recompute(gate, up, **spec.glu).view(*x.shape[:-1], -1 if x.numel() else gate.shape[-1])
             (y,), kept2 = group.forward(spec.outer, t2, h)
             xs: tuple[torch.Tensor, ...] = ()
-            if input_needed(spec.inner, needs1):
-                xs = recipe if recompute is not None else (saved_input(spec.inner, x),)
-        inside = want or _any_trainable(spec.inner, needs1)
+            inside = want or _any_trainable(spec.inner, needs1)
+            if input_needed(spec.inner, needs1) or (inside and not torch.compiler.is_compiling()):  # the latter for second derivatives
+                xs = source.tensors if source is not None else (saved_input(spec.inner, x),)
         middle = (gate, up) if inside or input_needed(spec.outer, needs2) else ()
         saved1, saved2 = _split(kept1, spec.inner, needs1), _split(kept2, spec.outer, needs2)
         ctx.save_for_backward(*t1, *t2, *xs, *middle, *saved1, *saved2)
         ctx.counts = (len(xs), len(middle), len(saved1))
-        ctx.spec, ctx.recompute, ctx.draws = spec, recompute, (kept1.draws, kept2.draws)
+        ctx.spec, ctx.draws = spec, (kept1.draws, kept2.draws)
+        ctx.recompute, ctx.formula = (None, None) if source is None else (source.recompute, source.differentiable)
         ctx.x_shape, ctx.x_dtype, ctx.inside = x.shape, x.dtype, inside
         # no view, to autograd: who called may write into the result
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         spec, (n1, n2), (n_xs, n_middle, n_saved1) = ctx.spec, ctx.spec.counts, ctx.counts
         saved = list(ctx.saved_tensors)
         t1, t2, xs, middle, saved1 = (_take(saved, n) for n in (n1, n2, n_xs, n_middle, n_saved1))
         kept1, kept2 = _join(saved1, ctx.draws[0]), _join(saved, ctx.draws[1])
-        want, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         needs1, needs2 = needs[:n1], needs[n1 : n1 + n2]
+        if higher_order.wanted():
+            return None, None, *_differentiable(ctx, dy, (t1, t2), xs, middle, (kept1, kept2))
         dx, grads1 = None, [None] * n1
         with group.exact_dtypes(dy):
             h_shape = (*ctx.x_shape[:-1], spec.outer.projections[0].layout.shape[1])
@@ -100,11 +103,30 @@ class _LoraMLP(torch.autograd.Function):
                 inner = group.Backward(spec.inner, t1, needs1, kept1, (dgate, dup), ctx.x_shape)
                 dx = inner.input_gradient(want, ctx.x_dtype)
                 x = None
-                if n_xs:
+                if n_xs and input_needed(spec.inner, needs1):
                     x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
                 grads1 = inner.parameter_gradients(x)
-        n_rest = len(ctx.needs_input_grad) - 4 - n1 - n2
-        return None, None, None, dx if dx is None else dx.view(ctx.x_shape), *grads1, *grads2, *(None,) * n_rest
+        return None, None, dx if dx is None else dx.view(ctx.x_shape), *grads1, *grads2
+
+
+def _differentiable(ctx, dy, tensors, xs, middle, kept) -> list[torch.Tensor | None]:
+    """The gradients of x and the parameters with a graph of their own."""
+    spec, (t1, t2), n1 = ctx.spec, tensors, len(tensors[0])
+    act, alpha = resolve(spec.activation, spec.alpha)
+    shape = (*ctx.x_shape[:-1], spec.outer.projections[0].layout.shape[1])
+    with group.exact_dtypes(dy):
+        x = again("lora_mlp", ctx.formula, xs, ctx.needs_input_grad[2]) if xs else dy.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
+        masks1 = lora_formula.masks_of(spec.inner, t1, kept[0], x.detach().contiguous())
+        masks2 = lora_formula.masks_of(spec.outer, t2, kept[1], dy.new_empty(shape))
+
+        def formula(x, *t):
+            gate, up = lora_formula.outputs(spec.inner, t[:n1], x, masks1) if xs else middle or (None, None)
+            if gate is None:  # only xA of the outer projection counts
+                return lora_formula.outputs(spec.outer, t[n1:], dy.new_zeros(shape), masks2, kept[1].xA)
+            h = glu_plain(gate.view(shape), up.view(shape), act, alpha, spec.limit, spec.up_offset)
+            return lora_formula.outputs(spec.outer, t[n1:], h, masks2)
+
+        return higher_order.gradients(formula, (x, *t1, *t2), ctx.needs_input_grad[2:], (dy,))
 
 
 def _take(items: list, n: int) -> list:
@@ -133,7 +155,7 @@ def lora_mlp(
 
     activation, alpha, limit, up_offset: as in `glu`. The dtypes and `recipe`: as in `lora_linear`, for each of the three
     projections; out_dtype is also the dtype between them. Dropout draws in the order gate, up, down.
-    Differentiable once in x and in every tensor of the projections that is a parameter; only gradients that are asked for are
+    Differentiable in x and in every tensor of the projections that is a parameter; only gradients that are asked for are
     computed. Nothing is modified. ValueError on shapes that do not fit and for what `glu` refuses.
     """
     inner, t1 = pack("lora_mlp", x.shape[-1], x.dtype, (gate, up), compute_dtype, adapter_dtype, out_dtype)
@@ -142,5 +164,4 @@ def lora_mlp(
         raise ValueError(f"lora_mlp: want gate and up of one width, got {width} and {other}")
     outer, t2 = pack("lora_mlp", width, inner.out, (down,), compute_dtype, adapter_dtype, out_dtype)
     spec = _Spec(inner, outer, (len(t1), len(t2)), activation, alpha, limit, float(up_offset))
-    kept = recipe.tensors if recipe is not None else ()
-    return _LoraMLP.apply(spec, recipe.recompute if recipe is not None else None, len(kept), x, *t1, *t2, *kept)
+    return _LoraMLP.apply(spec, source_of(inner, t1, x, recipe), x, *t1, *t2)

@@ -3,8 +3,8 @@
 The output y of a swapped norm is a cheap function of tensors the norm saves anyway (its input, 1/rms, its weight). A function
 that is given y and needs it in its backward saves those tensors in place of y: no further bytes, one elementwise launch.
 
-    producer   y = norm(x);  attach(y, Recipe((x.detach(), rstd, weight.detach()), recompute))
-    consumer   recipe = recipe_of(y);  ctx.save_for_backward(*(recipe.tensors if recipe else (y,)))
+    producer   y = norm(x);  attach(y, Recipe((x, rstd, weight), recompute, formula))
+    consumer   recipe = recipe_of(y);  ctx.save_for_backward(*(recipe.tensors if recipe else (y,)))    (never ctx.recipe: it would outlive them)
 
 A recipe holds for the tensor object it was attached to, at the version it had then: an in-place change of y voids it. In-place
 changes of the recipe's own tensors are caught by autograd's version check when the consumer's backward unpacks them.
@@ -24,11 +24,17 @@ _ATTRIBUTE = "_fastft_recipe"
 class Recipe:
     """`recompute(*tensors)` gives the tensor again: same shape, same dtype, same bits.
 
-    tensors: detached, and saved for backward by another function anyway; recompute: pure, and holds no tensor itself.
+    tensors: saved for backward by another function anyway, with the graph they come from, which second derivatives follow;
+    recompute: pure, and holds no tensor itself. formula: the same values to rounding, differentiable; None: recompute is.
     """
 
     tensors: tuple[torch.Tensor, ...]
     recompute: Callable[..., torch.Tensor]
+    formula: Callable[..., torch.Tensor] | None = None
+
+    @property
+    def differentiable(self) -> Callable[..., torch.Tensor]:
+        return self.formula or self.recompute
 
 
 def attach(y: torch.Tensor, recipe: Recipe) -> None:

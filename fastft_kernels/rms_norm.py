@@ -13,8 +13,8 @@ rows into its own line of a [P, N] buffer, P fixed by the shape, and one sum ove
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._rows import (
     BWD_TILES,
     FWD_TILES,
@@ -319,18 +319,21 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, offset, cast_before, out_dtype):
         y, rstd = _fwd(x, weight, eps, offset, cast_before, out_dtype)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
+        ctx.offset, ctx.form = offset, (eps, offset, "before" if cast_before else "after", out_dtype)
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         return y, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return None, None, None, None, None, None
         x, weight, rstd = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
+        if higher_order.wanted():
+            eps, offset, cast, out = ctx.form
+            formula = lambda x, weight: rms_norm_ref(x, weight, eps, offset=offset, cast=cast, out_dtype=out)
+            return *higher_order.gradients(formula, (x, weight), (need_dx, need_dw), (dy,)), None, None, None, None
         dx, partial = _bwd(dy, x, rstd, weight, ctx.offset, need_dx, need_dw)
         dw = partial.sum(0).to(weight.dtype) if need_dw else None
         return dx if need_dx else None, dw, None, None, None, None
@@ -353,7 +356,7 @@ def rms_norm(
     x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight: [N] of a floating dtype, or None.
     cast="before": x r is rounded to the dtype of x before the product; the result has the promoted dtype of x and weight.
     cast="after": one rounding, at the end, to the dtype of x. out_dtype: another dtype for the result.
-    y is dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable once, in x and
+    y is dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable in x and
     weight; saves x, weight and r.
     Raises TypeError on dtypes that are not floating, ValueError on shapes that do not fit, on an unknown cast, and on an offset
     without a weight.

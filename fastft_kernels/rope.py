@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastft_kernels import higher_order
 from fastft_kernels._runtime import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
 from fastft_kernels._triton import tl, triton
 from fastft_kernels.aot import AotCase
@@ -365,10 +365,15 @@ class _Rope(torch.autograd.Function):
         return yq, yk
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dyq, dyk):
         cos, sin = ctx.saved_tensors
         wanted = [dy is not None and need for dy, need in zip((dyq, dyk), ctx.needs_input_grad)]
+        if higher_order.wanted():
+            dq, dk = (
+                _Rotation.apply(dy, cos, sin, ctx.form, True, dtype, order) if want else None
+                for dy, want, dtype, order in zip((dyq, dyk), wanted, ctx.dtypes, ctx.orders)
+            )
+            return dq, dk, None, None, None, None, None, None
         if all(wanted):
             dq, dk = _rope(dyq, dyk, cos, sin, *ctx.form, True, *ctx.dtypes, *ctx.orders)
         else:
@@ -377,6 +382,21 @@ class _Rope(torch.autograd.Function):
                 for dy, want, dtype, order in zip((dyq, dyk), wanted, ctx.dtypes, ctx.orders)
             )
         return dq, dk, None, None, None, None, None, None
+
+
+class _Rotation(torch.autograd.Function):
+    """One tensor, rotated or (`transposed`) rotated back: linear, so its derivative is the other one, however often it is taken."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, form, transposed, dtype, order):
+        y = _rope_single(x, cos, sin, *form, transposed, dtype, order)
+        ctx.save_for_backward(cos, sin)
+        ctx.settings = (form, not transposed, x.dtype, _order(y))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Rotation.apply(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None
 
 
 class _RopeSingle(torch.autograd.Function):
@@ -388,9 +408,10 @@ class _RopeSingle(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
+        if higher_order.wanted():
+            return _Rotation.apply(dy, cos, sin, ctx.form, True, ctx.dtype, ctx.order), None, None, None, None, None, None
         dx = _rope_single(dy, cos, sin, *ctx.form, True, ctx.dtype, ctx.order)
         return dx, None, None, None, None, None, None
 
@@ -416,7 +437,7 @@ def rope(
     [B or 1, S, C] for q [B, H, S, D] with unsqueeze_dim 1, or q [B, S, H, D] with 2; [S, C] for q [S, H, D] with -2. Any floating
     dtypes, any strides. layout: one of LAYOUTS; sign: 1, or -1 for the opposite rotation.
     Outputs: in out_dtype (None: the dtype of q, and of k; eager promotes instead where cos is wider), in the memory order of the
-    inputs; math in float32 and one rounding. Differentiable once, in q and k, only in what is asked for; saves cos and sin alone.
+    inputs; math in float32 and one rounding. Differentiable in q and k, only in what is asked for; saves cos and sin alone.
     Raises ValueError for shapes or settings that do not fit, and where cos or sin requires a gradient.
     """
     form = _Form(layout, unsqueeze_dim, float(sign))

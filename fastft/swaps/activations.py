@@ -42,7 +42,7 @@ class FastActivation:
             return super().forward(*args, **kwargs)
         y = activation(x, act)
         if y.requires_grad:
-            attach(y, Recipe((x.detach(),), lambda x: activation(x, act)))
+            attach(y, Recipe((x,), lambda x: activation(x, act)))
         return y
 
 

@@ -100,7 +100,7 @@ class FastMLP:
         products = [modules[n](args[0]) for n in first]
         h = shape.middle(*products)
         if h.requires_grad:
-            attach(h, Recipe(tuple(p.detach() for p in products), shape.middle_again))
+            attach(h, Recipe(tuple(products), shape.middle_again, shape.middle))
         if not shape.down:
             return h
         y = modules[shape.calls[-1]](h)

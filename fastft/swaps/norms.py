@@ -104,12 +104,12 @@ class FastNorm:
             weight = f.weight_of(self)
             y, mean, rstd = layer_norm_with_stats(x, weight, bias, eps, out_dtype=out)
             if y.requires_grad:
-                attach(y, _recipe((x, mean, rstd, weight, bias), layer_norm_recompute, out_dtype=out))
+                attach(y, _recipe((x, mean, rstd, weight, bias), layer_norm_recompute, _layer_norm, eps, out_dtype=out))
             return y
         cast = f.cast_of(x, weight)
         y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=cast, out_dtype=out)
         if y.requires_grad:
-            attach(y, _recipe((x, rstd, weight), rms_norm_recompute, offset=f.offset, cast=cast, out_dtype=out))
+            attach(y, _recipe((x, rstd, weight), rms_norm_recompute, _rms_norm, eps, offset=f.offset, cast=cast, out_dtype=out))
         return y
 
 
@@ -117,15 +117,29 @@ def _install(module: nn.Module, f: Formula) -> None:
     install(module, KIND, FastNorm, (f, Seen(module, but=(f.eps,))))
 
 
-def _recipe(tensors: tuple[torch.Tensor | None, ...], recompute: Callable, **settings) -> Recipe:
+def _layer_norm(eps: float, x, mean, rstd, weight, bias, **settings) -> torch.Tensor:
+    return layer_norm(x, weight, bias, eps, **settings)
+
+
+def _rms_norm(eps: float, x, rstd, weight, **settings) -> torch.Tensor:
+    return rms_norm(x, weight, eps, **settings)
+
+
+def _recipe(tensors: tuple[torch.Tensor | None, ...], recompute: Callable, formula: Callable, eps: float, **settings) -> Recipe:
     """Absent parameters are no tensors to save: they are passed as None again."""
     there = [t is not None for t in tensors]
 
-    def again(*saved: torch.Tensor) -> torch.Tensor:
+    def arguments(saved: tuple[torch.Tensor, ...]):
         rest = iter(saved)
-        return recompute(*(next(rest) if t else None for t in there), **settings)
+        return (next(rest) if t else None for t in there)
 
-    return Recipe(tuple(t.detach() for t in tensors if t is not None), again)
+    def again(*saved: torch.Tensor) -> torch.Tensor:
+        return recompute(*arguments(saved), **settings)
+
+    def differentiable(*saved: torch.Tensor) -> torch.Tensor:
+        return formula(eps, *arguments(saved), **settings)
+
+    return Recipe(tuple(t for t in tensors if t is not None), again, differentiable)
 
 
 def _gone(f: Formula, weight, bias) -> str:

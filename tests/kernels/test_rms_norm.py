@@ -299,8 +299,8 @@ def test_unused_result(device):
     with torch.no_grad():
         assert not rms_norm(x, None, EPS).requires_grad
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    g.sum().backward()  # of the gradient: tests/kernels/test_higher_order.py
+    assert x.grad.isfinite().all() and x.grad.any()
 
 
 def test_autocast_changes_nothing(dtype, device):

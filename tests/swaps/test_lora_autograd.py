@@ -272,12 +272,20 @@ def test_a_loss_of_logits_and_hidden_states():
     both(dense, step)
 
 
-def test_double_backward_is_refused():
-    ours = fastft.patch(dense())
-    e = ours.get_input_embeddings()(tokens()).detach().requires_grad_()
-    (g,) = torch.autograd.grad(ours(inputs_embeds=e).logits.square().sum(), e, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        g.sum().backward()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base", BASES)
+def test_second_derivatives(base, dropout):
+    """A Hessian times a vector and a gradient penalty: stock's values, through norms, groups, MLP, rotary and the head's loss."""
+
+    def step(model):
+        e = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+        loss = model(inputs_embeds=e, labels=tokens()).loss
+        wanted = [e, *(p for p in model.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        sum(d.square().sum() for d in first).backward()
+        return {"loss": loss, "first": first[0], "e": e.grad, **gradients(model)}
+
+    both(lambda: drawn(BASES[base](config={"attn_implementation": "eager"}, dropout=dropout)), step)
 
 
 def test_two_models_train_interleaved():

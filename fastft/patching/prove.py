@@ -229,7 +229,7 @@ def _partly(module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[s
                 return f"without a graph: output {i} is another one"
     for y in _flatten(module(*draw(dtype))):
         recipe = recipe_of(y)
-        if recipe is not None and not torch.equal(recipe.recompute(*recipe.tensors), y):
+        if recipe is not None and not torch.equal(recipe.recompute(*(t.detach() for t in recipe.tensors)), y):
             return "its output has other bits when it is computed again"
     return ""
 

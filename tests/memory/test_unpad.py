@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import fastft
 from benchmarks.fake import FORMULAS
@@ -217,3 +218,24 @@ def test_trainers_gain_unchanged(folder, tmp_path, kind):
     verdict = h.judged(make)
     assert verdict, str(verdict)
     assert unpad_notes(seen[0]), fastft.report(seen[0]).fallbacks
+
+
+@pytest.mark.parametrize("kind", ["trainer", "grpo"])
+def test_other_steps_run_unpadded(folder, tmp_path, kind):
+    model = h.load(folder, "fastft")
+    if kind == "trainer":
+        g = torch.Generator().manual_seed(0)
+        rows = [{"input_ids": (ids := torch.randint(4, 60, (n,), generator=g).tolist()), "labels": ids} for n in (9, 30, 14, 22)]
+        args = h.arguments(TrainingArguments, tmp_path, 1, per_device_train_batch_size=4)
+        trainer = Trainer(model, args, train_dataset=Dataset.from_list(rows), data_collator=DataCollatorForSeq2Seq(h.tokenizer(), padding=True))
+        h.tokenizer().padding_side = "right"
+    else:
+        data = Dataset.from_list([{"prompt": t} for t in h.TEXTS[:8]])
+        args = h.arguments(GRPOConfig, tmp_path, 1, per_device_train_batch_size=4, num_generations=2, max_completion_length=6, steps_per_generation=1)
+        trainer = GRPOTrainer(model, reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], args=args, train_dataset=data,
+                              processing_class=h.tokenizer())  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    h.tokenizer().padding_side = "left"
+    assert unpad_notes(model), fastft.report(model).fallbacks

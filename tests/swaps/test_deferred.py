@@ -20,6 +20,7 @@ from fastft.swaps.deferred import DeferredLogits, defer
 from fastft.swaps.deferred_node import Deferred
 from fastft.swaps.deferred_rows import DeferredRows
 from fastft_kernels.numerics import compare
+from fastft_kernels.recipe import Recipe, attach
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
@@ -414,10 +415,12 @@ def test_bfloat16_is_nearer_to_the_truth_than_stock():
 
 
 def test_hidden_lives_as_long_as_the_logits():
+    """Where a norm made it, which second derivatives can ask again; what nobody can compute again is kept, as stock keeps it."""
     import weakref
 
     h, w, _ = draw(False, (True, False, False))
     hidden = h * 1.0
+    attach(hidden, Recipe((h,), lambda x: x * 1.0))
     gone = weakref.ref(hidden)
     d = defer(hidden, w, None, Counter())
     loss = hf_loss(d)

@@ -16,8 +16,9 @@ from fastft.patching import proofs
 from fastft.swaps.linears import _swap_siblings
 from fastft.swaps.lora_proof import prove_group, stock_matrices
 from fastft.swaps.lora_small import Siblings, outputs_4bit, small_layers
-from fastft.swaps.lora_state import base_weight
+from fastft.swaps.lora_state import base_weight, describe
 from fastft_kernels import _lora_group, dropout, nf4
+from fastft_kernels.lora_linear import lora_linear
 from tests.swaps.lora_models import adapted, linear_4bit, llama, quantised, tokens, train_step
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
@@ -254,11 +255,19 @@ def test_what_goes_wrong_under_autocast_only_is_found(monkeypatch):
 
 
 def test_a_float32_adapter_beside_a_low_one_has_its_gradient_in_float32():
-    """Neighbours whose gradients share a product share a dtype."""
-    members = pair(64, "dense", compute=torch.bfloat16)
-    for low in members[1].lora_A["default"], members[1].lora_B["default"]:
+    """Neighbours whose gradients share a product share a dtype: what a layer's adapter learns does not depend on its sibling's dtype."""
+    first, second = pair(64, "dense", compute=torch.bfloat16)
+    for low in second.lora_A["default"], second.lora_B["default"]:
         low.to(torch.bfloat16)
-    assert proof(members).ok
+    for layer in (first, second):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    assert proof([first, second]).ok
+    x, A = torch.randn(5, 64, dtype=torch.bfloat16), first.lora_A["default"].weight
+    gradient = lambda *layers: torch.autograd.grad(sum(y.float().sum() for y in lora_linear(x, [describe(m) for m in layers])), A)[0]
+    alone = gradient(first)
+    assert not torch.equal(alone, alone.to(torch.bfloat16).float()), "nothing to lose"
+    for together in (gradient(first, second), gradient(second, first)):
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_proof_leaves_no_trace():

@@ -42,7 +42,7 @@ class Form:
 _HARMLESS = frozenset({
     "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache_position", "num_items_in_batch",
     "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "cache",
-    "past_key_values", "position_embeddings", "attention_dropout",
+    "past_key_values", "position_embeddings", "attention_dropout", "shift_labels",
 })  # fmt: skip
 
 

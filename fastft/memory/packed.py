@@ -43,7 +43,7 @@ from fastft.patching.swap import is_fast, stock_class, uninstall
 PAYS = 0.02  # of a batch that is padding: less is not worth its gather
 _KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "cache", "past_key_values", "cache_position", "return_dict",
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch", "logits_to_keep",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch", "logits_to_keep", "shift_labels",
 })  # fmt: skip
 _TOKENWISE = ("make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")

@@ -131,6 +131,8 @@ class Reread(torch.Tensor):
                     out = _Stand.apply(make, source, lazy)
             else:
                 out = make()
+        if isinstance(lazy, Deferred):
+            lazy.node.behind = True
         out.lazy, out.source, out.of, out.step = lazy if connected else None, source, of, step
         return out
 

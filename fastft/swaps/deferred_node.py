@@ -43,7 +43,8 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 class Node:
     """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from.
-    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see `Deferred.settle_apart`)."""
+    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see `Deferred.settle_apart`).
+    behind: of an unpadded forward, whose logits a caller is given by a second one (memory/reread.py): its value is of use to nobody."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, family: Family, meaning, alone: Callable[[], torch.Tensor] | None, big: bool):
         strip = lambda d: d.node
@@ -52,7 +53,7 @@ class Node:
         self.before = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Node)]
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
-        self.made = self.apart = self.view = False
+        self.made = self.apart = self.view = self.behind = False
         self.kept: torch.Tensor | None = None
         self.own_local: Local | None = None
         self.wrapper: Callable[[], Deferred | None] = lambda: None
@@ -110,7 +111,7 @@ class Node:
         for family in {id(n.family): n.family for n in self.line()}.values():
             if family.trained:
                 for node in family.alive():
-                    if not node.made and node.wrapper() is not None:
+                    if not node.made and not node.behind and node.wrapper() is not None:
                         node.value("a caller who keeps the output of a trained head")
 
     # ------------------------------------------------------------------------------------------------------------- what is made

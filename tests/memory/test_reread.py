@@ -110,6 +110,30 @@ def test_after_a_step_the_read_says_what_to_do():
     assert unpadded(m) == 3  # an output that is kept, and not read, costs nothing
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_trained_head_makes_no_logits_for_an_output_that_is_not_read(kept):
+    m, b = fastft.patch(pm.build("full")), batch()
+    out = m(**b)
+    loss = out.loss
+    if not kept:
+        del out
+    loss.backward()
+    assert unpadded(m) == 1 and not fastft.report(m).fallbacks
+
+
+def test_shifted_labels_and_a_hook_on_the_head():
+    b = batch()
+    b["shift_labels"] = torch.nn.functional.pad(b["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    stock, ours = pm.build("full"), fastft.patch(pm.build("full"))
+    judge(run(ours, pm.step(b)), run(in_float64(stock), pm.step(b), truth=True), run(stock, pm.step(b)))
+    assert unpadded(ours) == 1
+    means = []
+    for m in (stock, ours):
+        m.lm_head.register_forward_hook(lambda module, args, out: means.append(args[0].mean().detach()))
+        m(**b)
+    assert abs(means[0] - means[1]) < 1e-5 * abs(means[0]) and unpadded(ours) == 1
+
+
 def test_another_adapter_state_is_an_error_and_evaluation_is_not():
     m, b = fastft.patch(pm.build("full", lora=True)), batch()
     with m.disable_adapter():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastft.tools.plan.predict import PlannedModel, StepPeakMemory
 
 TILE, MULTIPLE = 4096, 64  # tokens of the head's tile; rows are found in multiples
-NOISE = 1e-3  # of the bytes that vary
+LEAST_SQUARE = 0.5  # bytes an element below which nothing is a mask: a boolean one takes 1. What is linear in a row's length, as cos and sin, is less
 ENDLESS = 2**62  # a phase in which tokens play no part
 VARYING = ("activations", "temporary")
 
@@ -62,10 +62,11 @@ def varying(peak: StepPeakMemory) -> int:
 def _square(subject: PlannedModel, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
     """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes more."""
     shapes = ((2 * rows, seq), (1, 2 * rows * seq))
+    elements = (2 * rows * seq) ** 2 - 2 * rows * seq**2
     if subject.has_squares is None:  # a question of the architecture, not of the policy
         many, one = (max(map(varying, subject.shallow(layers, *s))) for s in shapes)
-        subject.has_squares = one - many > NOISE * many
+        subject.has_squares = one - many > LEAST_SQUARE * elements
     if not subject.has_squares:
         return 0.0
     many, one = (varying(subject.peak(layers, *s, offloaded)) for s in shapes)
-    return max(0.0, (one - many) / ((2 * rows * seq) ** 2 - 2 * rows * seq**2))
+    return max(0.0, (one - many) / elements)

@@ -2,8 +2,8 @@
 
 A `Deferred` is a wrapper tensor without memory. Its `Node` records the call that stock would have made (function, arguments, autocast, grad
 mode), so that `value()` is stock's own result: the same operations in the same order. What the value *means*, the subclasses know, and answer
-some calls without it (`answers`). Everything else happens to the value. So does everything once somebody watches the gradient of a lazy
-tensor: a hook, retain_grad, a function that returned it with a backward of its own (`watched`).
+some calls without it (`answers`). Everything else happens to the value. So does everything that is made of a lazy tensor which an autograd
+function returned: it has a backward of its own (`foreign`).
 
 Python code reaches `__torch_function__`. C++ code that walks through a module's outputs (DDP's search for used parameters) finds a wrapper
 with a grad_fn that leads to the head's input and parameters (`lazy_graph`).
@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastft.swaps.head_product import Family, autocast_as, autocast_state
-from fastft.swaps.lazy_graph import Connect, Local, Uses, passes_on, shortcut, through
+from fastft.swaps.lazy_graph import Connect, Local, Uses, alias, passes_on, shortcut, through
 
 T = torch.Tensor
 _PROPERTIES = (
@@ -43,7 +43,8 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 class Node:
     """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was made from.
-    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see `Deferred.settle_apart`).
+    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see `Deferred.settle_apart`). made: the
+    value was computed; spare: and nobody has seen it, it is there for the time when the head has learnt.
     behind: of an unpadded forward, whose logits a caller is given by a second one (memory/reread.py): its value is of use to nobody."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, family: Family, meaning, alone: Callable[[], torch.Tensor] | None, big: bool):
@@ -53,7 +54,7 @@ class Node:
         self.before = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Node)]
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(family.hidden.device)
-        self.made = self.apart = self.view = self.behind = False
+        self.made = self.apart = self.view = self.spare = self.behind = False
         self.kept: torch.Tensor | None = None
         self.own_local: Local | None = None
         self.wrapper: Callable[[], Deferred | None] = lambda: None
@@ -77,7 +78,7 @@ class Node:
 
     def settled(self) -> bool:
         """Does the value exist, or that of a node it is made from (which may have been written to since)?"""
-        return self.made or any(n.settled() for n in self.before)
+        return (self.made and not (self.spare and self.family.unchanged())) or any(n.settled() for n in self.before)
 
     # ------------------------------------------------------------------------------------------------------------- who watches
 
@@ -95,10 +96,16 @@ class Node:
         if self.hooks or self.wanted:
             return True
         lazy = self.wrapper()
-        if lazy is None:
-            return False
+        return lazy is not None and (lazy.retains_grad or self._foreign_itself(lazy))
+
+    def foreign(self) -> bool:
+        """Was this lazy tensor, or one that it is made from, returned by an autograd function, or made a leaf?"""
+        with torch._C.DisableTorchFunctionSubclass():
+            return any((lazy := n.wrapper()) is not None and n._foreign_itself(lazy) for n in self.line())
+
+    def _foreign_itself(self, lazy: Deferred) -> bool:
         own = self.connect()
-        return lazy.retains_grad or lazy.grad_fn is not own or (own is None and lazy.requires_grad)
+        return lazy.grad_fn is not own or (own is None and lazy.requires_grad)
 
     def anchor(self) -> None:
         """The graph keeps what is recorded: a gradient may come when no lazy tensor is left."""
@@ -110,15 +117,18 @@ class Node:
         """What a caller still holds is the state before the step: with a trained head it is made now, at stock's cost."""
         for family in {id(n.family): n.family for n in self.line()}.values():
             if family.trained:
-                for node in family.alive():
-                    if not node.made and not node.behind and node.wrapper() is not None:
+                new = [node for node in family.alive() if not node.made and not node.behind]
+                for node in new:
+                    if node.wrapper() is not None:
                         node.value("a caller who keeps the output of a trained head")
+                for node in new:
+                    node.spare = node.made  # a checkpoint that runs its part again in this backward finds what it found before
 
     # ------------------------------------------------------------------------------------------------------------- what is made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
         """in_place: someone is about to write, so views must be stock's views."""
-        lazy = self.wrapper()
+        lazy, self.spare = self.wrapper(), False
         known = self.kept if lazy is None else lazy.made
         if known is None:
             known = self._make(lazy, why, in_place)
@@ -132,7 +142,7 @@ class Node:
         settled = self.settled()
         self._check(settled, why)
         self.made = True
-        if self.alone is not None and not settled and not (in_place and (self.big or self.view)) and not self.watched():
+        if self.alone is not None and not settled and not (in_place and (self.big or self.view)) and not self.foreign():
             with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
                 value = self.alone()
             return lazy.hang(shortcut(value, self, lazy)) if lazy is not None and value.requires_grad else value
@@ -156,7 +166,7 @@ class Node:
             def fill(x):
                 x = x.value(why) if isinstance(x, Node) else x
                 own = self.grad and x.requires_grad
-                x = x.view_as(x) if own else x
+                x = alias(x) if own else x
                 edges.append(get_gradient_edge(x) if own else None)
                 return x
 
@@ -258,13 +268,12 @@ class Deferred(torch.Tensor):
             known = args[0].made if isinstance(args[0], Deferred) else None
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs) if known is None else func(known, *args[1:], **kwargs)
-        grad = torch.is_grad_enabled()
         for d in deferred:
             if d.node.apart and d.node.connect() is None:
                 d.settle_apart()
-            if not grad and d.has_grad:  # perhaps inside an autograd function, whose backward gives d its gradient
+            if not torch.is_grad_enabled() and d.has_grad:  # perhaps inside an autograd function, whose backward gives d its gradient
                 d.node.anchor()
-        if not any(d.node.settled() or (grad and d.node.watched()) for d in deferred):
+        if not any(d.node.settled() or d.node.foreign() for d in deferred):
             for kind in {type(d) for d in deferred}:
                 if func in kind.answers and (out := kind.answers[func](args, kwargs)) is not NotImplemented:
                     return out
@@ -310,6 +319,7 @@ def _before_writing(targets: list[Deferred], name: str) -> None:
         for node in root.family.alive():
             if root.big or node.descends_from(root):
                 if node.made:
+                    node.spare = False
                     node.become_a_view()
                 else:
                     node.value(name, in_place=True)

@@ -63,8 +63,11 @@ class Family:
     def _now(self) -> tuple[int, ...]:
         return tuple(t._version for t in (self.hidden, self.weight, self.bias) if t is not None)
 
+    def unchanged(self) -> bool:
+        return self._now() == self.versions
+
     def check(self) -> None:
-        if self._now() != self.versions:
+        if not self.unchanged():
             raise RuntimeError(
                 "deferred logits: the head's weight or its input was modified in place since the forward; read `logits` before the optimizer's step"
             )
@@ -129,10 +132,9 @@ class Product:
     def detached(self) -> Product:
         if not self.requires_grad:
             return self
-        if "detached" not in self.cache:
-            bias = None if self.bias is None else self.bias.detach()
-            self.cache["detached"] = replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache={})
-        return self.cache["detached"]
+        bias = None if self.bias is None else self.bias.detach()
+        known = self.cache.setdefault("detached", {})  # by whoever shares this product's cache, in whatever shape and dtype
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache=known)
 
     def same(self, other: Product) -> bool:
         """Do both stand for the same values (they may differ in casts)?"""

@@ -110,11 +110,17 @@ def _set_requires_grad(lazy: Deferred, on: bool) -> None:
 
 
 def _detach_(args, kwargs):
-    lazy = args[0]
-    value = lazy.node.value("detach_")
+    """The name means another tensor from now on; what was made of the former one goes on with its node."""
+    lazy, before = args[0], args[0].node
+    value = before.value("detach_").detach()
     with _plain():
         lazy.detach_()
-    lazy.made, lazy.stands = value.detach(), None
+    before.anchor()
+    before.wrapper, before.kept = lambda: None, None
+    with torch.no_grad():
+        lazy.node = Node(T.detach, (value,), {}, before.family, before.meaning, None, before.big)
+    lazy.node.made, lazy.node.wrapper = True, weakref.ref(lazy)
+    lazy.made, lazy.stands = value, None
     return lazy
 
 

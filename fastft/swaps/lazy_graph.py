@@ -43,6 +43,21 @@ class Local(NamedTuple):
         return [next(found) if want and e is not None else None for e, want in zip(self.edges, wanted)]
 
 
+class _Alias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def alias(x: torch.Tensor) -> torch.Tensor:
+    """x, in x's memory, but no view of it to autograd: what is made of it keeps its history when x is written to."""
+    return _Alias.apply(x)
+
+
 class Connect(torch.autograd.Function):
     """A lazy tensor, as a function of what stock makes it of. On ctx, no tensors but through `keep` (the Node) and `local`."""
 

@@ -1,7 +1,8 @@
 """Published claims of memory, met or not as far as the planner can tell: python -m benchmarks.claims [--out FOLDER]
 
-Each claim's model and batch is planned (fastft.plan: the real code on fake tensors), for PEFT at its defaults, for TRL's, and for fastft under the
-policy that takes the least. These are predictions, none of which a GPU has measured yet; speed is not predicted at all.
+Each claim's model and batch is planned (fastft.plan: the real code on fake tensors), for PEFT at its defaults, for
+TRL's, and for fastft under the policy that takes the least. These are predictions, none of which a GPU has measured
+yet; speed is not predicted at all.
 
     memory    peak of a training step, against the claim's ratio
     context   the longest row that fits a card, QLoRA, batch 1
@@ -32,9 +33,17 @@ GIB = 2**30
 
 def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        vocab_size=vocab, max_position_embeddings=131_072, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
 
 
 SHAPES = {
@@ -69,7 +78,15 @@ MEMORY = (
     Memory("LoRA r=16, 4 x 512", "Llama-2-7B", 4, 512, False, "19.2 to 5.0 GB (-74%), length not given", 0.26),
     Memory("QLoRA r=16, 4 x 512", "Llama-2-13B", 4, 512, True, "12.8 to 6.9 GB, length not given", 0.54),
     Memory("QLoRA r=16, 2 x 2048", "Llama-3.1-8B", 2, 2048, True, "over 70% less", 0.30),
-    Memory("QLoRA r=16, 1 x 20000, full logits as in GRPO before TRL 1.x", "Llama-3.1-8B", 1, 20_000, True, "510.8 to 54.3 GB (-89%)", 0.11),
+    Memory(
+        "QLoRA r=16, 1 x 20000, full logits as in GRPO before TRL 1.x",
+        "Llama-3.1-8B",
+        1,
+        20_000,
+        True,
+        "510.8 to 54.3 GB (-89%)",
+        0.11,
+    ),
 )
 CONTEXTS = (
     Context("8GiB", "2 972", 2_972),
@@ -101,22 +118,54 @@ def _line(found: Plan, stack: str, policy: str) -> PlanLine:
 def memory(case: Memory) -> Row:
     config = SHAPES[case.shape]
     planned = {
-        loss: plan(config, batch=case.batch, seq=case.seq, load_in_4bit=case.load_in_4bit, loss=loss, policy="lean", limits=False) for loss in ("model", "trl")
+        loss: plan(
+            config,
+            batch=case.batch,
+            seq=case.seq,
+            load_in_4bit=case.load_in_4bit,
+            loss=loss,
+            policy="lean",
+            limits=False,
+        )
+        for loss in ("model", "trl")
     }
     peft = _line(planned["model"], "stock", "no checkpointing").peak.total / GIB
     trl = _line(planned["trl"], "stock", "every layer").peak.total / GIB
     ours = min((x for x in planned["trl"].lines if x.stack == "fastft"), key=lambda x: x.peak.total)
     total = ours.peak.total / GIB
-    return Row(f"{case.shape}, {case.name}, GiB", case.claim, peft, trl, total, ours.policy, total / peft, case.ratio, total / peft <= case.ratio)
+    return Row(
+        f"{case.shape}, {case.name}, GiB",
+        case.claim,
+        peft,
+        trl,
+        total,
+        ours.policy,
+        total / peft,
+        case.ratio,
+        total / peft <= case.ratio,
+    )
 
 
 def context(case: Context, shape: str = "Llama-3.1-8B") -> Row:
-    by_loss = {loss: plan(SHAPES[shape], batch=1, seq=2048, load_in_4bit=True, loss=loss, policy="lean", gpu=case.gpu) for loss in ("model", "trl")}
+    by_loss = {
+        loss: plan(SHAPES[shape], batch=1, seq=2048, load_in_4bit=True, loss=loss, policy="lean", gpu=case.gpu)
+        for loss in ("model", "trl")
+    }
     peft = _line(by_loss["model"], "stock", "no checkpointing").longest or 0
     trl = _line(by_loss["trl"], "stock", "every layer").longest or 0
     ours = max((x for x in by_loss["trl"].lines if x.stack == "fastft"), key=lambda x: x.longest or 0)
     tokens = ours.longest or 0
-    return Row(f"{shape}, QLoRA r=16, longest row on {case.gpu}", case.claim, peft, trl, tokens, ours.policy, tokens / case.tokens, 1.0, tokens >= case.tokens)
+    return Row(
+        f"{shape}, QLoRA r=16, longest row on {case.gpu}",
+        case.claim,
+        peft,
+        trl,
+        tokens,
+        ours.policy,
+        tokens / case.tokens,
+        1.0,
+        tokens >= case.tokens,
+    )
 
 
 def shown(x: float) -> str:
@@ -128,21 +177,37 @@ def markdown(r: Row) -> str:
     return f"| {r.what} | {shown(r.peft)} | {shown(r.trl)} | {shown(r.fastft)} ({r.policy}) | {r.claim} | {r.ratio:.2f} | {'yes' if r.met else 'no'} |"
 
 
-HEADER = ["| what | PEFT's defaults | TRL's defaults | fastft | published by a peer | ratio | met |", "|---|--:|--:|--:|---|--:|---|"]
+HEADER = [
+    "| what | PEFT's defaults | TRL's defaults | fastft | published by a peer | ratio | met |",
+    "|---|--:|--:|--:|---|--:|---|",
+]
 
 
 def write(rows: list[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"claims-{datetime.date.today().isoformat()}.json"
     versions, command = environment(), "python -m benchmarks.claims"
-    path.write_text(json.dumps({"command": command, "note": UNMEASURED, "environment": versions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
-    lines = [f"`{command}`: {UNMEASURED}. " + ", ".join(f"{k} {v}" for k, v in versions.items()), "", *HEADER, *map(markdown, rows)]
+    path.write_text(
+        json.dumps(
+            {"command": command, "note": UNMEASURED, "environment": versions, "rows": [asdict(r) for r in rows]},
+            indent=1,
+        )
+        + "\n"
+    )
+    lines = [
+        f"`{command}`: {UNMEASURED}. " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+        *HEADER,
+        *map(markdown, rows),
+    ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     rows = []

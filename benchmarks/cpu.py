@@ -1,12 +1,14 @@
 """What can be measured honestly without a GPU: python -m benchmarks.cpu [--quick] [--out FOLDER]
 
-layer    one Llama-3.1-8B decoder layer under LoRA at 4 x 2048 tokens, on fake tensors: bytes kept for the backward, launches, FLOPs
-head     matrix products of the LM head, in units of 2 tokens hidden vocabulary, and its temporary bytes, on fake tensors
+layer    one Llama-3.1-8B decoder layer under LoRA at 4 x 2048 tokens, on fake tensors: bytes kept for the backward,
+         launches, FLOPs
+head     matrix products of the LM head, in units of 2 tokens hidden vocabulary, and its temporary bytes, on fake
+         tensors
 kernels  registers, spills and shared memory of every kernel on every architecture, from the compilers
 host     time that an adapted attention layer costs the interpreter, on a model too small for its arithmetic to matter
 
-Writes cpu-DATE.json and cpu-DATE.md. Exit code 1 when a figure is above its ceiling, which says that something got worse.
-"""
+Writes cpu-DATE.json and cpu-DATE.md. Exit code 1 when a figure is above its ceiling, which says that something got
+worse."""
 
 from __future__ import annotations
 
@@ -37,14 +39,14 @@ from trl.trainer import utils as trl_utils
 
 import fastft
 from benchmarks.fake import FORMULAS, Live, layer_cost
+from fastft.linear.groups import HOLDER
+from fastft.linear.projection import describe
 from fastft.patching.swap import slot_of
-from fastft.swaps.linears import HOLDER
-from fastft.swaps.lora_state import describe
-from fastft_kernels import aot
-from fastft_kernels._triton import HAS_TRITON
-from fastft_kernels.linear_cross_entropy import linear_cross_entropy
-from fastft_kernels.linear_logprob import linear_logprob
-from fastft_kernels.lora_linear import pack
+from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.lm_head.linear_logprob import linear_logprob
+from fastft_kernels.lora.lora_linear import pack
+from fastft_kernels.runtime import aot
+from fastft_kernels.runtime.language import HAS_TRITON
 
 BATCH = (4, 2048)
 ARCHS = aot.ARCHS
@@ -70,11 +72,17 @@ class Figure:
 
 def llama_8b(layers: int) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
     )
 
 
-# ceilings: kept bytes per token and layer, launches per layer, GFLOP per token and layer (stock's own: nothing is computed twice; checkpointed, all but the last product)
+# ceilings: kept bytes per token and layer, launches per layer, GFLOP per token and layer (stock's own: nothing is
+# computed twice; checkpointed, all but the last product)
 LAYERS = {
     "fp32 adapters, bf16 autocast": (dict(), 105_000, 110, 0.9395),
     "bf16 adapters": (dict(autocast=False), 105_000, 110, 0.9395),
@@ -89,9 +97,23 @@ def layer(quick: bool) -> list[Figure]:
     for name, (settings, kept, launches, gflop) in list(LAYERS.items())[: 1 if quick else None]:
         stock, ours = (layer_cost(llama_8b, BATCH, patch=patch, **settings) for patch in (None, fastft.patch))
         found += [
-            Figure("layer", f"{name}: kept for the backward", "B/token/layer", ours.saved / tokens, stock.saved / tokens, kept),
+            Figure(
+                "layer",
+                f"{name}: kept for the backward",
+                "B/token/layer",
+                ours.saved / tokens,
+                stock.saved / tokens,
+                kept,
+            ),
             Figure("layer", f"{name}: launches", "per layer", ours.launches, stock.launches, launches),
-            Figure("layer", f"{name}: arithmetic", "GFLOP/token/layer", ours.flops / tokens / 1e9, stock.flops / tokens / 1e9, gflop),
+            Figure(
+                "layer",
+                f"{name}: arithmetic",
+                "GFLOP/token/layer",
+                ours.flops / tokens / 1e9,
+                stock.flops / tokens / 1e9,
+                gflop,
+            ),
         ]
     return found
 
@@ -118,12 +140,20 @@ def _products(step: Callable, trained: bool, tokens=512, hidden=64, vocab=2000) 
 
 def head(quick: bool) -> list[Figure]:
     found = [
-        Figure("head", f"{name}: matrix products", "forward + backward", _products(ours, trained), stock and _products(stock, trained), most)
+        Figure(
+            "head",
+            f"{name}: matrix products",
+            "forward + backward",
+            _products(ours, trained),
+            stock and _products(stock, trained),
+            most,
+        )
         for name, (trained, ours, stock, most) in HEADS.items()
     ]
     for name, (trained, ours, *_) in HEADS.items():
         if trained:
-            continue  # on a CPU the weight's tiles are cast to float32, which no GPU does: those bytes would mean nothing
+            # on a CPU the weight's tiles are cast to float32, which no GPU does: those bytes would mean nothing
+            continue
         with FakeTensorMode():
             h = torch.empty(8192, 4096, dtype=torch.bfloat16, requires_grad=True)
             w, target = torch.empty(151_936, 4096, dtype=torch.bfloat16), torch.zeros(8192, dtype=torch.long)
@@ -146,8 +176,22 @@ def kernels(quick: bool) -> list[Figure]:
         worst = max(reports, key=lambda n: reports[n].regs)
         shared = max(r.shared / r.shared_limit for r in reports.values())
         found += [
-            Figure("kernels", f"{arch}: spilled by {len(reports)} kernels", "B/thread", sum(r.spill_bytes for r in reports.values()), None, 0),
-            Figure("kernels", f"{arch}: most registers ({worst})", "per thread", reports[worst].regs, None, 255 if arch.startswith("sm") else 512),
+            Figure(
+                "kernels",
+                f"{arch}: spilled by {len(reports)} kernels",
+                "B/thread",
+                sum(r.spill_bytes for r in reports.values()),
+                None,
+                0,
+            ),
+            Figure(
+                "kernels",
+                f"{arch}: most registers ({worst})",
+                "per thread",
+                reports[worst].regs,
+                None,
+                255 if arch.startswith("sm") else 512,
+            ),
             Figure("kernels", f"{arch}: most shared memory", "of the limit", shared, None, 1.0),
         ]
     return found
@@ -169,7 +213,8 @@ def _attention_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
 
 
 def _group_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
-    """Medians over `repeats`: (the three projections of one input, forward; of that, reading and packing what they are now, 0 for stock)."""
+    """Medians over `repeats`: (the three projections of one input, forward; of that, reading and packing what they are
+    now, 0 for stock)."""
     attention = model.get_base_model().model.layers[0].self_attn
     members, x = (attention.q_proj, attention.k_proj, attention.v_proj), torch.randn(1, 4, 64, requires_grad=True)
     slot = slot_of(attention)
@@ -188,7 +233,13 @@ def _group_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
 
 def host(quick: bool) -> list[Figure]:
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=64,
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -196,7 +247,9 @@ def host(quick: bool) -> list[Figure]:
         make = lambda: get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")).train()
         stock, ours = make(), fastft.patch(make())
         count = 4 if quick else 20
-        rounds = [(_attention_ns(stock, 50), _attention_ns(ours, 50)) for _ in range(count)][1:]  # alternating: shared load
+        rounds = [(_attention_ns(stock, 50), _attention_ns(ours, 50)) for _ in range(count)][
+            1:
+        ]  # alternating: shared load
         groups = [(_group_ns(stock, 50), _group_ns(ours, 50)) for _ in range(count)][1:]
     finally:
         torch.set_num_threads(threads)
@@ -240,14 +293,24 @@ def write(figures: list[Figure], folder: Path, command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"cpu-{datetime.date.today().isoformat()}.json"
     versions = environment()
-    path.write_text(json.dumps({"command": command, "environment": versions, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
-    lines = [f"`{command}`, " + ", ".join(f"{k} {v}" for k, v in versions.items()), "", "| what | unit | stock | fastft | ceiling |", "|---|---|--:|--:|--:|"]
+    path.write_text(
+        json.dumps({"command": command, "environment": versions, "figures": [asdict(f) for f in figures]}, indent=1)
+        + "\n"
+    )
+    lines = [
+        f"`{command}`, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+        "| what | unit | stock | fastft | ceiling |",
+        "|---|---|--:|--:|--:|",
+    ]
     path.with_suffix(".md").write_text("\n".join([*lines, *map(row, figures)]) + "\n")
     return path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one setting of the layer, one architecture")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -259,7 +322,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     table = Table("what", "unit", "stock", "fastft", "ceiling")
     for f in figures:
-        table.add_row(f"{f.section}: {f.name}", f.unit, *map(shown, (f.stock, f.value, f.ceiling)), style="" if f.ok else "bold red")
+        table.add_row(
+            f"{f.section}: {f.name}",
+            f.unit,
+            *map(shown, (f.stock, f.value, f.ceiling)),
+            style="" if f.ok else "bold red",
+        )
     Console().print(table)
     words = " ".join(["python -m benchmarks.cpu", *(argv if argv is not None else sys.argv[1:])])
     print(write(figures, options.out, words))

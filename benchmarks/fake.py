@@ -1,8 +1,9 @@
-"""One training step of a real model at full size, without its memory: parameters are fake tensors, the code is the real code.
+"""One training step of a real model at full size, without its memory: parameters are fake tensors, the code is the real
+code.
 
-What is counted: floating-point operations (torch's own counter), operators that launch something (views are free; one of fastft's
-registered operators is one launch), and the bytes that autograd keeps for the backward, once per storage, parameters left out.
-"""
+What is counted: floating-point operations (torch's own counter), operators that launch something (views are free; one
+of fastft's registered operators is one launch), and the bytes that autograd keeps for the backward, once per storage,
+parameters left out."""
 
 from __future__ import annotations
 
@@ -28,10 +29,35 @@ from fastft.tools.plan.fake import to_fake
 
 Patch = Callable[[nn.Module], nn.Module]
 _FREE = {
-    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias",
-    "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh",
-    "unfold", "chunk", "diagonal", "device", "_local_scalar_dense",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "detach",
+    "alias",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "as_strided",
+    "_reshape_alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "lift_fresh",
+    "unfold",
+    "chunk",
+    "diagonal",
+    "device",
+    "_local_scalar_dense",
+}
 
 
 def _attention(q, k, v, dropout_p=0.0, is_causal=False, *args, out_shape=None, **kwargs) -> int:
@@ -45,11 +71,13 @@ def _attention_backward(go, q, k, v, o, lse, dropout_p=0.0, is_causal=False, *ar
 
 _aten = torch.ops.aten
 
+
 def _product(into, a, b, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-FORMULAS = {  # torch counts neither the CPU's flash attention (the causal half is counted here) nor products added in place
+# torch counts neither the CPU's flash attention (the causal half is counted here) nor products added in place
+FORMULAS = {
     _aten.addmm_: _product,
     _aten.baddbmm_: _product,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -135,7 +163,8 @@ def counting(known: list[torch.Tensor]):
 
 
 def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn.Module:
-    """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or bfloat16)."""
+    """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or
+    bfloat16)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
@@ -147,9 +176,12 @@ def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn
 
 
 def _causal(backbone: nn.Module) -> None:
-    """Whether rows are packed is a question that fake tensors cannot answer, and a dense mask is the careful answer. Here nothing is
+    """Whether rows are packed is a question that fake tensors cannot answer, and a dense mask is the careful answer.
+    Here nothing is
     packed: this instance's forward makes no mask, as a real run makes none."""
-    backbone.forward = types.MethodType(rebind(type(backbone).forward, {"create_causal_mask": lambda **kwargs: None}), backbone)
+    backbone.forward = types.MethodType(
+        rebind(type(backbone).forward, {"create_causal_mask": lambda **kwargs: None}), backbone
+    )
 
 
 def layer_cost(
@@ -162,10 +194,13 @@ def layer_cost(
     checkpointing: bool = False,
     rank: int = 16,
 ) -> Cost:
-    """What one decoder layer adds to a step (forward and backward): four layers less two, halved. make_config(layers)."""
+    """What one decoder layer adds to a step (forward and backward): four layers less two, halved.
+    make_config(layers)."""
     costs = []
     for layers in (2, 4):
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model = build(make_config(layers), lora, fp32_adapters=autocast)
         if patch is not None:
             model = patch(model)

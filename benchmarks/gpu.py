@@ -1,18 +1,21 @@
-"""Everything that needs a GPU in one call of under 9 minutes: python -m benchmarks.gpu [--tiny] [--only SECTION ...] [--out FOLDER]
+"""Everything that needs a GPU in one call of under 9 minutes: python -m benchmarks.gpu [--tiny] [--only SECTION ...]
+[--out FOLDER]
 
 roof         what this device does: bf16 products and copies
 tests        tests/kernels on this device, in float32, float16 and bfloat16
 kernels      each kernel at an 8B decoder's widths: time with cold caches, percent of the roof, error against eager's
-lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k, 1x32k
+lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k,
+             1x32k
 preference   DPO and GRPO log-probability steps of the same
 host         a 0.6B shape at 2x512: the host's time and launches
 determinism  two runs, the same bits; where not, the first operation that does not repeat, and whose it is
 planner      predicted against measured memory
 
-Each section is a process of its own with its share of the time; what one leaves is the next ones'. While one measures, the next imports. Rows
-are written as they come: gpu-DEVICE-DATE.json and .md in benchmarks/results (with --tiny: in a temporary folder, and all of it on small
-shapes, on a CPU as well). What ran out of time, memory or luck is a row that says so. Exit code 1 where a row is red or failed.
-"""
+Each section is a process of its own with its share of the time; what one leaves is the next ones'. While one measures,
+the next imports. Rows
+are written as they come: gpu-DEVICE-DATE.json and .md in benchmarks/results (with --tiny: in a temporary folder, and
+all of it on small shapes, on a CPU as well). What ran out of time, memory or luck is a row that says so. Exit code 1
+where a row is red or failed."""
 
 from __future__ import annotations
 
@@ -49,9 +52,16 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "roof": Section(15, 1), "tests": Section(110, 1), "kernels": Section(80), "lora": Section(110), "nf4": Section(80), "preference": Section(50),
-    "host": Section(30), "determinism": Section(40), "planner": Section(60),
-}  # fmt: skip
+    "roof": Section(15, 1),
+    "tests": Section(110, 1),
+    "kernels": Section(80),
+    "lora": Section(110),
+    "nf4": Section(80),
+    "preference": Section(50),
+    "host": Section(30),
+    "determinism": Section(40),
+    "planner": Section(60),
+}
 
 
 class Worker:
@@ -60,7 +70,15 @@ class Worker:
     def __init__(self, section: str, tiny: bool, rows: Path, log: Path):
         self.section, self.rows, self.log = section, rows, log.open("a")
         command = [sys.executable, "-m", "benchmarks.gpu_worker", section, str(rows), *(["--tiny"] if tiny else [])]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
 
     def go(self, until: float, done: list[str], roof: dict) -> None:
         self.told = {path: path.stat().st_size for path in (self.rows, Path(self.log.name)) if path.exists()}
@@ -96,7 +114,11 @@ class Worker:
                 elif path == self.rows and '"row"' in line:
                     row = json.loads(line)["row"]
                     known = ", ".join(f"{k} {shown(v)}" for k, v in row["figures"].items())
-                    print(f"{row['section']}: {row['name']}: {row['state']} {known} {row['note']}".rstrip(), file=sys.stderr, flush=True)
+                    print(
+                        f"{row['section']}: {row['name']}: {row['state']} {known} {row['note']}".rstrip(),
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -118,7 +140,10 @@ class Result:
         self.rows += rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"header": self.head, "seconds": self.seconds, "rows": [asdict(r) for r in self.rows]}
-        for path, text in ((self.path, json.dumps(found, indent=1) + "\n"), (self.path.with_suffix(".md"), self.markdown())):
+        for path, text in (
+            (self.path, json.dumps(found, indent=1) + "\n"),
+            (self.path.with_suffix(".md"), self.markdown()),
+        ):
             new = path.with_suffix(path.suffix + ".new")
             new.write_text(text)
             new.replace(path)
@@ -165,10 +190,17 @@ def _section(name: str, worker: Worker, start, until: float, roof: dict) -> list
         code = worker.wait(until + 3)
         worker.end()
         rows, begun = read(path)
-        why = "it was ended when the section's time was over" if code is None else f"the process ended with {code}: {_tail(path.with_suffix('.log'))}"
+        why = (
+            "it was ended when the section's time was over"
+            if code is None
+            else f"the process ended with {code}: {_tail(path.with_suffix('.log'))}"
+        )
         if begun is not None:
             with path.open("a") as f:
-                f.write(json.dumps({"row": asdict(Row(name, begun, "not run" if code is None else "error", note=why))}) + "\n")
+                f.write(
+                    json.dumps({"row": asdict(Row(name, begun, "not run" if code is None else "error", note=why))})
+                    + "\n"
+                )
         if code == 0 or code is None or begun is None or attempt + 1 == SECTIONS[name].attempts:
             break
         worker = start(name)
@@ -182,8 +214,12 @@ def _tail(log: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU as well; nothing is written to benchmarks/results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes, on a CPU as well; nothing is written to benchmarks/results"
+    )
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all sections together")
@@ -196,7 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     head = header(device, words)
     scratch = Path(tempfile.mkdtemp(prefix="fastft-bench-"))
     out = options.out or (scratch if options.tiny else RESULTS)
-    short = re.sub(r"[^a-z0-9]+", "-", head["device"].split("(")[0].split(",")[0].lower().replace("nvidia", "")).strip("-")
+    short = re.sub(r"[^a-z0-9]+", "-", head["device"].split("(")[0].split(",")[0].lower().replace("nvidia", "")).strip(
+        "-"
+    )
     result = Result(out / f"gpu-{short}-{datetime.date.today().isoformat()}.json", head)
     run([n for n in SECTIONS if n in options.only], options.tiny, result, options.seconds, scratch)
     print(result.markdown())

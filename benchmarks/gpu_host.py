@@ -1,4 +1,5 @@
-"""What small models feel: the host's time in a step of a 0.6B shape at 2 x 512 tokens, and its launches; and whether two runs give one result."""
+"""What small models feel: the host's time in a step of a 0.6B shape at 2 x 512 tokens, and its launches; and whether
+two runs give one result."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def _step(model: nn.Module, b: Batch, device: torch.device) -> torch.Tensor:
 
 
 def host_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time until the host has queued forward and backward, not waiting for the device. (On a CPU: the whole step.)"""
+    """Median time until the host has queued forward and backward, not waiting for the device. (On a CPU: the whole
+    step.)"""
     found = []
     for _ in range(repeats):
         synchronize(device)
@@ -42,12 +44,15 @@ def host_ms(step: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def launches(step: Callable[[], object], device: torch.device) -> float:
-    """GPU kernels and copies of forward and backward by the profiler; on a CPU operators that would launch something."""
+    """GPU kernels and copies of forward and backward by the profiler; on a CPU operators that would launch
+    something."""
     if device.type != "cuda":
         with counting([]) as cost:
             step()
         return cost.launches
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         step()
         synchronize(device)
     return float(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events()))
@@ -67,12 +72,19 @@ def host_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
         with STACKS[stack][0](model, device):
             run = lambda: _step(model, b, device)
             run()
-            found |= {"forward + backward, host ms": host_ms(run, device, 3 if tiny else 10), "launches": launches(run, device)}
+            found |= {
+                "forward + backward, host ms": host_ms(run, device, 3 if tiny else 10),
+                "launches": launches(run, device),
+            }
         model.zero_grad(set_to_none=True)
         return found
 
     for stack in STACKS:
-        sheet.run(f"0.6B shape, bf16, {len(lengths)}x{lengths[0]}: {stack}", lambda stack=stack: measure(stack), least=0.0 if tiny else 5.0)
+        sheet.run(
+            f"0.6B shape, bf16, {len(lengths)}x{lengths[0]}: {stack}",
+            lambda stack=stack: measure(stack),
+            least=0.0 if tiny else 5.0,
+        )
 
 
 def attentions(device: torch.device) -> dict[str, Callable]:
@@ -80,14 +92,17 @@ def attentions(device: torch.device) -> dict[str, Callable]:
     if device.type != "cuda":
         return {"three steps, twice": contextlib.nullcontext}
     only = {"flash attention": SDPBackend.FLASH_ATTENTION, "math attention": SDPBackend.MATH}
-    named = {f"three steps, twice, {name} alone": functools.partial(sdpa_kernel, backend) for name, backend in only.items()}
+    named = {
+        f"three steps, twice, {name} alone": functools.partial(sdpa_kernel, backend) for name, backend in only.items()
+    }
     return {"three steps, twice, cuDNN's attention first": lambda: tuned(device), **named}
 
 
 def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
-    """Three steps, twice, each with a fresh patch; torch is told to be deterministic where it can. Where two runs differ, one step is run
-    twice more with every operator watched: what is ours must repeat, else the row is red; else it names the first operation that does not,
-    and whose it is."""
+    """Three steps, twice, each with a fresh patch; torch is told to be deterministic where it can. Where two runs
+    differ, one step is run
+    twice more with every operator watched: what is ours must repeat, else the row is red; else it names the first
+    operation that does not, and whose it is."""
     config, lengths = config_small(tiny, layers=2 if tiny else 4), ([16, 9] if tiny else [512, 300])
 
     def trained(attention: Callable, steps: int) -> list[torch.Tensor]:
@@ -108,14 +123,25 @@ def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Ro
             first, second = trained(attention, 3), trained(attention, 3)
             odd = sum(not torch.equal(a, b) for a, b in zip(first, second))
             if not odd:
-                return {"losses and adapters compared": len(first), "that differ": 0, "same bits": True, "ours repeats": True}
+                return {
+                    "losses and adapters compared": len(first),
+                    "that differ": 0,
+                    "same bits": True,
+                    "ours repeats": True,
+                }
             found = culprits(lambda: trained(attention, 1))
         finally:
             torch.use_deterministic_algorithms(before)
         if found.ours or found.diverged or not found.first:
             raise Red(f"{odd} of {len(first)} losses and adapters differ between two runs; {found}")
         who = {"first that differs": found.first, "whose": owner(found.first), "all that differ": str(found)}
-        return {"losses and adapters compared": len(first), "that differ": odd, "same bits": False, "ours repeats": True, **who}
+        return {
+            "losses and adapters compared": len(first),
+            "that differ": odd,
+            "same bits": False,
+            "ours repeats": True,
+            **who,
+        }
 
     for name, attention in attentions(device).items():
         sheet.run(name, lambda attention=attention: measure(attention))
@@ -126,7 +152,14 @@ def planner_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) 
     try:
         from benchmarks.plan_error import cases, outcome
     except ImportError as e:
-        sheet.write(Row("planner", "predicted against measured peak", "missing", note=f"the planner's benchmark is not there: {e}"))
+        sheet.write(
+            Row(
+                "planner",
+                "predicted against measured peak",
+                "missing",
+                note=f"the planner's benchmark is not there: {e}",
+            )
+        )
         return
 
     def measure(case) -> Figures:

@@ -1,9 +1,9 @@
-"""Which operation gives other bits for the same inputs: a step is run twice with a checksum of what every operator is given and returns.
+"""Which operation gives other bits for the same inputs: a step is run twice with a checksum of what every operator is
+given and returns.
 
-The first (and every) operator whose inputs agree and whose results do not is a culprit; those after it merely inherit. The checksum is a
-sum of integers, exact in any order. Memory that an operator leaves uninitialised must be filled, as `torch.use_deterministic_algorithms`
-does. Backwards are seen too: autograd's threads inherit the mode.
-"""
+The first (and every) operator whose inputs agree and whose results do not is a culprit; those after it merely inherit.
+The checksum is a sum of integers, exact in any order. Memory that an operator leaves uninitialised must be filled, as
+`torch.use_deterministic_algorithms` does. Backwards are seen too: autograd's threads inherit the mode."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ _OWNERS = (  # the first part of a name that is found
     ("cudnn_attention", "cuDNN's attention"),
     ("flash_attention", "FlashAttention (torch)"),
     ("efficient_attention", "torch's memory-efficient attention"),
-    ("addmm", "cuBLAS"), ("baddbmm", "cuBLAS"), ("bmm", "cuBLAS"), ("mm", "cuBLAS"), ("linear", "cuBLAS"),
-    ("embedding", "torch's atomic additions"), ("index_add", "torch's atomic additions"), ("index_put", "torch's atomic additions"),
+    ("addmm", "cuBLAS"),
+    ("baddbmm", "cuBLAS"),
+    ("bmm", "cuBLAS"),
+    ("mm", "cuBLAS"),
+    ("linear", "cuBLAS"),
+    ("embedding", "torch's atomic additions"),
+    ("index_add", "torch's atomic additions"),
+    ("index_put", "torch's atomic additions"),
     ("scatter", "torch's atomic additions"),
-)  # fmt: skip
+)
 
 
 class Call(NamedTuple):
@@ -61,7 +67,9 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         given = self._sums((args, kwargs))
         out = func(*args, **kwargs)
-        written = [a for a, s in zip(args, func._schema.arguments) if s.alias_info is not None and s.alias_info.is_write]
+        written = [
+            a for a, s in zip(args, func._schema.arguments) if s.alias_info is not None and s.alias_info.is_write
+        ]
         self.calls.append(Call(name, given, self._sums((out, written))))
         return out
 
@@ -73,8 +81,8 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Culprits:
-    """first: the first operator that does not repeat, or ""; all: how often each did not; ours: those of fastft's own. diverged: where the
-    two runs called different operators, or ""."""
+    """first: the first operator that does not repeat, or ""; all: how often each did not; ours: those of fastft's own.
+    diverged: where the two runs called different operators, or ""."""
 
     first: str
     all: dict[str, int]
@@ -89,7 +97,9 @@ class Culprits:
             return f"the two runs called different operators: {self.diverged}"
         if not self.first:
             return "no operator gave other bits for the same inputs while it was watched"
-        return f"first {self.first} ({owner(self.first)}); " + ", ".join(f"{n} x{k} ({owner(n)})" for n, k in self.all.items())
+        return f"first {self.first} ({owner(self.first)}); " + ", ".join(
+            f"{n} x{k} ({owner(n)})" for n, k in self.all.items()
+        )
 
 
 def owner(name: str) -> str:

@@ -1,12 +1,15 @@
-"""Whole LoRA training steps: stock at its defaults, stock at its best flags, fastft; one model, one set of adapters, the same batches.
+"""Whole LoRA training steps: stock at its defaults, stock at its best flags, fastft; one model, one set of adapters,
+the same batches.
 
-    stock    what TRL's trainers do: bf16 autocast over float32 adapters, every layer checkpointed, torch's fused AdamW, gradient clipping
+    stock    what TRL's trainers do: bf16 autocast over float32 adapters, every layer checkpointed, torch's fused AdamW,
+             gradient clipping
     best     the same with cuDNN's attention first where it is there, and nothing checkpointed if it fits
-    fastft   cuDNN's attention, and `fastft.patch(model, activation_policy="auto")`: of the layers that are to be checkpointed, as few are as must
+    fastft   cuDNN's attention, and `fastft.patch(model, activation_policy="auto")`: of the layers that are to be
+             checkpointed, as few are as must
 
-The gate comes first, for every stack: losses and gradients of two layers at full width, over several padded batches, against float64.
-With TRL installed, losses go through its fused head; without it through the model's own loss or plain log-probabilities; the rows say which.
-"""
+The gate comes first, for every stack: losses and gradients of two layers at full width, over several padded batches,
+against float64. With TRL installed, losses go through its fused head; without it through the model's own loss or plain
+log-probabilities; the rows say which."""
 
 from __future__ import annotations
 
@@ -21,9 +24,19 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastft
-from benchmarks.gpu_models import HAS_TRL, RANK, Batch, alpaca_lengths, batch, build, checkpoint_layers, config_8b, with_trl_head
+from benchmarks.gpu_models import (
+    HAS_TRL,
+    RANK,
+    Batch,
+    alpaca_lengths,
+    batch,
+    build,
+    checkpoint_layers,
+    config_8b,
+    with_trl_head,
+)
 from benchmarks.sheet import Figures, Red, Sheet
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft.tools.bench.limits import ModelShape, limit_seconds
 from fastft.tools.bench.timing import Roof, Times, synchronize
 from fastft.tools.gate import gate
@@ -58,7 +71,11 @@ def ours(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 # name -> (context, whether checkpointing is on: the ways tried in turn until one fits)
-STACKS: dict[str, tuple[Callable, tuple[bool, ...]]] = {"stock": (stock, (True,)), "best": (best, (False, True)), "fastft": (ours, (True,))}
+STACKS: dict[str, tuple[Callable, tuple[bool, ...]]] = {
+    "stock": (stock, (True,)),
+    "best": (best, (False, True)),
+    "fastft": (ours, (True,)),
+}
 
 
 # --- losses
@@ -107,14 +124,16 @@ def _autocast(device: torch.device, enabled: bool = True):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def losses_and_gradients(model: nn.Module, loss: Loss, batches: Sequence[Batch], device: torch.device, truth: bool = False) -> dict[str, torch.Tensor]:
+def losses_and_gradients(
+    model: nn.Module, loss: Loss, batches: Sequence[Batch], device: torch.device, truth: bool = False
+) -> dict[str, torch.Tensor]:
     """Of every batch: its loss, and the gradient of every adapter; "0:loss", "0:...lora_A...weight", "1:loss", ..."""
     found = {}
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     for i, b in enumerate(batches):
-        with float64_truth() if truth else _autocast(device):
+        with float64_reference() if truth else _autocast(device):
             value = loss(model, b)
-        with float64_truth() if truth else contextlib.nullcontext():
+        with float64_reference() if truth else contextlib.nullcontext():
             grads = torch.autograd.grad(value, parameters)
         found[f"{i}:loss"] = value.detach()
         found |= {f"{i}:{n}": g for n, g in zip(names, grads)}
@@ -142,7 +161,9 @@ class Gate:
 
     def _verdict(self, stack: str, loss: Loss) -> str:
         if loss.__name__ not in self.results:
-            truth = losses_and_gradients(with_trl_head(in_float64(self.model)), loss, self.batches, self.device, truth=True)
+            truth = losses_and_gradients(
+                with_trl_head(in_float64(self.model)), loss, self.batches, self.device, truth=True
+            )
             self.results[loss.__name__] = truth, losses_and_gradients(self.model, loss, self.batches, self.device)
         truth, eager = self.results[loss.__name__]
         if stack == "stock":
@@ -169,7 +190,17 @@ class Step:
     policy: str = ""  # what fastft says it did about checkpointing
 
 
-def train(model: nn.Module, loss: Loss, b: Batch, device: torch.device, *, checkpointing: bool, seconds: float, most: int = 8, least: int = 3) -> Step:
+def train(
+    model: nn.Module,
+    loss: Loss,
+    b: Batch,
+    device: torch.device,
+    *,
+    checkpointing: bool,
+    seconds: float,
+    most: int = 8,
+    least: int = 3,
+) -> Step:
     """Some steps of training on one batch; adapters are as before afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -201,7 +232,10 @@ def train(model: nn.Module, loss: Loss, b: Batch, device: torch.device, *, check
             times.append(step())
         done = Step(Times.of(times), first, [float(x) for x in losses], checkpointing)
         if cuda:
-            done.allocated, done.reserved = float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
+            done.allocated, done.reserved = (
+                float(torch.cuda.max_memory_allocated()),
+                float(torch.cuda.max_memory_reserved()),
+            )
         return done
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -219,7 +253,9 @@ def fitting(model: nn.Module, stack: str, loss: Loss, b: Batch, device: torch.de
             with context(model, device):
                 step = train(model, loss, b, device, checkpointing=checkpointing, seconds=seconds)
                 if stack == "fastft":
-                    step.policy = "; ".join(n for n in fastft.report(model).notes if "activation policy" in n or "last forward" in n)
+                    step.policy = "; ".join(
+                        n for n in fastft.report(model).notes if "activation policy" in n or "last forward" in n
+                    )
                 return step
         except torch.OutOfMemoryError:
             if i == len(ways) - 1:
@@ -231,10 +267,18 @@ def fitting(model: nn.Module, stack: str, loss: Loss, b: Batch, device: torch.de
 def figures(step: Step, lengths: Sequence[int], shape: ModelShape, roof: Roof, loss: Loss, four_bit: bool) -> Figures:
     tokens, t = sum(lengths), step.times
     found: Figures = {
-        "tokens/s": tokens / t.median, "p20": tokens / t.p80, "p80": tokens / t.p20, "step ms": t.median * 1e3, "first step ms": step.first * 1e3,
-        "% of limit": 100 * limit_seconds(shape, lengths, RANK, roof, forwards=extra_forwards(loss), four_bit=four_bit) / t.median,
-        "checkpointing": step.checkpointing, "first loss": step.losses[0], "last loss": step.losses[-1],
-    }  # fmt: skip
+        "tokens/s": tokens / t.median,
+        "p20": tokens / t.p80,
+        "p80": tokens / t.p20,
+        "step ms": t.median * 1e3,
+        "first step ms": step.first * 1e3,
+        "% of limit": 100
+        * limit_seconds(shape, lengths, RANK, roof, forwards=extra_forwards(loss), four_bit=four_bit)
+        / t.median,
+        "checkpointing": step.checkpointing,
+        "first loss": step.losses[0],
+        "last loss": step.losses[-1],
+    }
     if step.policy:
         found["policy"] = step.policy
     if step.allocated:
@@ -245,7 +289,12 @@ def figures(step: Step, lengths: Sequence[int], shape: ModelShape, roof: Roof, l
 def cells(tiny: bool) -> dict[str, tuple[Loss, list[int]]]:
     """name -> (loss, lengths of the rows)"""
     long, longest, n = (48, 96, 24) if tiny else (8192, 32768, 2048)
-    return {f"4x{n}": (sft_loss, [n] * 4), "16 Alpaca-like rows": (sft_loss, alpaca_lengths(16, tiny)), f"1x{long}": (sft_loss, [long]), f"1x{longest}": (sft_loss, [longest])}
+    return {
+        f"4x{n}": (sft_loss, [n] * 4),
+        "16 Alpaca-like rows": (sft_loss, alpaca_lengths(16, tiny)),
+        f"1x{long}": (sft_loss, [long]),
+        f"1x{longest}": (sft_loss, [longest]),
+    }
 
 
 def preference_cells(tiny: bool) -> dict[str, tuple[Loss, list[int]]]:
@@ -253,7 +302,9 @@ def preference_cells(tiny: bool) -> dict[str, tuple[Loss, list[int]]]:
     return {f"DPO, 4 pairs of {pair}": (dpo_loss, [pair] * 8), f"GRPO, 8x{group}": (grpo_loss, [group] * 8)}
 
 
-def section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof, *, four_bit: bool = False, preference: bool = False) -> None:
+def section(
+    sheet: Sheet, tiny: bool, device: torch.device, roof: Roof, *, four_bit: bool = False, preference: bool = False
+) -> None:
     """Rows "stack, cell"; the longest lengths come last."""
     made: dict[str, object] = {}
 
@@ -274,7 +325,11 @@ def section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof, *, four_
     for cell, (loss, lengths) in (preference_cells(tiny) if preference else cells(tiny)).items():
         for stack in STACKS:
             least = 0.0 if tiny else 20.0 if max(lengths) > 10_000 else 6.0
-            sheet.run(f"8B shape, {base}, {cell}: {stack}", lambda stack=stack, loss=loss, lengths=lengths: measure(stack, loss, lengths), least)
+            sheet.run(
+                f"8B shape, {base}, {cell}: {stack}",
+                lambda stack=stack, loss=loss, lengths=lengths: measure(stack, loss, lengths),
+                least,
+            )
 
 
 def _shape(tiny: bool) -> ModelShape:

@@ -1,4 +1,5 @@
-"""The process of one section of `benchmarks.gpu`: imports first, measures after one line of JSON on its standard input."""
+"""The process of one section of `benchmarks.gpu`: imports first, measures after one line of JSON on its standard
+input."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to promise the same bits twice; read when CUDA starts
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # what cuBLAS needs to promise the same bits twice; read when CUDA starts
 
 import torch
 
@@ -38,20 +41,43 @@ def roof_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
 
 
 def tests_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
-    """tests/kernels, a minute on 12 workers; then what has more than 2^31 elements, alone and one at a time, with what time is left. Each
-    failure is printed with its error when it happens, and read from pytest's own lines as they come: what ends it loses what was not run."""
-    files = TINY_TESTS if tiny else tuple(str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests" / "kernels").glob("test_*.py")))
+    """tests/kernels, a minute on 12 workers; then what has more than 2^31 elements, alone and one at a time, with what
+    time is left. Each failure is printed with its error when it happens, and read from pytest's own lines as they come:
+    what ends it loses what was not run."""
+    files = (
+        TINY_TESTS
+        if tiny
+        else tuple(str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests" / "kernels").glob("test_*.py")))
+    )
     sheet.run("tests/kernels", lambda: run_tests(files, "not slow", min(sheet.left - 2, TESTS_SECONDS)))
     if not tiny:
         sheet.run("tests/kernels, more than 2^31 elements", lambda: run_tests(files, "slow", sheet.left - 2), least=10)
 
 
 def tests_command(files: tuple[str, ...], marked: str) -> list[str]:
-    """What runs tests/kernels on a GPU. A file stays with one worker only as long as others are busy (worksteal): its kernels are compiled by
-    whoever needs them first, and found in Triton's cache on disk by the others."""
+    """What runs tests/kernels on a GPU. A file stays with one worker only as long as others are busy (worksteal): its
+    kernels are compiled by whoever needs them first, and found in Triton's cache on disk by the others."""
     parallel = importlib.util.find_spec("xdist") is not None and torch.cuda.is_available() and marked == "not slow"
     spread = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"] if parallel else []
-    return [sys.executable, "-u", "-m", "pytest", "-v", "-p", "tests.live", "-o", "addopts=", "-W", "default", "--tb=no", "--durations=8", "-m", marked, *spread, *files]
+    return [
+        sys.executable,
+        "-u",
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "tests.live",
+        "-o",
+        "addopts=",
+        "-W",
+        "default",
+        "--tb=no",
+        "--durations=8",
+        "-m",
+        marked,
+        *spread,
+        *files,
+    ]
 
 
 def run_tests(files: tuple[str, ...], marked: str, seconds: float) -> Figures:
@@ -59,11 +85,19 @@ def run_tests(files: tuple[str, ...], marked: str, seconds: float) -> Figures:
     has = lambda package: importlib.util.find_spec(package) is not None
     if not has("pytest"):
         raise Missing("the tests need pytest, which is not installed")
-    left_out = [] if has("hypothesis") else [f for f in files if re.search(r"^(from|import) hypothesis", (ROOT / f).read_text(), flags=re.M)]
+    left_out = (
+        []
+        if has("hypothesis")
+        else [f for f in files if re.search(r"^(from|import) hypothesis", (ROOT / f).read_text(), flags=re.M)]
+    )
     command = tests_command(tuple(f for f in files if f not in left_out), marked)
     begun, lines = time.time(), []
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    timer = threading.Timer(max(5.0, seconds), lambda: os.killpg(run.pid, signal.SIGKILL))  # its own session: only what it started
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    timer = threading.Timer(
+        max(5.0, seconds), lambda: os.killpg(run.pid, signal.SIGKILL)
+    )  # its own session: only what it started
     timer.start()
     with run.stdout as output:
         for line in output:
@@ -78,7 +112,8 @@ def run_tests(files: tuple[str, ...], marked: str, seconds: float) -> Figures:
 
 
 def summary(text: str, over: bool, code: int) -> Figures:
-    """Of pytest's verbose output, with or without xdist. Raises Red, naming the tests that failed, where any did or none ran."""
+    """Of pytest's verbose output, with or without xdist. Raises Red, naming the tests that failed, where any did or
+    none ran."""
     outcome: dict[str, str] = {}
     errors: list[str] = []
     for line in text.splitlines():
@@ -90,7 +125,12 @@ def summary(text: str, over: bool, code: int) -> Figures:
             outcome[test[0]] = word[0]
     count = lambda *words: sum(w in words for w in outcome.values())
     failed = [t for t, w in outcome.items() if w in ("FAILED", "ERROR")]
-    found: Figures = {"passed": count("PASSED"), "failed": len(failed), "skipped": count("SKIPPED"), "all ran": not over}
+    found: Figures = {
+        "passed": count("PASSED"),
+        "failed": len(failed),
+        "skipped": count("SKIPPED"),
+        "all ran": not over,
+    }
     if failed or not found["passed"]:
         raise Red(f"{found}; exit code {code}; {'; '.join(errors[:40]) or ', '.join(failed[:12]) or text[-300:]}")
     return found

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "liger_kernel", "unsloth", "fastft")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "liger_kernel",
+    "unsloth",
+    "fastft",
+)
 
 
 def version_of(package: str) -> str:
@@ -35,7 +46,11 @@ def commit() -> str:
     """A short hash, " (dirty)" where tracked files are changed; "unknown" outside a repository."""
     try:
         found = _git("rev-parse", "--short", "HEAD")
-        return f"{found}{' (dirty)' if _git('status', '--porcelain', '--untracked-files=no') else ''}" if found else "unknown"
+        return (
+            f"{found}{' (dirty)' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
+            if found
+            else "unknown"
+        )
     except FileNotFoundError:  # no git on this machine
         return "unknown"
 
@@ -43,4 +58,11 @@ def commit() -> str:
 def header(device: torch.device, command: str) -> dict[str, str]:
     versions = {p: version_of(p) for p in PACKAGES}
     cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
-    return {"device": device_name(device), "command": command, "commit": commit(), "python": platform.python_version(), **cuda, **versions}
+    return {
+        "device": device_name(device),
+        "command": command,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **cuda,
+        **versions,
+    }

@@ -1,13 +1,14 @@
 """Every architecture: is the patched model the stock model, and what of it is swapped?
 
     python -m benchmarks.models --write docs/MODELS.md            the table, from tiny models of this file's own making
-    python -m benchmarks.models --builder FILE --jobs 2 --log L   the same over another set (FILE: MODEL_TYPES, build, batch, loss_of)
+    python -m benchmarks.models --builder FILE --jobs 2 --log L   the same over another set (FILE: MODEL_TYPES,
+        build, batch, loss_of)
 
-One architecture is a tiny random model in float32. For full fine-tuning and again with LoRA on all its linears: the loss and every
-gradient of the patched copy against the stock copy, judged by `fastft_kernels.numerics.compare` beside a float64 run of stock; greedy
-generation with a cache, token by token; and after `unpatch` classes, __dict__ keys, state_dict and loss as before, bit for bit.
-Results are appended to the log as JSON lines, one per architecture, as they come in.
-"""
+One architecture is a tiny random model in float32. For full fine-tuning and again with LoRA on all its linears: the
+loss and every gradient of the patched copy against the stock copy, judged by `fastft_kernels.numerics.compare` beside a
+float64 run of stock; greedy generation with a cache, token by token; and after `unpatch` classes, __dict__ keys,
+state_dict and loss as before, bit for bit. Results are appended to the log as JSON lines, one per architecture, as they
+come in."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from torch import nn
 
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft_kernels.numerics import compare
 
 KINDS = ("norm", "rotary", "mlp", "linear group", "head")
@@ -63,14 +64,17 @@ def run(model: nn.Module, inputs: dict, loss_of, seed: int = 1) -> Results:
     torch.manual_seed(seed)
     loss = loss_of(model(**inputs))
     loss.backward()
-    grads = {n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    grads = {
+        n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
     model.zero_grad(set_to_none=True)
     return {"loss": loss.detach().clone()}, grads
 
 
 @contextlib.contextmanager
 def moved(model: nn.Module, draw: int):
-    """Every parameter moved by a ten-thousandth of itself, the same way in every copy of the model, and back again bit for bit."""
+    """Every parameter moved by a ten-thousandth of itself, the same way in every copy of the model, and back again bit
+    for bit."""
     generator = torch.Generator().manual_seed(draw)
     kept = [(p, p.detach().clone()) for _, p in model.named_parameters() if p.is_floating_point()]
     try:
@@ -101,7 +105,7 @@ def run_all(model: nn.Module, inputs: dict, loss_of, truth: bool = False) -> Res
             with torch.no_grad():
                 for wide, p in zip(twin.parameters(), model.parameters(), strict=True):
                     wide.copy_(p)
-            with float64_truth():
+            with float64_reference():
                 runs.append(run(twin, in_float64(inputs), loss_of))
 
     def pooled(values: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -116,9 +120,12 @@ def in_float64(inputs: dict) -> dict:
 
 
 def doubled(model: nn.Module) -> nn.Module:
-    """A float64 copy, buffers and plain tensor attributes included; experts one by one, as the grouped product has no float64."""
+    """A float64 copy, buffers and plain tensor attributes included; experts one by one, as the grouped product has no
+    float64."""
     model = copy.deepcopy(model).double()
-    if hasattr(base := model.get_base_model() if hasattr(model, "peft_config") else model, "set_experts_implementation"):
+    if hasattr(
+        base := model.get_base_model() if hasattr(model, "peft_config") else model, "set_experts_implementation"
+    ):
         base.set_experts_implementation("eager")
     for m in model.modules():
         for k, v in list(m.__dict__.items()):
@@ -128,14 +135,19 @@ def doubled(model: nn.Module) -> nn.Module:
 
 
 def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of) -> dict:
-    """Worst verdict over the loss and all gradients, each pooled over the draws of both sides. The rounding error of a scalar, or of the
-    worst-conditioned entry of a gradient, is one throw of a die, and may be zero on one side: neighbours of the model keep the condition
-    and throw again, so that the pooled errors say which of two computations is the more exact. Where float64 does not run there is no
-    truth, and nothing passes."""
+    """Worst verdict over the loss and all gradients, each pooled over the draws of both sides. The rounding error of a
+    scalar, or of the worst-conditioned entry of a gradient, is one throw of a die, and may be zero on one side:
+    neighbours of the model keep the condition and throw again, so that the pooled errors say which of two computations
+    is the more exact. Where float64 does not run there is no truth, and nothing passes."""
     try:
         truth = run_all(stock, inputs, loss_of, truth=True)
     except Exception as e:
-        return {"truth": "none", "checked": 0, "worst": None, "bad": [f"no float64 truth: {type(e).__name__}: {str(e)[:150]}"]}
+        return {
+            "truth": "none",
+            "checked": 0,
+            "worst": None,
+            "bad": [f"no float64 truth: {type(e).__name__}: {str(e)[:150]}"],
+        }
     if low := [k for d in truth for k, t in d.items() if t is not None and t.dtype != torch.float64]:
         return {"truth": "none", "checked": 0, "worst": None, "bad": [f"no float64 truth: {low[0]} is no float64"]}
     bad, worst, checked = [], 0.0, 0
@@ -163,7 +175,9 @@ def snapshot(model: nn.Module) -> dict:
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) or bool((torch.isnan(a[k]) & torch.isnan(b[k])).any()) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) or bool((torch.isnan(a[k]) & torch.isnan(b[k])).any()) for k in a
+    )
 
 
 def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
@@ -201,7 +215,8 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
 
 
 def generates(stock: nn.Module, inputs: dict) -> str:
-    """Empty when the patched model generates stock's tokens, a reason where stock itself does not generate, else what differs."""
+    """Empty when the patched model generates stock's tokens, a reason where stock itself does not generate, else what
+    differs."""
     import fastft
 
     if not hasattr(stock, "generate") or "input_ids" not in inputs:
@@ -279,18 +294,25 @@ def check(key: str, builder) -> dict:
 
 
 def present(model: nn.Module) -> dict[str, int]:
-    """How many modules have what each kind looks for, by other means than the recognisers': names, as this is a table."""
+    """How many modules have what each kind looks for, by other means than the recognisers': names, as this is a
+    table."""
     from fastft.patching.rebind import global_calls
-    from fastft.swaps.rotary import is_rotary
+    from fastft.rotary.rotary import is_rotary
 
     count: dict[str, int] = defaultdict(int)
     for module in model.modules():
         name = type(module).__name__.lower()
         leaf = not any(True for _ in module.children())
         count["norm"] += leaf and "norm" in name and "batchnorm" not in name
-        count["rotary"] += any("rotary" in n or "rope" in n for n, f in global_calls(type(module).forward).items() if is_rotary(f) or "apply" in n)
+        count["rotary"] += any(
+            "rotary" in n or "rope" in n
+            for n, f in global_calls(type(module).forward).items()
+            if is_rotary(f) or "apply" in n
+        )
         linears = sum(type(c) is nn.Linear for c in module.children())
-        count["mlp"] += linears in (2, 3) and any(s in name for s in ("mlp", "feedforward", "ffn")) and "attention" not in name
+        count["mlp"] += (
+            linears in (2, 3) and any(s in name for s in ("mlp", "feedforward", "ffn")) and "attention" not in name
+        )
     count["linear group"] = int(any(type(m) is nn.Linear for m in model.modules()))
     count["head"] = int(getattr(model, "get_output_embeddings", lambda: None)() is not None)
     return dict(count)
@@ -299,7 +321,9 @@ def present(model: nn.Module) -> dict[str, int]:
 def worker(keys: list[str], builder_path: str | None, log: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     commit = git.stdout.strip() or "no repository"
     builder = load_builder(builder_path)
     for key in keys:
@@ -328,11 +352,14 @@ def verdict(row: dict) -> str:
 
 def rows_of(row: dict, way: str) -> list[dict]:
     report = row.get(way, {}).get("report", {})
-    return [r | {"swapped": True} for r in report.get("swapped", ())] + [r | {"swapped": False} for r in report.get("stock", ())]
+    return [r | {"swapped": True} for r in report.get("swapped", ())] + [
+        r | {"swapped": False} for r in report.get("stock", ())
+    ]
 
 
 def coverage(results: list[dict]) -> dict[str, tuple[int, int, int, list[str]]]:
-    """Per kind: (models that have it, models in which something of it is swapped, models in which all of it is, models without)."""
+    """Per kind: (models that have it, models in which something of it is swapped, models in which all of it is, models
+    without)."""
     out = {}
     for kind in KINDS:
         have = some = every = 0
@@ -368,14 +395,26 @@ def summary(results: list[dict]) -> str:
 def images_of(row: dict) -> str:
     """The table's cell: whether images were trained on, too."""
     way = row.get("image", {})
-    return "" if "stock" in way or not way else "no" if "exception" in way or way.get("bad") or way.get("problems") else "yes"
+    return (
+        ""
+        if "stock" in way or not way
+        else "no"
+        if "exception" in way or way.get("bad") or way.get("problems")
+        else "yes"
+    )
 
 
 def absent(results: list[dict], keys: list[str]) -> list[str]:
     """Lines about the architectures that have no row."""
     ran = {r["key"]: r for r in results}
-    lines = [f"- {k}: {' '.join(ran[k]['skipped'].split())[:160] if k in ran else 'not run'}" for k in keys if k not in ran or "skipped" in ran[k]]
-    return ["", "Without a row, and why (what stock or its builder raises on this machine):", "", *lines] if lines else []
+    lines = [
+        f"- {k}: {' '.join(ran[k]['skipped'].split())[:160] if k in ran else 'not run'}"
+        for k in keys
+        if k not in ran or "skipped" in ran[k]
+    ]
+    return (
+        ["", "Without a row, and why (what stock or its builder raises on this machine):", "", *lines] if lines else []
+    )
 
 
 def table(results: list[dict], keys: list[str], builder: str | None) -> str:
@@ -415,7 +454,9 @@ def table(results: list[dict], keys: list[str], builder: str | None) -> str:
             if not r["swapped"]:
                 why.append(f"{r['kind']} {r['group']}: {r['reason']}")
         said, reasons = verdict(row), "; ".join(dict.fromkeys(why))[:300].replace("|", "/")
-        lines.append(f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {images_of(row)} | {' | '.join(cells)} | {reasons} |")
+        lines.append(
+            f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {images_of(row)} | {' | '.join(cells)} | {reasons} |"
+        )
     return "\n".join(lines + absent(results, keys)) + "\n"
 
 
@@ -429,10 +470,14 @@ def read(log: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--builder", help="a Python file with MODEL_TYPES, build(key, seed), batch(model), loss_of(output)")
+    parser.add_argument(
+        "--builder", help="a Python file with MODEL_TYPES, build(key, seed), batch(model), loss_of(output)"
+    )
     parser.add_argument("--only", "--keys", nargs="*", help="these architectures")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--log", default="models.jsonl", help="JSON lines, appended to; the latest line of an architecture counts")
+    parser.add_argument(
+        "--log", default="models.jsonl", help="JSON lines, appended to; the latest line of an architecture counts"
+    )
     parser.add_argument("--summary", action="store_true", help="only sum up what the log holds")
     parser.add_argument("--write", help="write the table here")
     args = parser.parse_args()
@@ -444,7 +489,10 @@ def main() -> None:
             import multiprocessing
 
             context = multiprocessing.get_context("spawn")
-            workers = [context.Process(target=worker, args=(keys[i :: args.jobs], args.builder, args.log)) for i in range(args.jobs)]
+            workers = [
+                context.Process(target=worker, args=(keys[i :: args.jobs], args.builder, args.log))
+                for i in range(args.jobs)
+            ]
             for w in workers:
                 w.start()
             for w in workers:

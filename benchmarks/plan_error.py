@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_error [--device cuda] [--tiny]
 
-On CUDA the measure is torch.cuda.max_memory_allocated; on a CPU the running sum of the allocator's events, which torch's profiler records.
-"""
+On CUDA the measure is torch.cuda.max_memory_allocated; on a CPU the running sum of the allocator's events, which
+torch's profiler records."""
 
 from __future__ import annotations
 
@@ -93,10 +93,14 @@ def real_model(case: Case, device: torch.device) -> nn.Module:
 def _quantised(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     from transformers import BitsAndBytesConfig
 
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype, device_map={"": str(device)})
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=how, dtype=dtype, device_map={"": str(device)}
+        )
 
 
 def optimizer_for(model: nn.Module, optim: str) -> torch.optim.Optimizer:
@@ -136,7 +140,14 @@ def measured(case: Case, device: torch.device) -> dict[str, float]:
         return _on_cuda(step)
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    alive = (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model), *batch.values(), *states, *grads)
+    alive = (
+        *model.parameters(),
+        *model.buffers(),
+        *plan_fake.quantisation_tensors(model),
+        *batch.values(),
+        *states,
+        *grads,
+    )
     return _by_events(step, {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive})
 
 
@@ -182,7 +193,13 @@ def outcome(case: Case, device: torch.device) -> Outcome:
 
 
 def llama(layers: int, **sizes: int) -> LlamaConfig:
-    shape = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4096}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    }
     return LlamaConfig(num_hidden_layers=layers, **{**shape, **sizes})
 
 
@@ -193,11 +210,18 @@ def _setting(device: torch.device, **changes) -> TrainingSetup:
 
 
 def cases(device: torch.device, tiny: bool = True) -> list[Case]:
-    """Twelve. tiny: seconds on a CPU core, mostly in float32, which a CPU multiplies fast; else a GPU's sizes, in bfloat16."""
+    """Twelve. tiny: seconds on a CPU core, mostly in float32, which a CPU multiplies fast; else a GPU's sizes, in
+    bfloat16."""
     of = lambda **changes: _setting(device, **changes)
     half = {"dtype": BF16, "autocast": BF16}
     usual = {} if tiny else half
-    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    large = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
     config, shallow = (llama(4), llama(2)) if tiny else (llama(8, **large), llama(8, **large))
     depth, less = config.num_hidden_layers, shallow.num_hidden_layers
     batch, small, long = ((2, 128), (1, 128), (1, 2048)) if tiny else ((4, 2048), (4, 2048), (1, 32768))
@@ -209,7 +233,13 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
         Case("QLoRA: NF4, double quantisation", shallow, of(**half, **nf4), *small, (0, less)),
         Case("LoRA, every layer lean", config, of(**usual), *batch, every),
         Case("LoRA, half of the layers lean", config, of(**usual), *batch, (depth // 2, depth - depth // 2)),
-        Case("full fine-tuning, AdamW", config, of(**usual, adapters=None, optim="adamw_torch", loss="model"), *batch, none),
+        Case(
+            "full fine-tuning, AdamW",
+            config,
+            of(**usual, adapters=None, optim="adamw_torch", loss="model"),
+            *batch,
+            none,
+        ),
         Case("full fine-tuning, accumulated", config, of(**usual, adapters=None, accumulate=True), *batch, every),
         Case("LoRA, one long row", config, of(**usual), *long, every),
         Case("LoRA, 8-bit AdamW", config, of(**usual, optim="adamw_8bit"), *batch, every),
@@ -220,8 +250,8 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
 
 
 def planner_error(device: torch.device | str = "cpu", tiny: bool = True) -> dict[str, float | str]:
-    """Of every configuration (tiny: of three): predicted and measured MiB and the relative error; and the largest error, without its sign.
-    For `python -m benchmarks.gpu`."""
+    """Of every configuration (tiny: of three): predicted and measured MiB and the relative error; and the largest
+    error, without its sign. For `python -m benchmarks.gpu`."""
     device = torch.device(device)
     found: dict[str, float | str] = {}
     worst = 0.0
@@ -241,7 +271,11 @@ def planner_error(device: torch.device | str = "cpu", tiny: bool = True) -> dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_error", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan_error",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
@@ -251,7 +285,10 @@ def main(argv: list[str] | None = None) -> int:
         result = outcome(case, device)
         worst = max(worst, abs(result.error))
         most = lambda d: max(d.values()) / 2**20
-        print(f"| {case.name} | {most(result.predicted):,.1f} | {most(result.measured):,.1f} | {result.error:+.2%} |", flush=True)
+        print(
+            f"| {case.name} | {most(result.predicted):,.1f} | {most(result.measured):,.1f} | {result.error:+.2%} |",
+            flush=True,
+        )
     return 0 if worst <= 0.05 else 1
 
 

@@ -1,4 +1,5 @@
-"""What a section of a benchmark writes: rows of figures, each flushed to a file as it comes, so that whatever ends the process loses one row."""
+"""What a section of a benchmark writes: rows of figures, each flushed to a file as it comes, so that whatever ends the
+process loses one row."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ STATES = ("ok", "red", "missing", "out of memory", "error", "not run")
 
 @dataclass
 class Row:
-    """One measurement. state "red": the numerics failed the judge, so no speed is among its figures; note: why it is not ok."""
+    """One measurement. state "red": the numerics failed the judge, so no speed is among its figures; note: why it is
+    not ok."""
 
     section: str
     name: str
@@ -38,7 +40,8 @@ class Missing(Exception):
 
 
 class Sheet:
-    """Rows of one section. path: JSON lines, appended to. until: time.time() after which nothing new begins. done: names to leave out."""
+    """Rows of one section. path: JSON lines, appended to. until: time.time() after which nothing new begins. done:
+    names to leave out."""
 
     def __init__(self, path: Path, section: str, until: float, done: tuple[str, ...] = ()):
         self.path, self.section, self.until, self.done = path, section, until, done
@@ -53,11 +56,16 @@ class Sheet:
             return None
         row = Row(self.section, name)
         if self.left < least:
-            row.state, row.note = "not run", f"{max(0.0, self.left):.0f} s were left of the section's time, {least:.0f} s wanted"
+            row.state, row.note = (
+                "not run",
+                f"{max(0.0, self.left):.0f} s were left of the section's time, {least:.0f} s wanted",
+            )
             return self.write(row)
         self._append({"begun": name})
         try:
-            row.figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measure().items()}
+            row.figures = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measure().items()
+            }
         except Red as e:
             row.state, row.note = "red", str(e)
         except (Missing, ImportError) as e:
@@ -105,10 +113,18 @@ def markdown(rows: list[Row]) -> list[str]:
     for section in dict.fromkeys(r.section for r in rows):
         mine = [r for r in rows if r.section == section]
         columns = list(dict.fromkeys(k for r in mine for k in r.figures))
-        lines += ["", f"## {section}", "", "| what | state | " + " | ".join([*columns, "note"]) + " |", "|---|---|" + "--:|" * len(columns) + "---|"]
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| what | state | " + " | ".join([*columns, "note"]) + " |",
+            "|---|---|" + "--:|" * len(columns) + "---|",
+        ]
         for r in mine:
             cells = [shown(r.figures.get(c)) for c in columns]
-            lines.append("| " + " | ".join([r.name, r.state, *cells, r.note.replace("|", "/").replace("\n", " ")[:300]]) + " |")
+            lines.append(
+                "| " + " | ".join([r.name, r.state, *cells, r.note.replace("|", "/").replace("\n", " ")[:300]]) + " |"
+            )
     return lines
 
 

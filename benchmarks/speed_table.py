@@ -1,8 +1,8 @@
-"""The README's table of speed and memory, from the result file of a GPU run: python -m benchmarks.speed_table benchmarks/results/FILE.json
+"""The README's table of speed and memory, from the result file of a GPU run: python -m benchmarks.speed_table
+benchmarks/results/FILE.json
 
-One row for each weight format and batch; a cell is tokens/s without padding (the median step after the warm-up) and the peak of allocated
-memory in GiB. A stack that the file does not hold has an empty cell.
-"""
+One row for each weight format and batch; a cell is tokens/s without padding (the median step after the warm-up) and the
+peak of allocated memory in GiB. A stack that the file does not hold has an empty cell."""
 
 from __future__ import annotations
 

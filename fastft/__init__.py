@@ -1,4 +1,5 @@
-"""fastft: Hugging Face models fine-tune faster and in less GPU memory, and prove on your machine that nothing else changed.
+"""fastft: Hugging Face models fine-tune faster and in less GPU memory, and prove on your machine that nothing else
+changed.
 
 Importing this module imports nothing else: names are resolved when they are first used.
 """

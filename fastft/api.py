@@ -10,41 +10,56 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastft.memory.controller import control, controller_of, release
-from fastft.memory.packed import attach, packing_of
-from fastft.memory.packed import release as release_packing
-from fastft.memory.policy import Policy, parse
+from fastft.checkpointing.controller import control, controller_of, release
+from fastft.checkpointing.policy import Policy, parse
+from fastft.kinds import kinds
+from fastft.lm_head import trl_head
+from fastft.lm_head.liger import refuse
+from fastft.packing.packing import attach, packing_of
+from fastft.packing.packing import release as release_packing
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
-from fastft.swaps import kinds, trl_head
-from fastft.swaps.liger import refuse
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None, unpad: bool | None = None) -> Model:
-    """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same instance.
+def patch(
+    model: Model,
+    *,
+    strict: bool = False,
+    activation_policy: str | int | Policy | None = None,
+    unpad: bool | None = None,
+) -> Model:
+    """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same
+    instance.
 
-    Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to modules
-    that are new and changes nothing else. No other model, class or library is touched.
+    Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to
+    modules that are new and changes nothing else. No other model, class or library is touched.
 
-    activation_policy: which layers keep their activations for the backward, see fastft/memory/policy.py: "trainer" (the default of a
-    first patch: those that the trainer does not checkpoint), "auto", "none", "lean", "full", "offload", a number of layers to
-    recompute, or a memory budget such as "20GiB". Gradients are the same bits under all of them.
+    activation_policy: which layers keep their activations for the backward, see fastft/checkpointing/policy.py:
+    "trainer" (the default of a
+    first patch: those that the trainer does not checkpoint), "auto", "none", "lean", "full", "offload", a number of
+    layers to recompute, or a memory budget such as "20GiB". Gradients are the same bits under all of them.
 
-    unpad: whether padded training batches run without their padding, see fastft/memory/packed.py. None (the default of a first patch):
-    where that is provably the same; True: also where dropout is on, which then draws other values of the same distribution; False: never.
-    Either way only where nothing that leaves the model depends on the padding; logits that are read are a second, padded forward's.
+    unpad: whether padded training batches run without their padding, see fastft/packing/packing.py. None (the default
+    of a first patch):
+    where that is provably the same; True: also where dropout is on, which then draws other values of the same
+    distribution; False: never. Either way only where nothing that leaves the model depends on the padding; logits that
+    are read are a second, padded forward's.
 
-    Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which Liger's kernels
-    stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser looked at stays stock.
-    """
+    Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which
+    Liger's kernels stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser
+    looked at stays stock."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}")
+        raise TypeError(
+            f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}"
+        )
     policy = None if activation_policy is None else parse(activation_policy)
     refuse(innermost(model).modules(), "set it to False, or train without fastft")
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(cuda)):  # the user's random stream stands where it stood: proofs draw from a copy
+    with torch.random.fork_rng(
+        devices=list(cuda)
+    ):  # the user's random stream stands where it stood: proofs draw from a copy
         apply_kinds(model, kinds())
         base = innermost(model)
         trl_head.watch(model, base)
@@ -73,8 +88,15 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, *, strict: bool = False, activation_policy: str | int | Policy | None = None, unpad: bool | None = None) -> Iterator[Model]:
-    """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an exception."""
+def patched(
+    model: Model,
+    *,
+    strict: bool = False,
+    activation_policy: str | int | Policy | None = None,
+    unpad: bool | None = None,
+) -> Iterator[Model]:
+    """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an
+    exception."""
     patch(model, strict=strict, activation_policy=activation_policy, unpad=unpad)
     try:
         yield model
@@ -83,16 +105,20 @@ def patched(model: Model, *, strict: bool = False, activation_policy: str | int 
 
 
 def report(model: nn.Module) -> PatchReport:
-    """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or counted. Raises
-    ValueError for a model that is not patched."""
+    """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or
+    counted. Raises ValueError for a model that is not patched."""
     found = build_report(model)
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
     if (packing := packing_of(innermost(model))) is not None:
-        found = replace(found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines()))
+        found = replace(
+            found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines())
+        )
     proof = trl_head.standing(innermost(model))
     if proof is None:
         return found
     numbers = (proof.error, proof.stock_error, proof.dtype)
     row = Row(trl_head.KIND, "TRL's forward", 1, trl_head.KERNEL if proof.ok else "", *numbers, reason=proof.reason)
-    return replace(found, rows=(*found.swapped, *([row] if proof.ok else []), *found.stock, *([] if proof.ok else [row])))
+    return replace(
+        found, rows=(*found.swapped, *([row] if proof.ok else []), *found.stock, *([] if proof.ok else [row]))
+    )

@@ -23,28 +23,37 @@ def _top() -> None:
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="A checkpoint (name or folder); by default a small one is made here.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="A file or a data set's name; by default Python's own docstrings.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint (name or folder); by default a small one is made here.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A file or a data set's name; by default Python's own docstrings.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where plot, figures and adapter go.")] = Path("fastft-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Fine-tuning steps of each run.")] = 80,
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the adapter.")] = 0,
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4 (QLoRA).")] = False,
 ) -> None:
-    """Fine-tune with stock and with fastft from the same seed, compare, save, reload, undo. Exit code 0 if all of it held."""
+    """Fine-tune with stock and with fastft from the same seed, compare, save, reload, undo. Exit code 0 if all of it
+    held."""
     from fastft.tools.demo.runner import DemoOptions
     from fastft.tools.demo.runner import demo as run
 
     raise typer.Exit(run(DemoOptions(model=model, dataset=dataset, out=out, steps=steps, seed=seed, four_bit=four_bit)))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def run(
     context: typer.Context,
     module: Annotated[bool, typer.Option("-m", help="TARGET is a module, as in `python -m`.")] = False,
 ) -> None:
-    """Run a training script unchanged, its models patched: `fastft run train.py --lr 1e-4`, `fastft run -m package.train`, or an
-    installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit code is the script's."""
-    from fastft.tools.run import run_module, run_program, run_script
+    """Run a training script unchanged, its models patched: `fastft run train.py --lr 1e-4`, `fastft run -m
+    package.train`, or an
+    installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit code is the
+    script's."""
+    from fastft.tools.run.runner import run_module, run_program, run_script
 
     if not context.args:
         raise typer.BadParameter("want a script, -m MODULE, or -- and an installed command")
@@ -58,15 +67,22 @@ def verify(
     model: Annotated[str, typer.Argument(help="A checkpoint: name or folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4.")] = False,
-    lora: Annotated[bool, typer.Option(help="With a LoRA adapter on all linear layers; --no-lora verifies full fine-tuning.")] = True,
+    lora: Annotated[
+        bool, typer.Option(help="With a LoRA adapter on all linear layers; --no-lora verifies full fine-tuning.")
+    ] = True,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 2,
     layers: Annotated[
-        bool | None, typer.Option("--layers/--whole", help="Layer by layer, or all at once; by default by the model's size and the free memory.")
+        bool | None,
+        typer.Option(
+            "--layers/--whole",
+            help="Layer by layer, or all at once; by default by the model's size and the free memory.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything fails."""
+    """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything
+    fails."""
     import json
 
     from rich.console import Console
@@ -81,8 +97,12 @@ def verify(
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="A checkpoint with its tokenizer: name or folder.")],
-    stacks: Annotated[str, typer.Option(help="Some of stock, best, liger, unsloth, fastft, with commas between.")] = "stock,best,liger,unsloth,fastft",
-    cells: Annotated[str, typer.Option(help="Some of sft, packed, long, dpo, grpo, with commas between.")] = "sft,packed,long,dpo,grpo",
+    stacks: Annotated[
+        str, typer.Option(help="Some of stock, best, liger, unsloth, fastft, with commas between.")
+    ] = "stock,best,liger,unsloth,fastft",
+    cells: Annotated[
+        str, typer.Option(help="Some of sft, packed, long, dpo, grpo, with commas between.")
+    ] = "sft,packed,long,dpo,grpo",
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4 (QLoRA).")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 6,
     seq: Annotated[int | None, typer.Option(min=8, help="Longest row; by default 2048 on a GPU, 64 without.")] = None,
@@ -90,8 +110,8 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where bench.json and the plots go.")] = Path("fastft-bench"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Speed and memory of stock, its best flags, the peers and fastft on this machine; what fails the judge prints no speed. Exit code 1
-    when anything is red or fails."""
+    """Speed and memory of stock, its best flags, the peers and fastft on this machine; what fails the judge prints no
+    speed. Exit code 1 when anything is red or fails."""
     import json
 
     from rich.console import Console
@@ -112,23 +132,30 @@ def bench(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
-    gpu: Annotated[str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this` machine's.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this` machine's.")
+    ] = None,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Rows on the device.")] = 4,
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA's rank, on all linear layers.")] = 16,
     four_bit: Annotated[bool, typer.Option("--4bit", help="The base in NF4 (QLoRA).")] = False,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA.")] = False,
-    optim: Annotated[str, typer.Option(help="As in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ...")] = "adamw_torch_fused",
+    optim: Annotated[
+        str,
+        typer.Option(help="As in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ..."),
+    ] = "adamw_torch_fused",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     accumulate: Annotated[int, typer.Option(min=1, help="Gradient accumulation steps.")] = 1,
-    policy: Annotated[str, typer.Option(help="auto, none, lean, offload, a number of layers, or a budget such as 20GiB.")] = "auto",
+    policy: Annotated[
+        str, typer.Option(help="auto, none, lean, offload, a number of layers, or a budget such as 20GiB.")
+    ] = "auto",
     loss: Annotated[str | None, typer.Option(help="trl or model")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the bars to this file (.png, .svg, .pdf).")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
 ) -> None:
-    """Predict the memory that training takes, the largest batch and the longest sequence that fit, and the policy that would be chosen: from
-    the configuration alone, without a GPU or weights."""
+    """Predict the memory that training takes, the largest batch and the longest sequence that fit, and the policy that
+    would be chosen: from the configuration alone, without a GPU or weights."""
     import json
 
     from rich.console import Console
@@ -136,9 +163,20 @@ def plan(
     from fastft.tools.plan.planner import plan as run
 
     result = run(
-        model, gpu=gpu, seq=seq, batch=batch, r=r, load_in_4bit=four_bit, full=full, optim=optim, dtype=dtype, accumulate=accumulate,
-        policy=policy, loss=loss, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        model,
+        gpu=gpu,
+        seq=seq,
+        batch=batch,
+        r=r,
+        load_in_4bit=four_bit,
+        full=full,
+        optim=optim,
+        dtype=dtype,
+        accumulate=accumulate,
+        policy=policy,
+        loss=loss,
+        trust_remote_code=trust_remote_code,
+    )
     if plot is not None:
         result.plot(plot)
     print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(150, Console().width)).print(result)
@@ -150,7 +188,8 @@ def report(
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
 ) -> None:
-    """What would be swapped in a model, and why the rest stays stock: from its configuration alone, without its weights."""
+    """What would be swapped in a model, and why the rest stays stock: from its configuration alone, without its
+    weights."""
     from rich import print as show
 
     from fastft.tools.report import report_from_config
@@ -169,7 +208,7 @@ def merge(
     """Write base + adapter as a plain 16-bit checkpoint, shard by shard, and check it."""
     import torch
 
-    from fastft.tools.merge import merge as run
+    from fastft.tools.merge.merge import merge as run
 
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")

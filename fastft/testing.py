@@ -3,9 +3,8 @@
     from fastft.testing import assert_parity          a function
     from fastft.testing import parity                 a fixture: `def test_my_model(parity): parity(model, batch)`
 
-The fixture is imported, in a test file or in conftest.py, rather than installed for every suite on the machine: nothing changes for those who
-do not ask for it.
-"""
+The fixture is imported, in a test file or in conftest.py, rather than installed for every suite on the machine: nothing
+changes for those who do not ask for it."""
 
 from __future__ import annotations
 
@@ -27,22 +26,26 @@ __all__ = ["assert_parity", "parity"]
 
 
 def assert_parity(stock: nn.Module, patched: nn.Module, batch: dict[str, torch.Tensor]) -> Verdict:
-    """Assert that two models of the same weights give the same loss and the same gradient of every trainable parameter, by the judge:
-    `patched` may be at most twice as far from a float64 copy of `stock` as `stock` itself is, and one unit in the last place.
+    """Assert that two models of the same weights give the same loss and the same gradient of every trainable parameter,
+    by the judge:
+    `patched` may be at most twice as far from a float64 copy of `stock` as `stock` itself is, and one unit in the last
+    place.
 
-    stock, patched: on one device, dropout off; batch: keyword arguments with labels. Returns the verdict; raises AssertionError that names the
-    worst gradient.
-    """
+    stock, patched: on one device, dropout off; batch: keyword arguments with labels. Returns the verdict; raises
+    AssertionError that names the worst gradient."""
     verdict = judge(stock, patched, batch)
     assert verdict, f"patched and stock differ: {verdict}"
     return verdict
 
 
-def _check(model: nn.Module, batch: dict[str, torch.Tensor], change: Callable[[nn.Module], Any] | None = None) -> Verdict:
-    """Assert parity of `model` with a copy of it that `change` was applied to (None: `fastft.patch`). Neither model nor batch is changed.
+def _check(
+    model: nn.Module, batch: dict[str, torch.Tensor], change: Callable[[nn.Module], Any] | None = None
+) -> Verdict:
+    """Assert parity of `model` with a copy of it that `change` was applied to (None: `fastft.patch`). Neither model nor
+    batch is changed.
 
-    model: stock, dropout off. change: returns the changed model, or None where it changes it in place. Raises as `assert_parity`.
-    """
+    model: stock, dropout off. change: returns the changed model, or None where it changes it in place. Raises as
+    `assert_parity`."""
     from fastft.api import patch
 
     copied = clone(model)

@@ -1,4 +1,5 @@
-"""pytest -p tests.live: each failure is a line with its error the moment it happens, flushed: a run that is cut off has said what failed."""
+"""pytest -p tests.live: each failure is a line with its error the moment it happens, flushed: a run that is cut off has
+said what failed."""
 
 import pytest
 
@@ -20,7 +21,9 @@ class Live:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
             reporter.ensure_newline()
-            reporter.write_line(f"FAILED NOW {report.nodeid} [{report.when}, {report.duration:.1f} s]: {first_error(report)}")
+            reporter.write_line(
+                f"FAILED NOW {report.nodeid} [{report.when}, {report.duration:.1f} s]: {first_error(report)}"
+            )
             reporter.flush()
 
 

@@ -1,8 +1,9 @@
-"""What the notebooks need to run here: a tiny model with its tokenizer and small data sets in folders, and one kernel for all of them.
+"""What the notebooks need to run here: a tiny model with its tokenizer and small data sets in folders, and one kernel
+for all of them.
 
-A notebook runs as a reader runs it, from its first cell to its last, but for three things: the cell tagged `install` is left out, a cell with
-other parameters comes after the one tagged `parameters`, and one that prints some of its variables comes last.
-"""
+A notebook runs as a reader runs it, from its first cell to its last, but for three things: the cell tagged `install` is
+left out, a cell with other parameters comes after the one tagged `parameters`, and one that prints some of its
+variables comes last."""
 
 from __future__ import annotations
 
@@ -20,13 +21,16 @@ from jupyter_client.manager import start_new_kernel
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-STORY = "a quick brown fox jumps over the lazy dog while seven wise owls watch from their old oak tree near a river bend"
+STORY = (
+    "a quick brown fox jumps over the lazy dog while seven wise owls watch from their old oak tree near a river bend"
+)
 WORDS = STORY.split()
 SENTENCES = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(24 + i % 5)) for i in range(32)]
 
 
 def material(folder: Path) -> Path:
-    """`folder` with model/ (Qwen3, tiny, random), chat/, preferences/ and prompts/ (each a data set that `load_dataset` takes)."""
+    """`folder` with model/ (Qwen3, tiny, random), chat/, preferences/ and prompts/ (each a data set that `load_dataset`
+    takes)."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from fastft.tools.demo.model import train_tokenizer
@@ -34,10 +38,20 @@ def material(folder: Path) -> Path:
     tokenizer = train_tokenizer(SENTENCES, 480)
     tokenizer.chat_template = CHAT
     config = Qwen3Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=256, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, dtype="float32", initializer_range=0.2,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -47,7 +61,10 @@ def material(folder: Path) -> Path:
     _write(folder / "chat", [{"messages": [said("user", q), said("assistant", a)]} for q, a, _ in pairs])
     _write(
         folder / "preferences",
-        [{"chosen": [said("user", q), said("assistant", a)], "rejected": [said("user", q), said("assistant", b)]} for q, a, b in pairs],
+        [
+            {"chosen": [said("user", q), said("assistant", a)], "rejected": [said("user", q), said("assistant", b)]}
+            for q, a, b in pairs
+        ],
     )
     _write(folder / "prompts", [{"prompt": q[:24]} for q, _, _ in pairs])
     return folder
@@ -68,8 +85,12 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookN
 
 @contextmanager
 def kernel(folder: Path) -> Iterator[BlockingKernelClient]:
-    """A running kernel; what Jupyter and the libraries write goes into `folder`. One for all notebooks: the libraries take longest to import."""
-    where = {k: str(folder / k.lower()) for k in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "HF_HOME", "MPLCONFIGDIR")}
+    """A running kernel; what Jupyter and the libraries write goes into `folder`. One for all notebooks: the libraries
+    take longest to import."""
+    where = {
+        k: str(folder / k.lower())
+        for k in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "HF_HOME", "MPLCONFIGDIR")
+    }
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONWARNINGS": "ignore"}
     manager, client = start_new_kernel(cwd=str(folder), env={**os.environ, **where, **quiet})
     try:
@@ -79,7 +100,9 @@ def kernel(folder: Path) -> Iterator[BlockingKernelClient]:
         manager.shutdown_kernel(now=True)
 
 
-def execute(name: str, client: BlockingKernelClient, folder: Path, parameters: dict, ask: str) -> tuple[nbformat.NotebookNode, dict]:
+def execute(
+    name: str, client: BlockingKernelClient, folder: Path, parameters: dict, ask: str
+) -> tuple[nbformat.NotebookNode, dict]:
     """The executed notebook, and the value of `ask`, an expression of its variables that JSON can hold."""
     notebook = read(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +125,9 @@ def run(client: BlockingKernelClient, code: str) -> list[nbformat.NotebookNode]:
         if message["msg_type"] in ("stream", "display_data", "execute_result", "error"):
             outputs.append(nbformat.v4.output_from_msg(message))
 
-    reply = client.execute_interactive(code, store_history=False, allow_stdin=False, timeout=240, output_hook=collect)["content"]
+    reply = client.execute_interactive(code, store_history=False, allow_stdin=False, timeout=240, output_hook=collect)[
+        "content"
+    ]
     if reply["status"] != "ok":
         traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(reply.get("traceback", [])))
         raise AssertionError(f"this cell failed:\n{code}\n\n{traceback}")

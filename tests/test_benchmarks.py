@@ -23,7 +23,9 @@ def test_layer_and_head_hold_their_ceilings(tmp_path, capsys):
 
 def test_a_figure_above_its_ceiling_fails(tmp_path, monkeypatch, capsys):
     for value, code in ((1.0, 0), (1.001, 1)):
-        monkeypatch.setitem(cpu.SECTIONS, "host", lambda quick, v=value: [cpu.Figure("host", "planted", "us", v, None, 1.0)])
+        monkeypatch.setitem(
+            cpu.SECTIONS, "host", lambda quick, v=value: [cpu.Figure("host", "planted", "us", v, None, 1.0)]
+        )
         assert cpu.main(["--only", "host", "--out", str(tmp_path)]) == code
 
 

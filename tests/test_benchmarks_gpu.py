@@ -1,4 +1,5 @@
-"""The GPU benchmark, on small shapes on a CPU: it runs to the end, what is wrong prints no speed, and what dies costs one row."""
+"""The GPU benchmark, on small shapes on a CPU: it runs to the end, what is wrong prints no speed, and what dies costs
+one row."""
 
 import io
 import json
@@ -46,7 +47,9 @@ def test_every_kernel_is_judged_and_timed(sheet):
 
 def test_a_kernel_that_is_off_prints_no_time(sheet, monkeypatch):
     case = next(c for c in gpu_kernels.CASES if c.name.startswith("glu"))
-    planted = gpu_kernels.Case(case.name, case.shapes, case.trained, lambda t: (case.ours(t)[0] * 1.01,), case.eager, case.work)
+    planted = gpu_kernels.Case(
+        case.name, case.shapes, case.trained, lambda t: (case.ours(t)[0] * 1.01,), case.eager, case.work
+    )
     monkeypatch.setattr(gpu_kernels, "CASES", (planted,))
     gpu_kernels.section(sheet, True, CPU, ROOF)
     row = read(sheet.path)[0][0]
@@ -58,12 +61,18 @@ def test_steps_of_all_stacks(sheet, monkeypatch, trl):
     for module in (gpu_models, gpu_steps):
         monkeypatch.setattr(module, "HAS_TRL", trl)
     monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
-    monkeypatch.setattr(gpu_steps, "preference_cells", lambda tiny: {"pairs": (gpu_steps.dpo_loss, [8] * 4), "group": (gpu_steps.grpo_loss, [8] * 4)})
+    monkeypatch.setattr(
+        gpu_steps,
+        "preference_cells",
+        lambda tiny: {"pairs": (gpu_steps.dpo_loss, [8] * 4), "group": (gpu_steps.grpo_loss, [8] * 4)},
+    )
     gpu_steps.section(sheet, True, CPU, ROOF)
     gpu_steps.section(sheet, True, CPU, ROOF, preference=True)
     rows = read(sheet.path)[0]
     assert [(r.name, r.state, r.note) for r in rows if r.state != "ok"] == []
-    assert len(rows) == 9 and all(r.figures["tokens/s"] > 0 and r.figures["head"] == ("TRL's" if trl else "the model's") for r in rows)
+    assert len(rows) == 9 and all(
+        r.figures["tokens/s"] > 0 and r.figures["head"] == ("TRL's" if trl else "the model's") for r in rows
+    )
     stock, best, fast = (r.figures for r in rows[:3])
     assert stock["checkpointing"] and not best["checkpointing"] and fast["checkpointing"]
     assert "policy auto" in fast["policy"] and "policy" not in stock
@@ -71,11 +80,13 @@ def test_steps_of_all_stacks(sheet, monkeypatch, trl):
 
 
 def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
-    from fastft.swaps import norms
+    from fastft.norm import norms
 
     real = norms.rms_norm_with_rstd
-    monkeypatch.setattr(norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.05, real(x, *a, **k)[1]))
-    monkeypatch.setattr("fastft.patching.proofs.CACHE", _Believed())
+    monkeypatch.setattr(
+        norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.05, real(x, *a, **k)[1])
+    )
+    monkeypatch.setattr("fastft.patching.proof_cache.CACHE", _Believed())
     monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
     gpu_steps.section(sheet, True, CPU, ROOF)
     states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0]}
@@ -131,7 +142,9 @@ def planted():
     for namespace in ("fastft", "elsewhere"):
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define("planted_for_a_test(Tensor x) -> Tensor")
-        library.impl("planted_for_a_test", lambda x: calls.append(1) or x + 1e-3 * len(calls), "CompositeExplicitAutograd")
+        library.impl(
+            "planted_for_a_test", lambda x: calls.append(1) or x + 1e-3 * len(calls), "CompositeExplicitAutograd"
+        )
         libraries.append(library)
     yield
     for library in libraries:
@@ -199,19 +212,29 @@ def test_checksums_see_places_and_bits():
     assert gpu_repeat.checksum(x) == gpu_repeat.checksum(x.clone())
     others = [x.flip(0), x * (1 + 2**-23), x[:2], torch.tensor([1.0, 2.0, -3.0])]
     assert all(gpu_repeat.checksum(y) != gpu_repeat.checksum(x) for y in others)
-    assert gpu_repeat.checksum(torch.ones(3, 2, dtype=torch.bfloat16).t()) == gpu_repeat.checksum(torch.ones(2, 3, dtype=torch.bfloat16))
+    assert gpu_repeat.checksum(torch.ones(3, 2, dtype=torch.bfloat16).t()) == gpu_repeat.checksum(
+        torch.ones(2, 3, dtype=torch.bfloat16)
+    )
 
 
 def test_the_planner_is_measured_or_said_to_be_missing(sheet, monkeypatch):
     Outcome = types.SimpleNamespace
-    found = Outcome(predicted={"forward": 2.0**20, "backward": 3 * 2.0**20}, measured={"forward": 2 * 2.0**20}, error=0.5)
-    module = types.SimpleNamespace(cases=lambda device, tiny: [types.SimpleNamespace(name=n) for n in "abcd"], outcome=lambda case, device: found)
+    found = Outcome(
+        predicted={"forward": 2.0**20, "backward": 3 * 2.0**20}, measured={"forward": 2 * 2.0**20}, error=0.5
+    )
+    module = types.SimpleNamespace(
+        cases=lambda device, tiny: [types.SimpleNamespace(name=n) for n in "abcd"], outcome=lambda case, device: found
+    )
     monkeypatch.setitem(sys.modules, "benchmarks.plan_error", module)
     gpu_host.planner_section(sheet, True, CPU, ROOF)
     monkeypatch.setitem(sys.modules, "benchmarks.plan_error", None)
     gpu_host.planner_section(sheet, True, CPU, ROOF)
     *rows, last = read(sheet.path)[0]
-    assert [r.name for r in rows] == ["a", "b", "c"] and rows[0].figures == {"predicted MiB": 3.0, "measured MiB": 2.0, "error %": 50.0}
+    assert [r.name for r in rows] == ["a", "b", "c"] and rows[0].figures == {
+        "predicted MiB": 3.0,
+        "measured MiB": 2.0,
+        "error %": 50.0,
+    }
     assert last.state == "missing" and "plan_error" in last.note
 
 
@@ -222,7 +245,14 @@ class Worker(gpu.Worker):
         self.section, self.rows, self.log = "s", rows, log.open("a")
         start = f"import sys, json, os, time; sys.path.insert(0, '.'); go = json.loads(sys.stdin.readline()); rows = open({str(rows)!r}, 'a')\n"
         write = "def write(line): rows.write(json.dumps(line) + '\\n'); rows.flush()\n"
-        self.process = subprocess.Popen([sys.executable, "-c", start + write + code], stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start + write + code],
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def _row(name):
@@ -311,7 +341,9 @@ def test_without_hypothesis_its_files_are_named(monkeypatch):
             return 0
 
     monkeypatch.setattr(gpu_worker.subprocess, "Popen", Popen)
-    monkeypatch.setattr(gpu_worker.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "xdist") else object())
+    monkeypatch.setattr(
+        gpu_worker.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "xdist") else object()
+    )
     found = gpu_worker.run_tests(("tests/kernels/test_weights.py", "tests/kernels/test_glu.py"), "not slow", 9)
     assert found["left out, for want of hypothesis"] == "test_glu"
     assert commands[0][-1] == "tests/kernels/test_weights.py" and "-n" not in commands[0]

@@ -1,4 +1,5 @@
-"""Published claims go before the planner (which has tests of its own): rows are written, and say no where a claim is not met."""
+"""Published claims go before the planner (which has tests of its own): rows are written, and say no where a claim is
+not met."""
 
 import json
 from types import SimpleNamespace
@@ -9,9 +10,12 @@ from benchmarks import claims
 from fastft.tools.plan.result import UNMEASURED
 
 LINES = {  # (stack, policy): GiB, longest row
-    ("fastft", "lean"): (4, 300), ("fastft", "offload"): (2, 400), ("fastft", "none"): (9, 90),
-    ("stock", "every layer checkpointed (TRL's default)"): (5, 200), ("stock", "no checkpointing"): (10, 80),
-}  # fmt: skip
+    ("fastft", "lean"): (4, 300),
+    ("fastft", "offload"): (2, 400),
+    ("fastft", "none"): (9, 90),
+    ("stock", "every layer checkpointed (TRL's default)"): (5, 200),
+    ("stock", "no checkpointing"): (10, 80),
+}
 
 
 @pytest.fixture
@@ -20,7 +24,10 @@ def planned(monkeypatch):
 
     def plan(config, **settings):
         asked.append(settings)
-        lines = [SimpleNamespace(stack=s, policy=p, peak=SimpleNamespace(total=n * claims.GIB), longest=t) for (s, p), (n, t) in LINES.items()]
+        lines = [
+            SimpleNamespace(stack=s, policy=p, peak=SimpleNamespace(total=n * claims.GIB), longest=t)
+            for (s, p), (n, t) in LINES.items()
+        ]
         return SimpleNamespace(lines=lines)
 
     monkeypatch.setattr(claims, "plan", plan)
@@ -28,7 +35,11 @@ def planned(monkeypatch):
 
 
 def test_rows_are_judged_and_written(tmp_path, monkeypatch, planned):
-    monkeypatch.setattr(claims, "MEMORY", tuple(claims.Memory("LoRA", "Llama-2-7B", 2, 256, False, "as published", r) for r in (0.2, 0.19)))
+    monkeypatch.setattr(
+        claims,
+        "MEMORY",
+        tuple(claims.Memory("LoRA", "Llama-2-7B", 2, 256, False, "as published", r) for r in (0.2, 0.19)),
+    )
     monkeypatch.setattr(claims, "CONTEXTS", tuple(claims.Context("16GiB", "as published", n) for n in (400, 401)))
     assert claims.main(["--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("claims-*.json")

@@ -1,4 +1,5 @@
-"""Every kernel compiles for every architecture at the shapes of real models: no spills, shared memory in bounds, no GPU."""
+"""Every kernel compiles for every architecture at the shapes of real models: no spills, shared memory in bounds, no
+GPU."""
 
 import ast
 import dataclasses
@@ -7,9 +8,10 @@ import types
 
 import pytest
 
-from fastft_kernels import _runtime, aot
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels._triton import HAS_TRITON, tl, triton
+from fastft_kernels.runtime import aot
+from fastft_kernels.runtime import dispatch as _runtime
+from fastft_kernels.runtime.dispatch import INTERPRETED
+from fastft_kernels.runtime.language import HAS_TRITON, tl, triton
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="no triton here: nothing to compile"),
@@ -48,7 +50,8 @@ def test_module_compiles(stem, arch):
 
 @pytest.mark.parametrize("stem", MODULES)
 def test_float32_is_exact(stem):
-    """Torch's own kernels approximate nothing in float32: neither do ours (exp, division, tanh... come from `precise`)."""
+    """Torch's own kernels approximate nothing in float32: neither do ours (exp, division, tanh... come from
+    `precise`)."""
     for case in map(aot.in_float32, aot.cases_of(MODULES[stem], "sm_90")):
         assert not (report := aot.compile_case(case, "sm_90")).approximate, f"{case.note}: {report}"
 
@@ -135,7 +138,11 @@ def test_kernels_are_found():
 def test_every_launch_says_whether_products_and_sums_fuse(stem):
     """Triton's default changes, and it warns of launches that leave it open."""
     tree = ast.parse(inspect.getsource(MODULES[stem]))
-    calls = [{k.arg for k in n.keywords} for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    calls = [
+        {k.arg for k in n.keywords}
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)
+    ]
     launches = [options for options in calls if "num_warps" in options]
     assert launches
     assert all("enable_fp_fusion" in options for options in launches)

@@ -17,7 +17,8 @@ def defined(path: Path) -> set[str]:
     return {
         node.name
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and not any("skip" in ast.unparse(d) or "xfail" in ast.unparse(d) for d in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and not any("skip" in ast.unparse(d) or "xfail" in ast.unparse(d) for d in node.decorator_list)
     }
 
 
@@ -32,4 +33,7 @@ def test_every_behaviour_has_tests_that_exist() -> None:
 
 
 def test_a_test_that_is_gone_is_seen() -> None:
-    assert "test_no_such_test" not in defined(Path(__file__)) and named("`a/b.py::test_c`, `d.py::test_e`") == [("a/b.py", "test_c"), ("d.py", "test_e")]
+    assert "test_no_such_test" not in defined(Path(__file__)) and named("`a/b.py::test_c`, `d.py::test_e`") == [
+        ("a/b.py", "test_c"),
+        ("d.py", "test_e"),
+    ]

@@ -40,13 +40,19 @@ def test_diffs_are_python_before_and_after():
     assert len(diffs) == 4
     for diff in diffs:
         for sign in "-+":
-            ast.parse(textwrap.dedent("\n".join(line[1:] for line in diff.splitlines() if line[0] in (sign, " ")).replace(", ...)", ")")))
+            ast.parse(
+                textwrap.dedent(
+                    "\n".join(line[1:] for line in diff.splitlines() if line[0] in (sign, " ")).replace(", ...)", ")")
+                )
+            )
         assert sum(line.startswith("+") for line in diff.splitlines()) <= 3
 
 
 def test_arguments_of_the_diffs_are_fastfts():
     takes = FastModel.from_pretrained.__annotations__
-    tree = re.findall(r"FastModel\.from_pretrained\(name, (.*)\)$", (ROOT / "docs" / "MIGRATING.md").read_text(), flags=re.M)
+    tree = re.findall(
+        r"FastModel\.from_pretrained\(name, (.*)\)$", (ROOT / "docs" / "MIGRATING.md").read_text(), flags=re.M
+    )
     calls = [ast.parse(f"f({arguments})", mode="eval").body for arguments in tree]
     assert len(calls) == 2
     assert {k.arg for call in calls for k in call.keywords} <= set(takes)

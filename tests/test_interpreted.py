@@ -20,6 +20,8 @@ def test_interpreted(name):
         pytest.skip("compiles ahead of time")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -1,5 +1,5 @@
-"""Imports go one way, cli -> tools -> model -> memory -> swaps -> patching -> fastft_kernels, without circles; kernels know torch and
-Triton alone; and importing does nothing."""
+"""Imports go one way (docs/ARCHITECTURE.md) and without circles; kernels know torch and Triton alone; importing does
+nothing."""
 
 import ast
 import json
@@ -15,8 +15,15 @@ ORDER = [
     "fastft.errors",
     "fastft.parsing",
     "fastft.patching",
-    "fastft.swaps",
-    "fastft.memory",
+    "fastft.norm",
+    "fastft.rotary",
+    "fastft.mlp",
+    "fastft.linear",
+    "fastft.experts",
+    "fastft.lm_head",
+    "fastft.kinds",
+    "fastft.checkpointing",
+    "fastft.packing",
     "fastft.api",
     "fastft.loading",
     "fastft.tools",
@@ -36,7 +43,8 @@ MODULES = {name_of(p): p for p in SOURCES}
 
 
 def imports(tree: ast.AST, module: str, is_package: bool, only_top: bool) -> set[str]:
-    """Every dotted name that `module` imports (its TYPE_CHECKING blocks apart); only_top leaves out imports inside functions."""
+    """Every dotted name that `module` imports (its TYPE_CHECKING blocks apart); only_top leaves out imports inside
+    functions."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -76,7 +84,9 @@ def layer(module: str) -> int | None:
 
 
 def backwards(edges: dict[str, set[str]]) -> list[str]:
-    return [f"{a} -> {b}" for a, bs in edges.items() for b in bs if None not in (layer(a), layer(b)) and layer(b) > layer(a)]
+    return [
+        f"{a} -> {b}" for a, bs in edges.items() for b in bs if None not in (layer(a), layer(b)) and layer(b) > layer(a)
+    ]
 
 
 def a_circle(edges: dict[str, set[str]]) -> list[str] | None:
@@ -158,7 +168,18 @@ def python(code: str) -> str:
 
 def test_importing_fastft_imports_nothing():
     loaded = json.loads(python("import fastft, sys, json; print(json.dumps(sorted(sys.modules)))"))
-    heavy = {"torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "triton", "fastft_kernels", "rich", "typer"}
+    heavy = {
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+        "bitsandbytes",
+        "triton",
+        "fastft_kernels",
+        "rich",
+        "typer",
+    }
     assert heavy & {m.split(".")[0] for m in loaded} == set()
 
 
@@ -198,12 +219,15 @@ print(json.dumps(changed))
 
 
 def test_importing_every_module_changes_nothing():
-    """Modules and classes of other libraries keep every attribute that they had; so do random stream, threads and environment."""
+    """Modules and classes of other libraries keep every attribute that they had; so do random stream, threads and
+    environment."""
     assert json.loads(python(STATE.replace("PLANTED", ""))) == []
 
 
 def test_a_change_is_seen():
-    plant = "torch.nn.Linear.forward = torch.nn.Linear.fast = lambda self, x: x; torch.rand(1); peft.get_peft_model = None"
+    plant = (
+        "torch.nn.Linear.forward = torch.nn.Linear.fast = lambda self, x: x; torch.rand(1); peft.get_peft_model = None"
+    )
     assert json.loads(python(STATE.replace("PLANTED", plant))) == [
         "torch.nn.modules.linear:Linear.forward",
         "peft.get_peft_model",

@@ -1,4 +1,5 @@
-"""The notebooks run from top to bottom with a tiny model, are committed clean, and differ from stock TRL in three lines at most."""
+"""The notebooks run from top to bottom with a tiny model, are committed clean, and differ from stock TRL in three lines
+at most."""
 
 import difflib
 import re
@@ -34,7 +35,8 @@ def execute(folder, kernel):
 
 
 def curves_agree(found) -> None:
-    """Float32 on a CPU: what a few steps make of rounding, and no more (the judge follows 20 steps in tests/trainers)."""
+    """Float32 on a CPU: what a few steps make of rounding, and no more (the judge follows 20 steps in
+    tests/trainers)."""
     stock, fast = (torch.tensor(found[k], dtype=torch.float64) for k in ("stock", "fast"))
     assert len(stock) == len(fast) == SMALL["STEPS"] and len(stock.unique()) > 1
     assert float((fast - stock).abs().max() / stock.abs().max()) < 64 * torch.finfo(torch.float32).eps, found
@@ -126,7 +128,11 @@ def test_committed_clean(name):
 def test_one_line_installs_it_and_parameters_come_first(name):
     notebook = support.read(name)
     (install,) = support.tagged(notebook, "install")
-    assert install.source.startswith("%pip install ") and "\n" not in install.source and not re.search(r"[=<>~]=", install.source)
+    assert (
+        install.source.startswith("%pip install ")
+        and "\n" not in install.source
+        and not re.search(r"[=<>~]=", install.source)
+    )
     assert sum(c.source.count("pip install") for c in notebook.cells) == 1
     (parameters,) = support.tagged(notebook, "parameters")
     before = [c for c in notebook.cells[: notebook.cells.index(parameters)] if c.cell_type == "code"]
@@ -140,7 +146,9 @@ def test_three_lines_at_most_differ_from_stock(name):
     """Of the two cells that load and train; whatever else names fastft shows something of it, or reads the memory."""
     notebook = support.read(name)
     (stock,), (fast,) = support.tagged(notebook, "stock"), support.tagged(notebook, "fastft")
-    named = lambda text: [line.replace("stock_", "x_").replace("fast_", "x_") for line in text.splitlines() if line.strip()]
+    named = lambda text: [
+        line.replace("stock_", "x_").replace("fast_", "x_") for line in text.splitlines() if line.strip()
+    ]
     added = [d for d in difflib.ndiff(named(stock.source), named(fast.source)) if d.startswith("+ ")]
     assert 0 < len(added) <= 3, added
     assert all("fastft" in line or "FastModel" in line for line in added), added

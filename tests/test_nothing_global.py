@@ -1,5 +1,6 @@
-"""fastft changes nothing but the instances it is given: every attribute of every module, and of every class in them, of torch,
-transformers, peft, trl, accelerate and bitsandbytes is the same object before and after importing, patching, training, unpatching."""
+"""fastft changes nothing but the instances it is given: every attribute of every module, and of every class in them, of
+torch, transformers, peft, trl, accelerate and bitsandbytes is the same object before and after importing, patching,
+training, unpatching."""
 
 import subprocess
 import sys

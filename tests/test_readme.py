@@ -22,7 +22,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def hub_model_in_a_folder(tmp_path, monkeypatch):
-    """A tiny random model and tokenizer in the relative folder that the README's Hub name reads as; the test runs there."""
+    """A tiny random model and tokenizer in the relative folder that the README's Hub name reads as; the test runs
+    there."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from fastft.tools.demo.model import train_tokenizer
@@ -31,9 +32,17 @@ def hub_model_in_a_folder(tmp_path, monkeypatch):
     (name,) = re.findall(r'^name = "([^"]+)"', "".join(blocks("python")), flags=re.M)
     tokenizer = train_tokenizer(["The capital of France is Paris."], 300)
     config = Qwen3Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(name)
     tokenizer.save_pretrained(name)
@@ -41,7 +50,8 @@ def hub_model_in_a_folder(tmp_path, monkeypatch):
 
 
 def test_python_blocks_run(hub_model_in_a_folder):
-    """All in one process, as a reader would paste them; only the training arguments are told that there may be no GPU."""
+    """All in one process, as a reader would paste them; only the training arguments are told that there may be no
+    GPU."""
     code = "\n".join(blocks("python"))
     assert code.count("SFTConfig(") == 1
     if not torch.cuda.is_available():
@@ -76,7 +86,9 @@ def test_two_commands_each_set_up_a_fresh_machine():
 def test_ci_runs_the_readmes_test_command_as_it_stands():
     script = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in script
-    out = subprocess.run(["bash", str(ROOT / ".ci" / "run"), "--show"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "run"), "--show"], capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == blocks("bash")[1].strip()
 
 
@@ -95,14 +107,21 @@ def test_the_speed_table_is_the_result_files():
 
 
 def test_every_figure_comes_from_a_result_file():
-    """A table of figures names its command and its file in the line above; each of its rows is a figure of that file."""
-    tables = re.findall(r"^.*`(python -m benchmarks[^`]*)`.*\((benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)", README, flags=re.M)
+    """A table of figures names its command and its file in the line above; each of its rows is a figure of that
+    file."""
+    tables = re.findall(
+        r"^.*`(python -m benchmarks[^`]*)`.*\((benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)",
+        README,
+        flags=re.M,
+    )
     tables = [t for t in tables if "speed_table" not in t[0]]
     assert tables
     for command, path, rows in tables:
         found = json.loads((ROOT / path).read_text())
         assert found["command"] == command
-        figures = {cpu.row(cpu.Figure(**f)) for f in found.get("figures", ())} | {claims.markdown(claims.Row(**r)) for r in found.get("rows", ())}
+        figures = {cpu.row(cpu.Figure(**f)) for f in found.get("figures", ())} | {
+            claims.markdown(claims.Row(**r)) for r in found.get("rows", ())
+        }
         assert set(rows.splitlines()) <= figures
     words = re.sub(r"^\|.*$|```.*?```", "", README, flags=re.M | re.S)
     assert not re.findall(r"\d(?:\.\d+)?\s*(?:x faster|% faster|% less|x less|tokens/s)", words)

@@ -53,7 +53,8 @@ def attach_adapter(model: Any, peft_config: Any, revision: str | None) -> nn.Mod
 
 
 def _matches(model: Any, targets: Any) -> bool:
-    """Whether any module's name would be a target, by PEFT's rule: a full match of a pattern, or an ending of the dotted name."""
+    """Whether any module's name would be a target, by PEFT's rule: a full match of a pattern, or an ending of the
+    dotted name."""
     import re
 
     names = [n for n, _ in model.named_modules()]
@@ -64,7 +65,9 @@ def _matches(model: Any, targets: Any) -> bool:
 
 def _linear_names(model: Any) -> list[str]:
     head = model.get_output_embeddings()
-    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
+    return sorted(
+        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    )
 
 
 def _shown(targets: Any) -> str:

@@ -1,4 +1,5 @@
-"""Which checkpoint a name or folder means: the adapter in it, its base, its configuration and class. What is missing is said in one line."""
+"""Which checkpoint a name or folder means: the adapter in it, its base, its configuration and class. What is missing is
+said in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def adapter_config(name: str, kwargs: dict) -> Any:
 
 def base_of_adapter(adapter: Any, name: str, kwargs: dict) -> tuple[str, dict]:
     if not adapter.base_model_name_or_path:
-        raise AdapterError(f"the adapter at {name} names no base: set base_model_name_or_path in its adapter_config.json")
+        raise AdapterError(
+            f"the adapter at {name} names no base: set base_model_name_or_path in its adapter_config.json"
+        )
     base = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
     return adapter.base_model_name_or_path, {**base, **({"revision": adapter.revision} if adapter.revision else {})}
 
@@ -63,7 +66,12 @@ def load_config(name: str, kwargs: dict, adapter_at: str | None) -> Any:
 
 
 def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> ModelNotFoundError:
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     chain, seen = [], cause
     while seen is not None and seen not in chain:
@@ -76,7 +84,9 @@ def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> Model
     if has(GatedRepoError):
         return ModelNotFoundError(f"{who} is gated: accept its terms on its page on the Hub, then run `hf auth login`")
     if has(RevisionNotFoundError):
-        return ModelNotFoundError(f"{who} has no such revision: leave revision out, or take one from its page on the Hub")
+        return ModelNotFoundError(
+            f"{who} has no such revision: leave revision out, or take one from its page on the Hub"
+        )
     if has((LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return ModelNotFoundError(
             f"{who} is neither a folder here nor in the local cache, and the Hub was not reached: check the name or the network"
@@ -88,7 +98,8 @@ def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> Model
 
 
 def model_class(config: Any, task: str | None, kwargs: dict) -> Any:
-    """The class that the checkpoint names (as TRL chooses); for an adapter on a classification task that task's auto class."""
+    """The class that the checkpoint names (as TRL chooses); for an adapter on a classification task that task's auto
+    class."""
     import transformers
 
     if task is not None and AUTO_OF_TASK.get(str(getattr(task, "value", task))):

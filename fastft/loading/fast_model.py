@@ -1,9 +1,8 @@
 """FastModel.from_pretrained: transformers' loader, bitsandbytes' quantisation, PEFT's adapter, then `patch`.
 
-The steps are those of a stock script, in the same order, so that the random stream is consumed in the same way and the adapter
-starts from the same bits for the same seed. What is added is defaults, checks that fail in one line before gigabytes are read,
-and the report.
-"""
+The steps are those of a stock script, in the same order, so that the random stream is consumed in the same way and the
+adapter starts from the same bits for the same seed. What is added is defaults, checks that fail in one line before
+gigabytes are read, and the report."""
 
 from __future__ import annotations
 
@@ -13,18 +12,20 @@ from typing import Any
 import torch
 
 from fastft.api import patch, report
+from fastft.checkpointing.policy import parse
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.loading.adapter import attach_adapter, default_lora_config, load_adapter
 from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_length, is_path, load_config, model_class
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
-from fastft.memory.policy import parse
 
 
 class FastModel:
     """The one door: `FastModel.from_pretrained(...)` returns a standard PEFT (or transformers) model, patched."""
 
     def __init__(self) -> None:
-        raise TypeError("FastModel is not a model: call FastModel.from_pretrained(name_or_path), which returns a PeftModel")
+        raise TypeError(
+            "FastModel is not a model: call FastModel.from_pretrained(name_or_path), which returns a PeftModel"
+        )
 
     @staticmethod
     def from_pretrained(
@@ -42,38 +43,52 @@ class FastModel:
         activation_policy: str | int = "auto",
         **kwargs: Any,
     ) -> Any:
-        """Load a model, attach an adapter, patch, print the report once. Other keywords go to transformers' `from_pretrained`.
+        """Load a model, attach an adapter, patch, print the report once. Other keywords go to transformers'
+        `from_pretrained`.
 
         name_or_path: a repository on the Hub or a folder: of a model, or of an adapter (its base is loaded, then it).
-        peft_config: any PEFT config, taken as it is, but for a `task_type` that is absent (filled in on a copy, from the model's
-            class). "lora", the default: LoRA on all linear layers, r=16, alpha=32. None: the bare model, for full fine-tuning.
-        load_in_4bit: bitsandbytes NF4 with double quantisation; the compute dtype is `dtype` if it is a dtype, else bfloat16
-            where the device has it, else float16. load_in_8bit: bitsandbytes LLM.int8. Anything else: `quantization_config`. The
-            model is returned as PEFT makes it: no module is cast. TRL's trainers do the casts of QLoRA themselves; a loop of
-            your own with reentrant gradient checkpointing calls `model.enable_input_require_grads()`, as with stock.
-        dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when asked for by
+        peft_config: any PEFT config, taken as it is, but for a `task_type` that is absent (filled in on a copy, from
+        the model's
+            class). "lora", the default: LoRA on all linear layers, r=16, alpha=32. None: the bare model, for full
+            fine-tuning.
+        load_in_4bit: bitsandbytes NF4 with double quantisation; the compute dtype is `dtype` if it is a dtype, else
+        bfloat16
+            where the device has it, else float16. load_in_8bit: bitsandbytes LLM.int8. Anything else:
+            `quantization_config`. The
+            model is returned as PEFT makes it: no module is cast. TRL's trainers do the casts of QLoRA themselves; a
+            loop of your own with reentrant gradient checkpointing calls `model.enable_input_require_grads()`, as with
+            stock.
+        dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when asked
+        for by
             name; where it is only what the checkpoint says, float16 is taken and a warning says so.
-        max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is your
+        max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is
+        your
             trainer's business (`SFTConfig(max_length=...)`).
         attn_implementation: passed through when given.
-        device_map: "current", the default: the process's own GPU (the local rank's under a launcher), else no map at all (CPU,
+        device_map: "current", the default: the process's own GPU (the local rank's under a launcher), else no map at
+        all (CPU,
             and where FSDP or DeepSpeed ZeRO-3 place the parameters). Anything else is transformers' own.
-        auto_class: the class whose `from_pretrained` loads the model, such as AutoModelForSequenceClassification for a new reward
+        auto_class: the class whose `from_pretrained` loads the model, such as AutoModelForSequenceClassification for a
+        new reward
             model. By default the class that the checkpoint names.
         is_trainable: whether an adapter found at `name_or_path` is loaded for training.
-        activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about the layers that
-            the trainer checkpoints (TRL does by default): of these it recomputes as few as the free memory asks for. The others:
+        activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about the
+        layers that
+            the trainer checkpoints (TRL does by default): of these it recomputes as few as the free memory asks for.
+            The others:
             see `fastft.patch`. Gradients are the same bits under all of them.
 
-        Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock returns it. The
-        tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path).
-        Raises FastftError (a ValueError): ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError,
-        SequenceLengthError, PolicyError. Errors of transformers beyond these pass through unchanged.
-        """
+        Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock
+        returns it. The
+        tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path). Raises FastftError (a ValueError):
+        ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError, SequenceLengthError,
+        PolicyError. Errors of transformers beyond these pass through unchanged."""
         policy = parse(activation_policy)
         name = os.fspath(name_or_path)
         if is_path(name) and not os.path.exists(name):
-            raise ModelNotFoundError(f"there is no folder {name!r}: give a model's or adapter's folder, or a name on the Hub")
+            raise ModelNotFoundError(
+                f"there is no folder {name!r}: give a model's or adapter's folder, or a name on the Hub"
+            )
         default_lora = isinstance(peft_config, str)
         if default_lora and peft_config != "lora":
             raise AdapterError(
@@ -92,7 +107,11 @@ class FastModel:
         config = load_config(base_name, base_kwargs, adapter_at=name if adapter is not None else None)
         check_length(max_seq_length, config)
         dtype = resolve_dtype(base_kwargs.pop("torch_dtype", dtype), config, device)
-        loader = auto_class if auto_class is not None else model_class(config, getattr(adapter, "task_type", None), base_kwargs)
+        loader = (
+            auto_class
+            if auto_class is not None
+            else model_class(config, getattr(adapter, "task_type", None), base_kwargs)
+        )
         load = dict(base_kwargs, dtype=dtype)
         if where is not None:
             load["device_map"] = where
@@ -106,7 +125,9 @@ class FastModel:
         if adapter is not None:
             model = load_adapter(model, name, kwargs, is_trainable)
         elif peft_config is not None:
-            model = attach_adapter(model, default_lora_config() if default_lora else peft_config, kwargs.get("revision"))
+            model = attach_adapter(
+                model, default_lora_config() if default_lora else peft_config, kwargs.get("revision")
+            )
 
         patch(model, activation_policy=policy)
         if int(os.environ.get("RANK", "0")) == 0:

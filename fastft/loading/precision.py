@@ -58,7 +58,9 @@ def resolve_dtype(dtype: Any, config: Any, device: torch.device) -> Any:
     if asked != "auto":
         if not has_dtype(asked, device):
             other = "float16" if asked == torch.bfloat16 else "float32"
-            raise DtypeError(f"{_describe(device)} has no {str(asked).removeprefix('torch.')}: pass dtype=torch.{other}")
+            raise DtypeError(
+                f"{_describe(device)} has no {str(asked).removeprefix('torch.')}: pass dtype=torch.{other}"
+            )
         return asked
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(stored, str):
@@ -80,14 +82,18 @@ def _describe(device: torch.device) -> str:
     return f"this {device.type} device"
 
 
-def quantization_config(in_4bit: bool, in_8bit: bool, dtype: Any, config: Any, device: torch.device, kwargs: dict) -> Any:
+def quantization_config(
+    in_4bit: bool, in_8bit: bool, dtype: Any, config: Any, device: torch.device, kwargs: dict
+) -> Any:
     if not (in_4bit or in_8bit):
         return None
     flag = "load_in_4bit=True" if in_4bit else "load_in_8bit=True"
     if in_4bit and in_8bit:
         raise QuantizationError("load_in_4bit and load_in_8bit were both given: choose one")
     if kwargs.get("quantization_config") is not None:
-        raise QuantizationError(f"{flag} and quantization_config were both given: leave the flag out, the config says it all")
+        raise QuantizationError(
+            f"{flag} and quantization_config were both given: leave the flag out, the config says it all"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise QuantizationError(f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     stored = getattr(config, "quantization_config", None)

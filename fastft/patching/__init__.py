@@ -1,1 +1,1 @@
-"""The mechanism: observe, prove, swap, report. Knows modules and tensors, no kind of swap and no model."""
+"""The mechanism: observe, recognise, prove, swap, report. Knows modules and tensors, no kind of module and no model."""

@@ -1,8 +1,8 @@
-"""What a proof depends on, as a hashable key: a module's class, its scalar attributes, its parameters' shapes and dtypes, its children.
+"""What a proof depends on, as a hashable key: a module's class, its scalar attributes, its parameters' shapes and
+dtypes, its children.
 
-Values of parameters do not enter (proofs draw their own). An attribute that is no scalar enters by identity and is kept alive by the
-key, so that two modules share a proof only when they share that object.
-"""
+Values of parameters do not enter (proofs draw their own). An attribute that is no scalar enters by identity and is kept
+alive by the key, so that two modules share a proof only when they share that object."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_fo
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
-class ById:
+class IdentityKey:
     """Hashable by identity, keeps its object alive."""
 
     def __init__(self, value: object):
         self.value = value
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, ById) and other.value is self.value
+        return isinstance(other, IdentityKey) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -35,11 +35,16 @@ def _value(v: object) -> Hashable:
         return v
     if isinstance(v, (tuple, list)):
         return tuple(map(_value, v))
-    return ById(v)
+    return IdentityKey(v)
 
 
 def attributes(module: nn.Module, ignore: frozenset[str] = frozenset()) -> tuple[tuple[str, Hashable], ...]:
-    return tuple(sorted(((k, _value(v)) for k, v in module.__dict__.items() if k not in _MODULE_INTERNALS and k not in ignore), key=lambda kv: kv[0]))
+    return tuple(
+        sorted(
+            ((k, _value(v)) for k, v in module.__dict__.items() if k not in _MODULE_INTERNALS and k not in ignore),
+            key=lambda kv: kv[0],
+        )
+    )
 
 
 def fingerprint(module: nn.Module, ignore: frozenset[str] = frozenset({"layer_idx"})) -> Hashable:

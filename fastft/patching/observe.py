@@ -1,14 +1,15 @@
 """Observe: run the stock model once on a few tokens and note, per module, what it received and returned.
 
-The run is a forward on the meta device: the real code on the real modules, no arithmetic and no memory, so that an 8B model takes well
-under a second. Parameters and buffers are exchanged for meta tensors meanwhile, and adapter and quantised layers answer with an empty
-tensor of their output's shape. Identity is what matters here: linears that are given *the same tensor object* form a group. Nothing
-that is recorded needs a backward pass (gradients are the proofs' business), so none is run.
+The run is a forward on the meta device: the real code on the real modules, no arithmetic and no memory, so that an 8B
+model takes well under a second. Parameters and buffers are exchanged for meta tensors meanwhile, and adapter and
+quantised layers answer with an empty tensor of their output's shape. Identity is what matters here: linears that are
+given *the same tensor object* form a group. Nothing that is recorded needs a backward pass (gradients are the proofs'
+business), so none is run.
 
-Code that reads a value on the host (a router that counts its tokens) cannot run on the meta device. A small model, or one on a GPU, is
-then run for real; in a large one the module that failed is taken to return what its input looks like, and the run is repeated. What the
-text inputs do not reach (a vision tower) is run by itself, on inputs read off its signature and configuration.
-"""
+Code that reads a value on the host (a router that counts its tokens) cannot run on the meta device. A small model, or
+one on a GPU, is then run for real; in a large one the module that failed is taken to return what its input looks like,
+and the run is repeated. What the text inputs do not reach (a vision tower) is run by itself, on inputs read off its
+signature and configuration."""
 
 from __future__ import annotations
 
@@ -28,17 +29,25 @@ from fastft.patching.rebind import global_calls, rebind
 from fastft.patching.swap import Fast, as_stock, install, obstacle, order, uninstall
 
 TOKENS = (2, 8)
-REAL_RUN_LIMIT = 1 << 30  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
+REAL_RUN_LIMIT = (
+    1 << 30
+)  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
 _HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 STAND_INS = 8  # classes of modules that may be stood in for before the observation is given up
 
 
 @dataclass
 class Call:
-    """One call of a module. Tensors are fakes (or tiny); `inputs` are the tensors among the positional, then keyword, arguments."""
+    """One call of a module. Tensors are fakes (or tiny); `inputs` are the tensors among the positional, then keyword,
+    arguments."""
 
     index: int
     parent: nn.Module | None
@@ -59,7 +68,8 @@ class FunctionCall:
 
 @dataclass
 class Observation:
-    """calls: by module, in order. functions: by (module, global name), the calls of the free functions that were asked for."""
+    """calls: by module, in order. functions: by (module, global name), the calls of the free functions that were asked
+    for."""
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     functions: dict[tuple[nn.Module, str], list[FunctionCall]] = field(default_factory=dict)
@@ -117,8 +127,9 @@ def _attributes_kept(model: nn.Module):
 
 
 def _without_hooks(model: nn.Module, real: bool) -> None:
-    """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back (FSDP2 starts its
-    state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a forward of the instance, stays in a real
+    """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back
+    (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
+    forward of the instance, stays in a real
     run: it brings inputs to a module's device."""
     for m in model.modules():
         for name in _HOOKS:
@@ -131,7 +142,8 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
 
 
 def _exchange_tensors(model: nn.Module, real: bool) -> None:
-    """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones stay tied). Real:
+    """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones
+    stay tied). Real:
     buffers become copies, as a forward may write into them."""
     known: dict[int, torch.Tensor] = {}
 
@@ -151,28 +163,39 @@ def _exchange_tensors(model: nn.Module, real: bool) -> None:
         m._buffers.update({n: exchanged(b) for n, b in m._buffers.items() if b is not None})
 
 
-class _Yes(TorchDispatchMode):
-    """A question to the host that is answered by yes or no (is nothing padded? is nothing packed?) is answered by yes on the meta device."""
+class _AssumeTrue(TorchDispatchMode):
+    """A question to the host that is answered by yes or no (is nothing padded? is nothing packed?) is answered by yes
+    on the meta device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool and args[0].device.type == "meta":
+        if (
+            func is torch.ops.aten._local_scalar_dense.default
+            and args[0].dtype == torch.bool
+            and args[0].device.type == "meta"
+        ):
             return True
         return func(*args, **(kwargs or {}))
 
 
 @order(-100)
 class _Empty:
-    """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside is called."""
+    """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside
+    is called."""
 
     def forward(self, x, *args, **kwargs):
         weight = getattr(getattr(self, "base_layer", self), "weight", None)
-        dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1 else x.dtype
+        dtype = (
+            weight.dtype
+            if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+            else x.dtype
+        )
         return x.new_empty((*x.shape[:-1], self.out_features), dtype=dtype)
 
 
 @order(-100)
 class _LikeInput:
-    """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating input."""
+    """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating
+    input."""
 
     def forward(self, *args, **kwargs):
         first = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
@@ -206,7 +229,8 @@ def _stand_in(model: nn.Module, failing: set[type], stack: ExitStack) -> set[nn.
 
 
 def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> list:
-    """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was raised."""
+    """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was
+    raised."""
     running: list[tuple[nn.Module, Call]] = []
     counter = itertools.count()
 
@@ -230,8 +254,10 @@ def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> li
 
 
 def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable], bool], stack: ExitStack) -> None:
-    """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the instance. A
-    listener knows neither module nor observation: its class may live until the next garbage collection, and must not hold the model."""
+    """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the
+    instance. A
+    listener knows neither module nor observation: its class may live until the next garbage collection, and must not
+    hold the model."""
     noted: list[tuple[int, str, FunctionCall]] = []
 
     def hand_over():
@@ -287,23 +313,33 @@ def _first(config, *names: str, default: int) -> int:
 
 
 def _tower_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    """For a module that takes images or sound: pixel_values of the size it was built for, flattened patches with their grid, or mel
-    features. Raises TypeError where the signature shows none of these."""
+    """For a module that takes images or sound: pixel_values of the size it was built for, flattened patches with their
+    grid, or mel features. Raises TypeError where the signature shows none of these."""
     forward = inspect.signature(model.forward).parameters
     config, names = getattr(model, "config", None), list(forward)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     draw = lambda *shape: torch.zeros(shape, device=device).add_(0.1).to(dtype)
-    channels, patch = _first(config, "num_channels", "in_channels", "in_chans", default=3), _first(config, "patch_size", default=14)
+    channels, patch = (
+        _first(config, "num_channels", "in_channels", "in_chans", default=3),
+        _first(config, "patch_size", default=14),
+    )
     grid = next((n for n in names if n.endswith("grid_thw")), None)
     if grid is not None:
         side = 2 * _first(config, "spatial_merge_size", "merge_size", default=2)
         flat = channels * _first(config, "temporal_patch_size", default=1) * patch * patch
-        return {names[0]: draw(side * side, flat), grid: torch.tensor([[1, side, side]], device="cpu" if device.type == "meta" else device)}
+        return {
+            names[0]: draw(side * side, flat),
+            grid: torch.tensor([[1, side, side]], device="cpu" if device.type == "meta" else device),
+        }
     if "pixel_values" in names:
         side = _first(config, "image_size", default=4 * patch)
         return {"pixel_values": draw(1, channels, side, side)}
     if "input_features" in names:
-        return {"input_features": draw(1, _first(config, "num_mel_bins", default=80), 2 * _first(config, "max_source_positions", default=16))}
+        return {
+            "input_features": draw(
+                1, _first(config, "num_mel_bins", default=80), 2 * _first(config, "max_source_positions", default=16)
+            )
+        }
     raise TypeError(f"its inputs are {names[:3]}")
 
 
@@ -330,7 +366,7 @@ def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tupl
             inputs = make_inputs(model, device)
             if not real:
                 stack.enter_context(device)
-                stack.enter_context(_Yes())
+                stack.enter_context(_AssumeTrue())
             model(**inputs)
         except Exception as e:
             seen.error = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
@@ -360,11 +396,14 @@ def _best(model: nn.Module, make_inputs, wanted: Callable[[Callable], bool]) -> 
 
 
 def _stock(module: nn.Module) -> type:
-    return next(c for c in type(module).__mro__ if not issubclass(c, (Fast, _LikeInput, _Empty)) and issubclass(c, nn.Module))
+    return next(
+        c for c in type(module).__mro__ if not issubclass(c, (Fast, _LikeInput, _Empty)) and issubclass(c, nn.Module)
+    )
 
 
 def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module]:
-    """The outermost modules that can run by themselves (a configuration and a main input of their own) and did not run."""
+    """The outermost modules that can run by themselves (a configuration and a main input of their own) and did not
+    run."""
     inside: set[nn.Module] = set()
     for m in model.modules():
         if m is model or m in inside or m in seen.calls:
@@ -375,7 +414,8 @@ def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module
 
 
 def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: False) -> Observation:
-    """Run `model` in evaluation mode (nothing is dropped) on a few tokens; afterwards the model, its random state and its hooks are as before.
+    """Run `model` in evaluation mode (nothing is dropped) on a few tokens; afterwards the model, its random state and
+    its hooks are as before.
 
     wanted: which of the free functions that forwards call by a global name are recorded too.
     """

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastft.patching.kinds import Context, Kind
+from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
-from fastft.patching.oom import PatchMemoryError, is_out_of_memory
-from fastft.patching.proofs import proof_of
+from fastft.patching.out_of_memory import PatchMemoryError, is_out_of_memory
+from fastft.patching.proof_cache import proof_of
 from fastft.patching.prove import Proof
 from fastft.patching.report import PatchReport, Row
 from fastft.patching.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
@@ -37,7 +37,8 @@ class Outcome:
 
 @dataclass
 class Record:
-    """What one patch knows, kept on the innermost base model: outcomes by (kind, module name), lines about the whole model."""
+    """What one patch knows, kept on the innermost base model: outcomes by (kind, module name), lines about the whole
+    model."""
 
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -70,7 +71,8 @@ def record_of(model: nn.Module) -> Record | None:
 
 
 def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
-    """Swap on every module of `model` what a kind recognises and proves. Modules that carry a kind's swap already are left alone."""
+    """Swap on every module of `model` what a kind recognises and proves. Modules that carry a kind's swap already are
+    left alone."""
     with ExitStack() as plain:  # a patch inside somebody's autocast or no_grad proves what it would prove outside
         plain.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -142,7 +144,9 @@ def devices_note(model: nn.Module) -> list[str]:
     if len(where) < 2 and not hooked:
         return []
     places = sorted(where - {"meta"}) + ["offloaded"] * hooked
-    lines = [f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"]
+    lines = [
+        f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"
+    ]
     if hooked and (lost := sum(p.requires_grad and p.device.type == "meta" for p in model.parameters())):
         lines.append(
             f"{lost} of the parameters that are to learn are offloaded, where a gradient has no place to go (stock's backward leaves it out, or "
@@ -171,12 +175,22 @@ def build_report(model: nn.Module) -> PatchReport:
         kernel, reason = o.kernel, o.reason
         if kernel and not ((module := now.get(o.name)) is not None and is_fast(module, o.kind)):
             there = "nothing" if module is None else f"a {stock_class(module).__name__}"
-            kernel, reason = "", f"replaced since the patch; {there} stands there: it joins at the next forward, or when patched again"
+            kernel, reason = (
+                "",
+                f"replaced since the patch; {there} stands there: it joins at the next forward, or when patched again",
+            )
         groups[o.kind, o.group, kernel, reason, o.proof if kernel else None].append(o)
     rows = [
         Row(
-            kind, group, len(os), kernel, *((p.error, p.stock_error, p.dtype) if p else ()), reason=reason, example=os[0].name,
-            device=p.device if p else "", sizes=p.sizes if p else "",
+            kind,
+            group,
+            len(os),
+            kernel,
+            *((p.error, p.stock_error, p.dtype) if p else ()),
+            reason=reason,
+            example=os[0].name,
+            device=p.device if p else "",
+            sizes=p.sizes if p else "",
         )
         for (kind, group, kernel, reason, p), os in groups.items()
     ]
@@ -185,8 +199,8 @@ def build_report(model: nn.Module) -> PatchReport:
 
 
 def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Callable]]]:
-    """What counts the calls that go the stock way: the record's and every module's counter, and rebound free functions (with their
-    kind), which count for themselves, as one serves all modules of a class."""
+    """What counts the calls that go the stock way: the record's and every module's counter, and rebound free functions
+    (with their kind), which count for themselves, as one serves all modules of a class."""
     record = record_of(base)
     counters, functions = [] if record is None else [record.fallbacks], {}
     for module in base.modules():
@@ -198,7 +212,8 @@ def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Callable]
 
 @contextmanager
 def _uncounted(base: nn.Module) -> Iterator[None]:
-    """An observation of a model that is patched already puts hooks everywhere: what goes the stock way because of them was nobody's step."""
+    """An observation of a model that is patched already puts hooks everywhere: what goes the stock way because of them
+    was nobody's step."""
     counters, functions = _counters(base)
     before, numbers = [dict(c) for c in counters], [f.fallbacks for _, f in functions]
     try:
@@ -212,7 +227,8 @@ def _uncounted(base: nn.Module) -> Iterator[None]:
 
 
 def fallbacks_of(model: nn.Module) -> Callable[[], dict[str, int]]:
-    """A function that sums up the calls which went the stock way, up to when it is called. It keeps the counters, and not the model."""
+    """A function that sums up the calls which went the stock way, up to when it is called. It keeps the counters, and
+    not the model."""
     counters, functions = _counters(innermost(model))
 
     def total() -> dict[str, int]:

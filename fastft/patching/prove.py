@@ -1,13 +1,16 @@
 """Prove: a stock module and its candidate on the same random inputs.
 
 Two questions, both must be answered yes.
-  formula   in float64 (`float64_truth`) outputs and all gradients agree to float64 rounding: it is the same function.
-  numerics  in float32 and in the training dtype the candidate's error against the float64 truth passes the judge beside the stock
+  formula   in float64 (`float64_reference`) outputs and all gradients agree to float64 rounding: it is the same
+            function.
+  numerics  in float32 and in the training dtype the candidate's error against the float64 reference passes the judge
+            beside the stock
             module's own error (`fastft_kernels.numerics.compare`).
-Every input is drawn at several scales: an activation that clamps, or a gelu beside its tanh form, look alike on small inputs only.
-Kernels take other branches where some gradients are not wanted (a frozen weight, an input that needs none), and a consumer may compute an
-output again in its backward: these runs are compared too. All of it happens on the device and at the dtypes of the inputs given.
-"""
+Every input is drawn at several scales: an activation that clamps, or a gelu beside its tanh form, look alike on small
+inputs only. Kernels take other branches where some gradients are not wanted (a frozen weight, an input that needs
+none), and a consumer may compute an
+output again in its backward: these runs are compared too. All of it happens on the device and at the dtypes of the
+inputs given."""
 
 from __future__ import annotations
 
@@ -21,17 +24,20 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastft.patching.clone import clone
-from fastft.patching.oom import not_for_want_of_memory
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
+from fastft.patching.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
-from fastft_kernels.recipe import recipe_of
+from fastft_kernels.recompute.recomputation import recomputation_of
 
-FORMULA_EPS = 1e-9  # relative, float64: sums of some thousands of terms stay below 1e-12, another formula is at 1e-7 and above
+FORMULA_EPS = (
+    1e-9  # relative, float64: sums of some thousands of terms stay below 1e-12, another formula is at 1e-7 and above
+)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """error, stock_error: max error relative to max|truth| in `dtype`, the candidate's and the stock module's own. device: where it ran;
+    """error, stock_error: max error relative to max|reference| in `dtype`, the candidate's and the stock module's own.
+    device: where it ran;
     sizes: the shapes of its inputs."""
 
     ok: bool
@@ -48,8 +54,8 @@ class Proof:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside somebody's forward (autocast, no_grad, inference mode, a checkpoint's or an offloader's hooks on saved tensors, fake
-    tensors) a proof runs as it would outside, and leaves the random stream where it stood."""
+    """Inside somebody's forward (autocast, no_grad, inference mode, a checkpoint's or an offloader's hooks on saved
+    tensors, fake tensors) a proof runs as it would outside, and leaves the random stream where it stood."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
@@ -72,29 +78,38 @@ def _flatten(out) -> list[torch.Tensor]:
 
 
 def outputs_and_gradients(
-    run: Callable[..., object], inputs: Sequence, parameters: Iterable[tuple[str, torch.Tensor]], upstream_seed: int, truth: bool = False
+    run: Callable[..., object],
+    inputs: Sequence,
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    upstream_seed: int,
+    reference: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """All floating outputs of run(*inputs), and the gradients of the inputs and parameters that require them, for one random
-    upstream gradient. The upstream is drawn in float64 and rounded to the outputs' dtype."""
-    with float64_truth() if truth else contextlib.nullcontext():
+    """All floating outputs of run(*inputs), and the gradients of the inputs and parameters that require them, for one
+    random upstream gradient. The upstream is drawn in float64 and rounded to the outputs' dtype."""
+    with float64_reference() if reference else contextlib.nullcontext():
         outs = _flatten(run(*inputs))
         generator = torch.Generator().manual_seed(upstream_seed)
-        ups = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(torch.float32).to(o.device, o.dtype) for o in outs]
+        ups = [
+            torch.randn(o.shape, dtype=torch.float64, generator=generator).to(torch.float32).to(o.device, o.dtype)
+            for o in outs
+        ]
         leaves = {f"d input {i}": t for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad}
         leaves |= {f"d {n}": p for n, p in parameters if p.requires_grad}
         result = {f"output {i}": o.detach() for i, o in enumerate(outs)}
         with_graph = [(o, u) for o, u in zip(outs, ups) if o.requires_grad]
         if leaves and with_graph:
-            grads = torch.autograd.grad([o for o, _ in with_graph], list(leaves.values()), [u for _, u in with_graph], allow_unused=True)
+            grads = torch.autograd.grad(
+                [o for o, _ in with_graph], list(leaves.values()), [u for _, u in with_graph], allow_unused=True
+            )
             result |= {k: g for k, g in zip(leaves, grads) if g is not None}
     return result
 
 
-def agree(a: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> str:
+def agree(a: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> str:
     """Empty when equal to float64 rounding, else which result differs and by how much."""
-    if a.keys() != truth.keys():
-        return f"results differ: {sorted(a.keys() ^ truth.keys())}"
-    for name, t in truth.items():
+    if a.keys() != reference.keys():
+        return f"results differ: {sorted(a.keys() ^ reference.keys())}"
+    for name, t in reference.items():
         if a[name].shape != t.shape:
             return f"{name}: shape {tuple(a[name].shape)} instead of {tuple(t.shape)}"
         if t.numel() == 0:
@@ -120,7 +135,8 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _inputs(make: Callable[[torch.Generator, float], Sequence], seed: int, scale: float, dtype, up) -> list:
-    """Inputs rounded to `dtype`, then held in `up`; floating tensors become leaves that require gradients unless made with none."""
+    """Inputs rounded to `dtype`, then held in `up`; floating tensors become leaves that require gradients unless made
+    with none."""
     out = []
     for t in make(torch.Generator().manual_seed(seed), scale):
         if isinstance(t, torch.Tensor) and t.is_floating_point():
@@ -144,11 +160,12 @@ def prove(
 ) -> Proof:
     """Compare `stock` with a copy to which `swap` was applied.
 
-    stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's device; mark one
-    with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype. reset: run on the copy that all others are made of.
-    dtypes: instead of (float32, dtype). cast(module, dtype): a copy in that dtype, where casting all parameters is not what that means.
-    Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the reason; but for out of memory.
-    """
+    stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's
+    device; mark one with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype.
+    reset: run on the copy that all others are made of.
+    dtypes: instead of (float32, dtype). cast(module, dtype): a copy in that dtype, where casting all parameters is not
+    what that means. Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the
+    reason; but for out of memory."""
     worst: Proof | None = None
     sizes: dict[str, None] = {}
     cast = cast or cast_parameters
@@ -166,13 +183,15 @@ def prove(
         swap(fast64)
         for i, scale in enumerate(scales):
             draw = lambda up, d=d, i=i, scale=scale: _inputs(make_inputs, 17 + i, scale, d, up)
-            run = lambda m, inputs, truth=False, i=i: outputs_and_gradients(m, inputs, m.named_parameters(), 91 + i, truth)
-            truth = run(plain64, draw(torch.float64), True)
+            run = lambda m, inputs, reference=False, i=i: outputs_and_gradients(
+                m, inputs, m.named_parameters(), 91 + i, reference
+            )
+            reference = run(plain64, draw(torch.float64), True)
             inputs = draw(d)
             sizes[" ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, torch.Tensor))] = None
             eager = run(plain, inputs)
             try:
-                if reason := agree(run(fast64, draw(torch.float64), True), truth):
+                if reason := agree(run(fast64, draw(torch.float64), True), reference):
                     return Proof(False, dtype=named, reason=reason)
                 ours = run(fast, draw(d))
                 if reason := _partly(fast, draw, d, ours, run):
@@ -180,7 +199,7 @@ def prove(
             except Exception as e:
                 not_for_want_of_memory(e)
                 return Proof(False, dtype=named, reason=f"candidate raised {type(e).__name__}: {e}")
-            verdict = compare(ours, truth, eager)
+            verdict = compare(ours, reference, eager)
             proof = Proof(verdict.ok, verdict.error, verdict.eager_error, named, "" if verdict else str(verdict))
             if not proof.ok:
                 return proof
@@ -190,10 +209,13 @@ def prove(
     return replace(worst, sizes=", ".join(sizes))
 
 
-def _partly(module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[str, torch.Tensor], run: Callable) -> str:
-    """The candidate where parameters are frozen, where inputs need no gradient, and where only one of several inputs needs one: what is
-    still asked for must be what it was (to a few units in the last place: another branch may sum in another order). Also, a tensor that
-    its consumer may recompute must come out with the same bits. Empty, or what is wrong."""
+def _partly(
+    module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[str, torch.Tensor], run: Callable
+) -> str:
+    """The candidate where parameters are frozen, where inputs need no gradient, and where only one of several inputs
+    needs one: what is still asked for must be what it was (to a few units in the last place: another branch may sum in
+    another order). Also, a tensor that its consumer may recompute must come out with the same bits. Empty, or what is
+    wrong."""
     trained = [p for p in module.parameters() if p.requires_grad]
     wanted = [i for i, t in enumerate(draw(dtype)) if isinstance(t, torch.Tensor) and t.requires_grad]
     cases: list[tuple[str, bool | nn.Module, list[int]]] = []
@@ -216,7 +238,9 @@ def _partly(module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[s
         finally:
             for p in trained:
                 p.requires_grad_(True)
-        expected = {n for n in whole if n.startswith("output")} | {f"d input {i}" for i in kept if f"d input {i}" in whole}
+        expected = {n for n in whole if n.startswith("output")} | {
+            f"d input {i}" for i in kept if f"d input {i}" in whole
+        }
         expected |= {f"d {n}" for n, p in module.named_parameters() if p in chosen and f"d {n}" in whole}
         if missing := sorted(expected - found.keys()):
             return f"with {what}: no {missing[0]}"
@@ -228,8 +252,10 @@ def _partly(module: nn.Module, draw: Callable, dtype: torch.dtype, whole: dict[s
             if not _close(y, whole[f"output {i}"]):
                 return f"without a graph: output {i} is another one"
     for y in _flatten(module(*draw(dtype))):
-        recipe = recipe_of(y)
-        if recipe is not None and not torch.equal(recipe.recompute(*(t.detach() for t in recipe.tensors)), y):
+        recomputation = recomputation_of(y)
+        if recomputation is not None and not torch.equal(
+            recomputation.recompute(*(t.detach() for t in recomputation.tensors)), y
+        ):
             return "its output has other bits when it is computed again"
     return ""
 

@@ -1,9 +1,9 @@
 """Exchange a free function that a forward calls, for one class of instances only.
 
-A forward that calls `apply_rotary_pos_emb(q, k, cos, sin)` finds it in its module's globals. `rebind` makes the same code object over
-a copied globals dict in which that one name means something else. No source text is read, the original function and module are untouched.
-Decorated forwards (`functools.wraps`, so `__wrapped__`) are rebuilt around the rebound inner function.
-"""
+A forward that calls `apply_rotary_pos_emb(q, k, cos, sin)` finds it in its module's globals. `rebind` makes the same
+code object over a copied globals dict in which that one name means something else. No source text is read, the original
+function and module are untouched. Decorated forwards (`functools.wraps`, so `__wrapped__`) are rebuilt around the
+rebound inner function."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _copy(fn: types.FunctionType, globals_: dict, closure) -> types.FunctionType
 
 
 def _globals(fn: types.FunctionType, names: Mapping[str, object]) -> dict:
-    """Without `__name__`: by that, torch.compile would guard (and fail on) what the module itself has under these names."""
+    """Without `__name__`: by that, torch.compile would guard (and fail on) what the module itself has under these
+    names."""
     return {k: v for k, v in fn.__globals__.items() if k != "__name__"} | dict(names)
 
 
@@ -49,8 +50,8 @@ def over_globals(fn: types.FunctionType, names: Mapping[str, object]) -> types.F
 
 
 def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
-    """A copy of fn in which the global names given mean the objects given. Raises TypeError for what is no Python function, or is
-    wrapped by a decorator that does not keep the inner function in its closure."""
+    """A copy of fn in which the global names given mean the objects given. Raises TypeError for what is no Python
+    function, or is wrapped by a decorator that does not keep the inner function in its closure."""
     if not isinstance(fn, types.FunctionType):
         raise TypeError(f"rebind: want a Python function, got {type(fn).__name__}")
     inner = fn.__dict__.get("__wrapped__")
@@ -67,7 +68,8 @@ def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
 
 
 def kept_current(forward: Callable, stock: Callable, names: Mapping[str, object]) -> Callable:
-    """`forward`, which is `rebind(stock, names)`, taking over at every call what somebody has put into the globals of stock's module since:
+    """`forward`, which is `rebind(stock, names)`, taking over at every call what somebody has put into the globals of
+    stock's module since:
     under one of `names` too, whose object then counts the call in its `fallbacks`."""
     theirs = innermost(stock).__globals__
     was = {n: theirs[n] for n in _names_in(innermost(stock).__code__) if n in theirs}

@@ -1,8 +1,7 @@
 """Who can give memory back when a function runs out of it.
 
-A guarded first step holds activations that it can compute again. What runs after it in the same step, the LM head above all, asks
-here before it gives up.
-"""
+A guarded first step holds activations that it can compute again. What runs after it in the same step, the LM head above
+all, asks here before it gives up."""
 
 from __future__ import annotations
 
@@ -15,18 +14,18 @@ import torch
 Result = TypeVar("Result")
 
 
-class Giver(Protocol):
+class MemoryReleaser(Protocol):
     def give(self, error: torch.OutOfMemoryError) -> bool:
         """Free what can be computed again; False where there is nothing."""
         ...
 
 
-GIVERS: weakref.WeakSet[Giver] = weakref.WeakSet()
+GIVERS: weakref.WeakSet[MemoryReleaser] = weakref.WeakSet()
 
 
 def with_room(function: Callable[..., Result], *args, **kwargs) -> Result:
-    """function(*args, **kwargs), again after each time that it ran out of memory and somebody gave some back. The function must have
-    no effect but its result."""
+    """function(*args, **kwargs), again after each time that it ran out of memory and somebody gave some back. The
+    function must have no effect but its result."""
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
     while True:

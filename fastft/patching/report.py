@@ -1,4 +1,5 @@
-"""Report: for every group of modules the kernel it runs, with the proof's error beside the stock error, or why it is stock."""
+"""Report: for every group of modules the kernel it runs, with the proof's error beside the stock error, or why it is
+stock."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Row:
-    """One group: modules of one class with one outcome. error and stock_error are relative to the largest true value, in `dtype`."""
+    """One group: modules of one class with one outcome. error and stock_error are relative to the largest true value,
+    in `dtype`."""
 
     kind: str
     group: str  # the stock class
@@ -34,8 +36,8 @@ class Row:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """`print(report)` shows the table; `.swapped` and `.stock` are its rows; `.fallbacks` counts calls that went the stock way later,
-    with the reason; `.notes` are lines about the whole model; `.to_dict()` is JSON-ready."""
+    """`print(report)` shows the table; `.swapped` and `.stock` are its rows; `.fallbacks` counts calls that went the
+    stock way later, with the reason; `.notes` are lines about the whole model; `.to_dict()` is JSON-ready."""
 
     model: str
     rows: tuple[Row, ...]
@@ -81,7 +83,16 @@ class PatchReport:
         for r in self.rows:
             style = "" if r.is_swapped else "dim"
             why = r.dtype if r.is_swapped and not r.reason else f"{r.dtype} {r.reason}".strip()
-            table.add_row(r.kind, r.group, str(r.count), r.kernel or "stock", number(r.error), number(r.stock_error), Text(why), style=style)
+            table.add_row(
+                r.kind,
+                r.group,
+                str(r.count),
+                r.kernel or "stock",
+                number(r.error),
+                number(r.stock_error),
+                Text(why),
+                style=style,
+            )
         yield table
         for reason, n in self.fallbacks.items():
             yield Text(f"went the stock way in {n} calls: {reason}")

@@ -1,6 +1,7 @@
-"""Calls that only stock can take: under a torch.func transform (grad, vmap, jvp, functional_call inside them), a level of forward-mode
-differentiation, or a tracer that writes operations down (torch.export, torch.jit.trace, make_fx). They ask for derivatives of other kinds or
-orders, or for the operations themselves; a fused function has one backward, and shows one operation."""
+"""Calls that only stock can take: under a torch.func transform (grad, vmap, jvp, functional_call inside them), a level
+of forward-mode differentiation, or a tracer that writes operations down (torch.export, torch.jit.trace, make_fx). They
+ask for derivatives of other kinds or orders, or for the operations themselves; a fused function has one backward, and
+shows one operation."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def transformed() -> bool:
-    """Is this call one of those? Five look-ups, no import, no scan. (torch.compile is not: `torch.compiler.is_compiling()` says that.)"""
+    """Is this call one of those? Five look-ups, no import, no scan. (torch.compile is not:
+    `torch.compiler.is_compiling()` says that.)"""
     if torch.compiler.is_compiling():  # the compiler cannot follow the other questions
         return torch.compiler.is_exporting()
     return (

@@ -1,11 +1,11 @@
 """Swap on the instance, reversibly.
 
-`install(module, mixin, state)` sets `module.__class__` to a dynamic subclass (mixins..., stock class): parameters, names, state_dict,
-isinstance, hooks stay as they are, and so do the class's name and every attribute that can be seen on the instance (libraries match layers
-by class name, wrappers forward the attributes of what they wrap). What a mixin needs to know lies in one plain entry of the instance's
-__dict__ (`KEY`), a `Slot`, which deepcopy carries along and pickling drops (a pickled model is a stock model: patch it again after
-loading), as does copy.copy, whose result shares its parts with the original.
-"""
+`install(module, mixin, state)` sets `module.__class__` to a dynamic subclass (mixins..., stock class): parameters,
+names, state_dict, isinstance, hooks stay as they are, and so do the class's name and every attribute that can be seen
+on the instance (libraries match layers by class name, wrappers forward the attributes of what they wrap). What a mixin
+needs to know lies in one plain entry of the instance's __dict__ (`KEY`), a `Slot`, which deepcopy carries along and
+pickling drops (a pickled model is a stock model: patch it again after loading), as does copy.copy, whose result shares
+its parts with the original."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from torch import nn
 
 KEY = "_fastft"
 
-# Facts about a mixin, kept beside it: on the class they would be attributes of every swapped module, and of every wrapper around one.
+# Facts about a mixin, kept beside it: on the class they would be attributes of every swapped module, and of every
+# wrapper around one.
 _ORDERS: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()
 _FUNCTIONS: weakref.WeakKeyDictionary[type, tuple[Callable, ...]] = weakref.WeakKeyDictionary()
 
 
 def order(n: int) -> Callable[[type], type]:
-    """Decorator of a mixin: where it stands among those of one module. Lower runs outermost; 0 where nothing is said."""
+    """Decorator of a mixin: where it stands among those of one module. Lower runs outermost; 0 where nothing is
+    said."""
 
     def mark(mixin: type) -> type:
         _ORDERS[mixin] = n
@@ -55,9 +57,9 @@ def functions_of(mixin: type) -> tuple[Callable, ...]:
 
 @dataclass
 class Slot:
-    """What one instance carries while swapped: its stock class, and per kind of swap the mixin and its state. cls: the class that was set
-    last; somebody may have derived another from it since (FSDP2 does). owner: the instance; a copy of its __dict__ (a DataParallel
-    replica's) holds the same slot."""
+    """What one instance carries while swapped: its stock class, and per kind of swap the mixin and its state. cls: the
+    class that was set last; somebody may have derived another from it since (FSDP2 does). owner: the instance; a copy
+    of its __dict__ (a DataParallel replica's) holds the same slot."""
 
     stock: type
     parts: dict[str, tuple[type, object]] = field(default_factory=dict)
@@ -71,7 +73,8 @@ class Slot:
 
 
 class _New:
-    """Makes the instance of a copy: of the swapped class in a deepcopy, of the stock class where a pickle is read, by the standard library."""
+    """Makes the instance of a copy: of the swapped class in a deepcopy, of the stock class where a pickle is read, by
+    the standard library."""
 
     def __init__(self, cls: type):
         self.cls = cls
@@ -98,7 +101,8 @@ def _behind_fast(cls: type) -> type:
 
 
 class Fast:
-    """Root of all mixins. Lowest in the dynamic class, directly in front of the stock class. It defines what every nn.Module defines, and
+    """Root of all mixins. Lowest in the dynamic class, directly in front of the stock class. It defines what every
+    nn.Module defines, and
     nothing else: a wrapper's __getattr__ would hand on a __deepcopy__, and copy the module instead of the wrapper."""
 
     def __reduce_ex__(self, protocol):
@@ -115,14 +119,21 @@ class Fast:
         self.__setstate__({k: v for k, v in state.items() if k != KEY} if isinstance(state, dict) else state)
 
 
-# Weak: a class lives as long as an instance of it does. A mixin made for one call (the observation's) may hold the whole model.
+# Weak: a class lives as long as an instance of it does. A mixin made for one call (the observation's) may hold the
+# whole model.
 _CLASSES: weakref.WeakValueDictionary[tuple[type, ...], type] = weakref.WeakValueDictionary()
 
 
 def _signed(forward: types.FunctionType, stock: type) -> types.FunctionType:
     """A mixin's forward, which takes anything, under the signature of the stock forward in whose place it runs."""
-    new = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
-    new.__kwdefaults__, new.__doc__, new.__qualname__ = forward.__kwdefaults__, stock.forward.__doc__, forward.__qualname__
+    new = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    new.__kwdefaults__, new.__doc__, new.__qualname__ = (
+        forward.__kwdefaults__,
+        stock.forward.__doc__,
+        forward.__qualname__,
+    )
     new.__signature__ = inspect.signature(stock.forward)
     return new
 
@@ -154,7 +165,8 @@ def stock_class(module: nn.Module) -> type:
 
 
 def plain_class(module: nn.Module) -> type:
-    """The stock class, and where FSDP2 has derived its own from that, the one that it derived from: of which a copy can be made."""
+    """The stock class, and where FSDP2 has derived its own from that, the one that it derived from: of which a copy can
+    be made."""
     cls = stock_class(module)
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return cls if fsdp is None else next(c for c in cls.__mro__ if not issubclass(c, fsdp))
@@ -197,9 +209,12 @@ def _set_class(module: nn.Module, slot: Slot) -> None:
 
 
 def install(module: nn.Module, kind: str, mixin: type, state: object) -> None:
-    """Give the instance `mixin` under the name `kind`, beside what it has already (`order` says which runs outermost)."""
+    """Give the instance `mixin` under the name `kind`, beside what it has already (`order` says which runs
+    outermost)."""
     if hasattr(mixin, "ORDER"):
-        raise TypeError(f"install: want the order of {mixin.__name__} by the decorator `order`: an attribute would be every swapped module's")
+        raise TypeError(
+            f"install: want the order of {mixin.__name__} by the decorator `order`: an attribute would be every swapped module's"
+        )
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[KEY] = Slot(type(module), owner=weakref.ref(module))
@@ -208,15 +223,17 @@ def install(module: nn.Module, kind: str, mixin: type, state: object) -> None:
 
 
 def uninstall(module: nn.Module, kind: str | None = None) -> None:
-    """Take one kind of swap, or all, off the instance; the last one restores class and __dict__ exactly. A state with a method
-    `dissolve` is told."""
+    """Take one kind of swap, or all, off the instance; the last one restores class and __dict__ exactly. A state with a
+    method `dissolve` is told."""
     slot = slot_of(module)
     if slot is None:
         return
     removed = list(slot.parts) if kind is None else [kind]
     states = [slot.parts.pop(k)[1] for k in removed if k in slot.parts]
     if not isinstance(module, Fast):
-        raise RuntimeError(f"unpatch: the class of a {type(module).__name__} was changed by someone else after patching")
+        raise RuntimeError(
+            f"unpatch: the class of a {type(module).__name__} was changed by someone else after patching"
+        )
     _set_class(module, slot)
     if not slot.parts:
         del module.__dict__[KEY]
@@ -228,7 +245,9 @@ def uninstall(module: nn.Module, kind: str | None = None) -> None:
 @contextlib.contextmanager
 def as_stock(model: nn.Module) -> Iterator[None]:
     """Every module of `model` is of its stock class, without its slot, until the end."""
-    swapped = [(m, type(m), slot, m.__dict__.get("_old_forward")) for m in model.modules() if (slot := slot_of(m)) is not None]
+    swapped = [
+        (m, type(m), slot, m.__dict__.get("_old_forward")) for m in model.modules() if (slot := slot_of(m)) is not None
+    ]
     for module, _, slot, old in swapped:
         module.__class__ = slot.stock
         del module.__dict__[KEY]

@@ -1,7 +1,8 @@
 """What was read off a module at the patch, compared at the call.
 
-A recogniser reads a module's attributes, and those of children that its swap does not call (an activation, a dropout). Whatever of that
-is another by now, the swap was not proven for, and stock answers. Compared are class, class's forward, and every attribute that stood on
+A recogniser reads a module's attributes, and those of children that its swap does not call (an activation, a dropout).
+Whatever of that is another by now, the swap was not proven for, and stock answers. Compared are class, class's forward,
+and every attribute that stood on
 the instance: numbers by value, the rest by identity.
 """
 
@@ -19,7 +20,7 @@ _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
 _MISSING = object()
 
 
-class Seen:
+class ModuleSnapshot:
     """One module as it was. but: names of attributes that the swap reads at every call by itself."""
 
     __slots__ = ("attributes", "children", "cls", "forward")
@@ -30,7 +31,7 @@ class Seen:
         left = _OWN.union(n for n in but if isinstance(n, str))
         self.attributes = tuple((k, v) for k, v in module.__dict__.items() if k not in left)
         below = {n: module._modules.get(n) for n in children}
-        self.children = tuple((n, Seen(c, c._modules)) for n, c in below.items() if c is not None)
+        self.children = tuple((n, ModuleSnapshot(c, c._modules)) for n, c in below.items() if c is not None)
 
     def changed(self, module: nn.Module) -> str:
         """Empty, or what is another now."""

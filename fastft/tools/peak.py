@@ -1,8 +1,9 @@
 """The most memory that training takes, on any device that says so.
 
-On a GPU torch's allocator counts it: everything that lives, weights included. A CPU's allocator counts nothing, but its events can be
-watched: what they add up to, above the parameters, buffers and optimizer states that are there anyway. Both are what `fastft.plan` predicts.
-"""
+On a GPU torch's allocator counts it: everything that lives, weights included. A CPU's allocator counts nothing, but its
+events can be
+watched: what they add up to, above the parameters, buffers and optimizer states that are there anyway. Both are what
+`fastft.plan` predicts."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ GPUS = ("cuda", "xpu")
 
 
 class Peak:
-    """`with Peak(model, optimizer) as peak: step()`, then `peak.bytes`. model: where it trains, before the block is entered."""
+    """`with Peak(model, optimizer) as peak: step()`, then `peak.bytes`. model: where it trains, before the block is
+    entered."""
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         self.model, self.optimizer = model, optimizer
@@ -29,10 +31,14 @@ class Peak:
             torch.get_device_module(self.device).reset_peak_memory_stats(self.device)
         elif self.device.type == "cpu":
             self._held = held_bytes(self.model, self.optimizer)
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
             self._profile.__enter__()
         else:
-            raise NotImplementedError(f"the peak memory of a {self.device.type} device is not known: measure on a GPU or a CPU")
+            raise NotImplementedError(
+                f"the peak memory of a {self.device.type} device is not known: measure on a GPU or a CPU"
+            )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -48,8 +54,9 @@ class Peak:
 
 
 class StepPeak(TrainerCallback):
-    """`callbacks=[peak := StepPeak()]` of any transformers or TRL trainer, then `peak.bytes`: of the steps after the first, which has no
-    optimizer state yet; on a CPU of the second alone, for watching takes time. 0 where there was no second step."""
+    """`callbacks=[peak := StepPeak()]` of any transformers or TRL trainer, then `peak.bytes`: of the steps after the
+    first, which has no optimizer state yet; on a CPU of the second alone, for watching takes time. 0 where there was no
+    second step."""
 
     def __init__(self) -> None:
         self.peak: Peak | None = None
@@ -88,8 +95,15 @@ def how(device: torch.device) -> str:
 def held_bytes(model: nn.Module, optimizer: Any = None) -> int:
     """Of the storages of parameters, buffers and optimizer states, each once."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    states = [] if optimizer is None else [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers(), *states)}
+    states = (
+        []
+        if optimizer is None
+        else [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    )
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers(), *states)
+    }
     return sum(storages.values())
 
 

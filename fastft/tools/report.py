@@ -1,8 +1,7 @@
 """`fastft report`: what would be swapped in a model, from its configuration alone.
 
-The model is built on the meta device, so that it costs no memory; structure is observed there, and every proof runs on small real
-tensors on the CPU. Nothing but the configuration is read or downloaded.
-"""
+The model is built on the meta device, so that it costs no memory; structure is observed there, and every proof runs on
+small real tensors on the CPU. Nothing but the configuration is read or downloaded."""
 
 from __future__ import annotations
 

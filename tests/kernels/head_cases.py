@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastft_kernels._runtime import INTERPRETED
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 # Several tiles both ways at test size; the interpreter takes milliseconds a row and gets few of them.
 N, V, TILE = (7, 197, (4, 128)) if INTERPRETED else (37, 997, (20, 128))
@@ -42,8 +42,8 @@ def leaves(tensors, dtype, trained):
 
 
 class Count(TorchDispatchMode):
-    """products: multiply-adds * 2 of all matrix products; largest: elements of the largest tensor made; peak: bytes that lived at
-    once among the tensors made (storages are followed, so views count once)."""
+    """products: multiply-adds * 2 of all matrix products; largest: elements of the largest tensor made; peak: bytes
+    that lived at once among the tensors made (storages are followed, so views count once)."""
 
     def __init__(self):
         super().__init__()

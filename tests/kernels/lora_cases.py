@@ -1,4 +1,5 @@
-"""For the tests of lora_linear and lora_mlp: PEFT's own LoRA layers as the eager baseline, the formula in fp64 as the truth."""
+"""For the tests of lora_linear and lora_mlp: PEFT's own LoRA layers as the eager baseline, the formula in fp64 as the
+reference."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from fastft_kernels.lora_linear import Adapter, Projection
+from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.numerics import compare
-from fastft_kernels.weights import NF4, Int8, as_weight
+from fastft_kernels.quant.weights import NF4, Int8, as_weight
 
 
 @dataclass
 class Case:
-    """n projections over one input. mode: "plain" (adapters in base dtype), "wide" (float32 adapters, no autocast), "autocast"
-    (float32 adapters, autocast to `dtype`), "autocast fp32" (float32 base and input as well)."""
+    """n projections over one input. mode: "plain" (adapters in base dtype), "wide" (float32 adapters, no autocast),
+    "autocast" (float32 adapters, autocast to `dtype`), "autocast fp32" (float32 base and input as well)."""
 
     outs: Sequence[int] = (48, 32, 40)
     width: int = 64
@@ -139,7 +140,8 @@ def compute_dtype(mode: str, dtype: torch.dtype) -> torch.dtype | None:
 
 
 class Truth:
-    """The formula in float64 (or `dtype`); parameters by identity become leaves of it. Draws dropout's masks as stock does."""
+    """The formula in float64 (or `dtype`); parameters by identity become leaves of it. Draws dropout's masks as stock
+    does."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         self.dtype = dtype
@@ -166,10 +168,10 @@ class Truth:
 
 
 def pooled(once: Callable[[], tuple[dict, dict, dict]], draws: int) -> tuple[dict, dict, dict]:
-    """(ours, truth, eager) of several draws, each tensor of the one beside the same tensor of the others.
+    """(ours, reference, eager) of several draws, each tensor of the one beside the same tensor of the others.
 
-    The largest error of a small tensor is chance; over several draws it says which of two computations is the more exact.
-    """
+    The largest error of a small tensor is chance; over several draws it says which of two computations is the more
+    exact."""
     runs = [once() for _ in range(draws)]
     return tuple({k: torch.stack([run[i][k] for run in runs]) for k in runs[0][i]} for i in range(3))
 
@@ -177,41 +179,55 @@ def pooled(once: Callable[[], tuple[dict, dict, dict]], draws: int) -> tuple[dic
 def judge_gradients(ours: Callable, setup: Callable[[], tuple], formula: Callable, draws: int = 4) -> None:
     """Gradients alone, judged beside the formula in float32 under the same masks.
 
-    setup() -> x, what the function takes besides, and the tensors that take gradients. ours(*setup()) -> their gradients, None where there
-    is none. formula(truth, x, besides) -> what torch.autograd.grad differentiates, and the upstream gradients or None.
-    """
+    setup() -> x, what the function takes besides, and the tensors that take gradients. ours(*setup()) -> their
+    gradients, None where there is none. formula(reference, x, besides) -> what torch.autograd.grad differentiates, and
+    the upstream gradients or None."""
 
     def plain(dtype, x, besides, inputs):
         torch.manual_seed(5)
-        truth = Truth(dtype)
-        outputs, upstream = formula(truth, truth.of(x), besides)
-        return torch.autograd.grad(outputs, [truth.of(t) for t in inputs], upstream, allow_unused=True)
+        reference = Truth(dtype)
+        outputs, upstream = formula(reference, reference.of(x), besides)
+        return torch.autograd.grad(outputs, [reference.of(t) for t in inputs], upstream, allow_unused=True)
 
     def once():
         group = setup()
         torch.manual_seed(5)
         results = ours(*group), plain(torch.float64, *group), plain(torch.float32, *group)
-        assert len({tuple(g is None for g in r) for r in results}) == 1, "a gradient is missing, or there is one too many"
+        assert len({tuple(g is None for g in r) for r in results}) == 1, (
+            "a gradient is missing, or there is one too many"
+        )
         return tuple({f"d{i}": g for i, g in enumerate(r) if g is not None} for r in results)
 
     verdict = compare(*pooled(once, draws))
     assert verdict, str(verdict)
 
 
-def gradients(ys: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(
+    ys: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """y and the gradients, by name, detached."""
     grads = torch.autograd.grad(ys, inputs, [dy.to(y.dtype) for y, dy in zip(ys, dys)])
     out = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     return out | {f"d{i}": g for i, g in enumerate(grads)}
 
 
-def quantised_4bit(quant_type: str, nested: bool, compute: torch.dtype, blocksize: int = 64) -> Callable[[nn.Linear], nn.Module]:
+def quantised_4bit(
+    quant_type: str, nested: bool, compute: torch.dtype, blocksize: int = 64
+) -> Callable[[nn.Linear], nn.Module]:
     """Makes a bitsandbytes Linear4bit, computing in `compute`, of a linear."""
     import bitsandbytes as bnb
 
     def convert(linear: nn.Linear) -> nn.Module:
-        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute, nested, quant_type)
-        weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type, blocksize=blocksize)
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, compute, nested, quant_type
+        )
+        weight = bnb.nn.Params4bit(
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=nested,
+            quant_type=quant_type,
+            blocksize=blocksize,
+        )
         layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
         return layer
 
@@ -222,7 +238,9 @@ def quantised_8bit(linear: nn.Linear) -> nn.Module:
     """A bitsandbytes Linear8bitLt of a linear."""
     import bitsandbytes as bnb
 
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
+    )
     weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
     return layer

@@ -6,13 +6,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels.activation import ACTIVATIONS, activation, activation_recompute
+from fastft_kernels.mlp.activation import ACTIVATIONS, activation, activation_recompute
 from fastft_kernels.numerics import compare
 from tests.kernels.test_glu import EAGER
 
 from .examples import examples
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, where inf is right
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # the interpreter's, where inf is right
 
 
 def run(fn, x, dy):
@@ -42,7 +44,12 @@ def test_alpha(dtype, device):
     judge(x, torch.randn_like(x), "swiglu_oai", 0.7)
 
 
-@settings(max_examples=examples(12, 30), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(12, 30),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.data())
 def test_any_shape(dtype, device, data):
     shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=0, max_size=3)))

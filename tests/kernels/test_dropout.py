@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastft_kernels.dropout import capture, draw_mask, factor
+from fastft_kernels.lora.dropout import capture, draw_mask, factor
 
 SHAPES = [(7, 13), (64, 1024), (1, 1), (3, 5, 100), (17,)]
 

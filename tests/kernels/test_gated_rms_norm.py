@@ -1,4 +1,5 @@
-"""gated_rms_norm against the formula in float64, and no worse than the formula in the dtype itself: y and every gradient."""
+"""gated_rms_norm against the formula in float64, and no worse than the formula in the dtype itself: y and every
+gradient."""
 
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
+from fastft_kernels.norm.gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from fastft_kernels.numerics import compare
 
 EPS = 1e-5
@@ -52,8 +53,8 @@ def results(f, tensors, **kwargs):
 
 def judge(shape, dtype, **kwargs):
     tensors = draw(shape, dtype)
-    truth = results(stock, [t.double() for t in tensors], **kwargs)
-    verdict = compare(results(gated_rms_norm, tensors, **kwargs), truth, results(stock, tensors, **kwargs))
+    reference = results(stock, [t.double() for t in tensors], **kwargs)
+    verdict = compare(results(gated_rms_norm, tensors, **kwargs), reference, results(stock, tensors, **kwargs))
     assert verdict, str(verdict)
 
 
@@ -68,11 +69,11 @@ def test_value_and_gradients(shape, groups, activation, gate_first, dtype):
 def test_float64_is_the_formula(gate_first):
     tensors = draw((5, 12), torch.float64)
     kwargs = dict(activation="silu", gate_first=gate_first, groups=2)
-    ours, truth = results(gated_rms_norm, tensors, **kwargs), results(stock, tensors, **kwargs)
-    for k in truth:
-        torch.testing.assert_close(ours[k], truth[k], rtol=1e-12, atol=1e-12)
+    ours, reference = results(gated_rms_norm, tensors, **kwargs), results(stock, tensors, **kwargs)
+    for k in reference:
+        torch.testing.assert_close(ours[k], reference[k], rtol=1e-12, atol=1e-12)
     ref = gated_rms_norm_ref(*tensors[:3], EPS, **kwargs)
-    torch.testing.assert_close(ref, truth["y"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ref, reference["y"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate_first", [True, False])

@@ -9,13 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels.activation import ACTIVATIONS
-from fastft_kernels.glu import glu, glu_bwd_recompute, glu_recompute
+from fastft_kernels.mlp.activation import ACTIVATIONS
+from fastft_kernels.mlp.glu import glu, glu_bwd_recompute, glu_recompute
 from fastft_kernels.numerics import compare
 
 from .examples import examples
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, where inf is right
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # the interpreter's, where inf is right
 EAGER = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -47,14 +49,15 @@ def judge(gate, up, dh, **kwargs):
 
 
 def judge_all(draws, **kwargs):
-    """Judges the errors of several inputs as one sample: of a single number, eager's error may by chance be none. The last results."""
+    """Judges the errors of several inputs as one sample: of a single number, eager's error may by chance be none. The
+    last results."""
     ours = [run(glu, *d, **kwargs) for d in draws]
     theirs = [run(eager, *d, **kwargs) for d in draws]
-    truth = [run(eager, *(x.double() for x in d), **kwargs) for d in draws]
+    reference = [run(eager, *(x.double() for x in d), **kwargs) for d in draws]
     one = lambda results: [torch.cat([x.flatten() for x in xs]) for xs in zip(*results)]
-    verdict = compare(one(ours), one(truth), one(theirs))
+    verdict = compare(one(ours), one(reference), one(theirs))
     assert verdict, verdict
-    assert all(o.shape == t.shape for o, t in zip(ours[-1], truth[-1]))
+    assert all(o.shape == t.shape for o, t in zip(ours[-1], reference[-1]))
     return ours[-1]
 
 
@@ -139,8 +142,8 @@ def test_extremes_of_float32(activation, device):
     gate = torch.tensor([1e20, -1e20, 1e38, -1e38, 1e-40, -1e-40], device=device)
     up = torch.full_like(gate, 0.5)
     ours = run(glu, gate, up, torch.ones_like(up), activation=activation)
-    truth = run(eager, gate.double(), up.double(), torch.ones_like(up), activation=activation)
-    verdict = compare(ours, truth, [t.float() for t in truth])  # eager itself gives NaN here and there
+    reference = run(eager, gate.double(), up.double(), torch.ones_like(up), activation=activation)
+    verdict = compare(ours, reference, [t.float() for t in reference])  # eager itself gives NaN here and there
     assert verdict, verdict
 
 
@@ -170,7 +173,12 @@ def test_small_shapes(shape, dtype, device):
         assert x.shape == shape
 
 
-@settings(max_examples=examples(20, 40), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(20, 40),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.data())
 def test_any_shape(dtype, device, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=2))) + (data.draw(st.integers(1, 40)),)
@@ -178,7 +186,8 @@ def test_any_shape(dtype, device, data):
     limit = data.draw(st.sampled_from([None, 0.5, 7.0]))
     scale, offset = data.draw(st.sampled_from([0.1, 1.0, 10.0])), data.draw(st.sampled_from([0.0, 1.0]))
     draws = [
-        (*draw(shape, dtype, device, scale, form), torch.randn(shape, device=device, dtype=dtype)) for _ in range(min(16, 1 + 64 // math.prod(shape)))
+        (*draw(shape, dtype, device, scale, form), torch.randn(shape, device=device, dtype=dtype))
+        for _ in range(min(16, 1 + 64 // math.prod(shape)))
     ]
     judge_all(draws, activation=activation, limit=limit, up_offset=offset)
 
@@ -270,7 +279,8 @@ def test_errors(device):
 
 
 def test_offsets_beyond_31_bits(dtype, device):
-    """Four rows 2^30 elements apart: each stride fits in 32 bits, the offsets do not. (On a CPU untouched memory costs nothing.)"""
+    """Four rows 2^30 elements apart: each stride fits in 32 bits, the offsets do not. (On a CPU untouched memory costs
+    nothing.)"""
     far = 1 << 30
     gate, up = torch.empty(3 * far + 64, device=device, dtype=dtype).as_strided((2, 4, 32), (32, far, 1))
     gate.copy_(torch.randn(4, 32, device=device))

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastft_kernels.linear_cross_entropy import linear_cross_entropy
-from fastft_kernels.linear_logprob import linear_logprob
-from fastft_kernels.lora_linear import Adapter, Projection, lora_linear
+from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.lm_head.linear_logprob import linear_logprob
+from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
 from fastft_kernels.lora_mlp import lora_mlp
+from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
 from fastft_kernels.numerics import compare
-from fastft_kernels.recipe import Recipe, attach, recipe_of
-from fastft_kernels.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
+from fastft_kernels.recompute.recomputation import Recomputation, attach, recomputation_of
 
 from .test_layouts import CASES, adapted
 
@@ -39,7 +39,9 @@ def dropping(x, w, bias, a, b, w2):
 
 def mlp_dropping(x, w, bias, a, b, w2):
     drops = Projection(w, bias, (Adapter(a, b, 1.5, dropout=0.4),))
-    return lora_mlp(x, drops, Projection(w2), Projection(w2.mT, None, (Adapter(b.mT, a.mT, 0.7, dropout=0.3),)), limit=1.0)
+    return lora_mlp(
+        x, drops, Projection(w2), Projection(w2.mT, None, (Adapter(b.mT, a.mT, 0.7, dropout=0.3),)), limit=1.0
+    )
 
 
 MORE = {
@@ -50,14 +52,24 @@ MORE = {
         CASES["logsumexp"][1],
     ),
     "every term of the loss": (
-        lambda h, w, b: linear_cross_entropy(h, w, picked(h), b, label_smoothing=0.1, z_loss=0.02, temperature=0.7, ignore_index=0),
+        lambda h, w, b: linear_cross_entropy(
+            h, w, picked(h), b, label_smoothing=0.1, z_loss=0.02, temperature=0.7, ignore_index=0
+        ),
         CASES["logsumexp"][1],
     ),
 }
-ALL = {**{k: v for k, v in CASES.items() if k not in ("log-probabilities", "cross-entropy", "cross-entropies", "smoothed")}, **MORE}
+ALL = {
+    **{
+        k: v for k, v in CASES.items() if k not in ("log-probabilities", "cross-entropy", "cross-entropies", "smoothed")
+    },
+    **MORE,
+}
 ALL |= {
     "log-probabilities": (lambda h, w, b: linear_logprob(h, w, picked(h), b).log_probs, CASES["logsumexp"][1]),
-    "cross-entropies": (lambda h, w, b: linear_cross_entropy(h, w, picked(h), b, reduction="none"), CASES["logsumexp"][1]),
+    "cross-entropies": (
+        lambda h, w, b: linear_cross_entropy(h, w, picked(h), b, reduction="none"),
+        CASES["logsumexp"][1],
+    ),
 }
 
 
@@ -104,22 +116,31 @@ def test_first_derivatives_under_create_graph(device, case, trained):
         return [d.detach() for d in first], list(second)
 
     stock = STOCK.get(case, f)  # where our own rounding is finer than autograd's
-    plain, (first, second), (truth, truth2) = both(torch.float32, False, stock)[0], both(torch.float32, True), both(torch.float64, True)
-    verdict = compare(first, truth, plain, case)
+    plain, (first, second), (reference, truth2) = (
+        both(torch.float32, False, stock)[0],
+        both(torch.float32, True),
+        both(torch.float64, True),
+    )
+    verdict = compare(first, reference, plain, case)
     assert verdict, str(verdict)
     assert all((a is None) == (b is None) for a, b in zip(second, truth2))
-    assert all(b is None or torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(second, truth2))
+    assert all(
+        b is None or torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        for a, b in zip(second, truth2)
+    )
 
 
 def normed(x, weight):
     y, rstd = rms_norm_with_rstd(x, weight)
-    attach(y, Recipe((x, rstd, weight), rms_norm_recompute, lambda x, rstd, weight: rms_norm(x, weight)))
+    attach(y, Recomputation((x, rstd, weight), rms_norm_recompute, lambda x, rstd, weight: rms_norm(x, weight)))
     return y
 
 
 CONSUMERS = {
-    "group": lambda y, w, a, b: lora_linear(y, [adapted(w, None, a, b)], recipe=recipe_of(y))[0],
-    "mlp": lambda y, w, a, b: lora_mlp(y, adapted(w, None, a, b), Projection(w), Projection(w.mT), recipe=recipe_of(y)),
+    "group": lambda y, w, a, b: lora_linear(y, [adapted(w, None, a, b)], recomputation=recomputation_of(y))[0],
+    "mlp": lambda y, w, a, b: lora_mlp(
+        y, adapted(w, None, a, b), Projection(w), Projection(w.mT), recomputation=recomputation_of(y)
+    ),
     "head": lambda y, w, a, b: linear_logprob(y, w, picked(y)).log_probs,
     "loss": lambda y, w, a, b: linear_cross_entropy(y.flatten(0, 1), w, picked(y).flatten()),
     "loss of a slice": lambda y, w, a, b: linear_cross_entropy(y[:, 1:], w, picked(y)[:, 1:]),
@@ -128,8 +149,9 @@ CONSUMERS = {
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-def test_through_a_recipe(consumer):
-    """The consumer saved the norm's inputs, not its own: they are connected all the same, and hidden itself is not kept."""
+def test_through_a_recomputation(consumer):
+    """The consumer saved the norm's inputs, not its own: they are connected all the same, and hidden itself is not
+    kept."""
     shapes = ((2, 2, 4), (4,), (5, 4), (2, 4), (5, 2))
     g = torch.Generator().manual_seed(1)
     x, weight, w, a, b = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
@@ -159,8 +181,8 @@ def test_an_input_kept_in_fewer_bits(device):
     got = second(lambda x: lora_linear(x, projections, compute_dtype=bf16, out_dtype=torch.float32)[0])
     eager = second(lambda x: stock_linear(*(t.to(bf16) for t in (x, w)), None, *(t.to(bf16) for t in (a, b))).float())
     x, a, b = (t.detach().double().requires_grad_() for t in (x, a, b))
-    truth = second(lambda x: stock_linear(x, w.double(), None, a, b))
-    verdict = compare(got, truth, eager)
+    reference = second(lambda x: stock_linear(x, w.double(), None, a, b))
+    verdict = compare(got, reference, eager)
     assert verdict, str(verdict)
 
 

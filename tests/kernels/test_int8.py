@@ -6,8 +6,8 @@ from bitsandbytes import functional as bnb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.int8 import dequantize_e4m3, dequantize_int8
+from fastft_kernels.quant.int8 import dequantize_e4m3, dequantize_int8
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 PROPERTY = settings(
     max_examples=15 if INTERPRETED else 60,

@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels import _rows
-from fastft_kernels import layer_norm as module
-from fastft_kernels._rows import RowTile
-from fastft_kernels._runtime import INTERPRETED, use_triton
-from fastft_kernels.layer_norm import layer_norm, layer_norm_recompute, layer_norm_ref, layer_norm_with_stats
+from fastft_kernels.norm import layer_norm as module
+from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_ref, layer_norm_with_stats
 from fastft_kernels.numerics import compare
+from fastft_kernels.runtime import rows as _rows
+from fastft_kernels.runtime.dispatch import INTERPRETED, use_triton
+from fastft_kernels.runtime.rows import RowTile
 
 from .examples import examples
 
@@ -162,7 +162,8 @@ def test_strided(index, dtype, device):
 )
 @given(lead=st.lists(st.integers(1, 6), max_size=3), n=st.integers(1, 150), bias=st.booleans(), swap=st.booleans())
 def test_any_shape(dtype, device, lead, n, bias, swap):
-    """eps is as large as the variance: for n = 2 the gradient is otherwise all cancellation, and the judge sees noise."""
+    """eps is as large as the variance: for n = 2 the gradient is otherwise all cancellation, and the judge sees
+    noise."""
     x, w, b, dy = sample((*lead, n), dtype, device)
     b = b if bias else None
     if swap and len(lead) > 1:
@@ -290,7 +291,12 @@ def test_fake_tensors(dtype):
         y, mean, rstd = layer_norm_with_stats(x.transpose(1, 2), w, b, EPS)
         y.sum().backward()
         assert (y.shape, y.dtype, mean.shape, rstd.shape) == ((2, 3, 5, 16), dtype, (30,), (30,))
-        assert (x.grad.shape, x.grad.dtype, w.grad.dtype, b.grad.dtype) == (x.shape, dtype, torch.float32, torch.float32)
+        assert (x.grad.shape, x.grad.dtype, w.grad.dtype, b.grad.dtype) == (
+            x.shape,
+            dtype,
+            torch.float32,
+            torch.float32,
+        )
 
 
 def test_arguments_are_checked(device):

@@ -1,25 +1,26 @@
-"""The same values in any strides, at any storage offset, give the same result: every public function, every tensor that it takes.
+"""The same values in any strides, at any storage offset, give the same result: every public function, every tensor that
+it takes.
 
-The truth is the function in float64 on contiguous tensors (the reference), the baseline the function itself on contiguous ones.
-"""
+The reference is the function in float64 on contiguous tensors (the reference), the baseline the function itself on
+contiguous ones."""
 
 import pytest
 import torch
 
-from fastft_kernels.activation import activation
-from fastft_kernels.gated_rms_norm import gated_rms_norm
-from fastft_kernels.glu import glu
-from fastft_kernels.int8 import dequantize_e4m3, dequantize_int8
-from fastft_kernels.layer_norm import layer_norm
-from fastft_kernels.linear_cross_entropy import linear_cross_entropy
-from fastft_kernels.linear_logprob import linear_logprob
-from fastft_kernels.linear_logsumexp import linear_logsumexp
-from fastft_kernels.lora_linear import Adapter, Projection, lora_linear
+from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
+from fastft_kernels.lm_head.linear_logprob import linear_logprob
+from fastft_kernels.lm_head.linear_logsumexp import linear_logsumexp
+from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
 from fastft_kernels.lora_mlp import lora_mlp
-from fastft_kernels.nf4 import dequantize_4bit
+from fastft_kernels.mlp.activation import activation
+from fastft_kernels.mlp.glu import glu
+from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
+from fastft_kernels.norm.layer_norm import layer_norm
+from fastft_kernels.norm.rms_norm import rms_norm
 from fastft_kernels.numerics import compare
-from fastft_kernels.rms_norm import rms_norm
-from fastft_kernels.rope import rope, rope_single
+from fastft_kernels.quant.int8 import dequantize_e4m3, dequantize_int8
+from fastft_kernels.quant.nf4 import dequantize_4bit
+from fastft_kernels.rotary.rope import rope, rope_single
 
 ROWS, WIDTH, VOCAB = (2, 3), 16, 37
 
@@ -81,7 +82,10 @@ CASES = {
     "rope_single": (lambda q: rope_single(q, *tables(q)), ((1, 4, 3, WIDTH),)),
     "log-probabilities": (lambda h, w, b: linear_logprob(h, w, targets(h), b, tile=(4, 16)).log_probs, (X, W, B)),
     "cross-entropy": (lambda h, w, b: linear_cross_entropy(h, w, targets(h), b, tile=(4, 16)), (X, W, B)),
-    "cross-entropies": (lambda h, w, b: linear_cross_entropy(h, w, targets(h), b, reduction="none", tile=(4, 16)), (X, W, B)),
+    "cross-entropies": (
+        lambda h, w, b: linear_cross_entropy(h, w, targets(h), b, reduction="none", tile=(4, 16)),
+        (X, W, B),
+    ),
     "smoothed": (lambda h, w: linear_cross_entropy(h, w, targets(h), label_smoothing=0.1, tile=(4, 16)), (X, W)),
     "logsumexp": (lambda h, w, b: linear_logsumexp(h, w, b, tile=(4, 16)), (X, W, B)),
     "lora_linear": (two, LORA),
@@ -123,10 +127,10 @@ def judge(case, layout, upstream, trained, device):
     f, shapes = CASES[case]
     g = torch.Generator().manual_seed(3)
     tensors = [torch.randn(s, generator=g).to(device) for s in shapes]
-    truth = run(f, [t.double() for t in tensors], upstream, trained)
+    reference = run(f, [t.double() for t in tensors], upstream, trained)
     base = run(f, tensors, upstream, trained)
     got = run(f, [layout(t) for t in tensors], upstream, trained)
-    verdict = compare(got, truth, base, case)
+    verdict = compare(got, reference, base, case)
     assert verdict, str(verdict)
 
 
@@ -162,10 +166,18 @@ def test_scales_of_quantised_weights(device, layout):
     assert torch.equal(dequantize_int8(q, layout(scale), torch.float32), dequantize_int8(q, scale, torch.float32))
     f8 = torch.randn(6, 32, generator=g).to(device).to(torch.float8_e4m3fn)
     assert torch.equal(dequantize_e4m3(f8, layout(scale), torch.float32), dequantize_e4m3(f8, scale, torch.float32))
-    packed, code = torch.randint(0, 256, (96,), generator=g, dtype=torch.uint8).to(device), torch.linspace(-1, 1, 16, device=device)
+    packed, code = (
+        torch.randint(0, 256, (96,), generator=g, dtype=torch.uint8).to(device),
+        torch.linspace(-1, 1, 16, device=device),
+    )
     want = dequantize_4bit(packed, scale[:3], code, 64, (6, 32), torch.float32)
     assert torch.equal(dequantize_4bit(packed, layout(scale[:3]), layout(code), 64, (6, 32), torch.float32), want)
     absmax8, code2, absmax2 = packed[:3], torch.rand(256, generator=g).to(device), scale[:1]
     nested = lambda f: (f(absmax2), f(code2), 256, torch.tensor(0.1, device=device))
     want = dequantize_4bit(packed, absmax8, code, 64, (6, 32), torch.float32, nested=nested(lambda t: t))
-    assert torch.equal(dequantize_4bit(packed, absmax8.repeat_interleave(2)[::2], code, 64, (6, 32), torch.float32, nested=nested(layout)), want)
+    assert torch.equal(
+        dequantize_4bit(
+            packed, absmax8.repeat_interleave(2)[::2], code, 64, (6, 32), torch.float32, nested=nested(layout)
+        ),
+        want,
+    )

@@ -5,11 +5,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft_kernels import linear_cross_entropy as module
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.head_tiles import tile_bytes
-from fastft_kernels.linear_cross_entropy import keeps_weight_gradient, linear_cross_entropy
+from fastft_kernels.lm_head import linear_cross_entropy as module
+from fastft_kernels.lm_head.linear_cross_entropy import keeps_weight_gradient, linear_cross_entropy
+from fastft_kernels.lm_head.tiles import tile_bytes
 from fastft_kernels.numerics import compare
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 from .head_cases import SCALINGS, TILE, Count, N, V, head, leaves, logits_of
 
@@ -21,7 +21,9 @@ LOSSES = {
 }
 
 
-def eager(hidden, weight, target, bias=None, *, reduction="mean", label_smoothing=0.0, z_loss=0.0, items=None, **scaling):
+def eager(
+    hidden, weight, target, bias=None, *, reduction="mean", label_smoothing=0.0, z_loss=0.0, items=None, **scaling
+):
     """The loss from whole logits, by row in hidden's dtype, reduced in float32 as the trainers do."""
     z = logits_of(hidden, weight, bias, **scaling)
     rows = torch.nn.functional.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing)
@@ -46,12 +48,12 @@ def gradients(fn, tensors, target, dtype, trained, upstream, **kwargs):
 def judge(tensors, target, dtype, trained, upstream, **kwargs):
     got, loss = gradients(ours, tensors, target, dtype, trained, upstream, **kwargs)
     kwargs.pop("compact", None)
-    truth, true_loss = gradients(eager, tensors, target, torch.float64, trained, upstream, **kwargs)
+    reference, true_loss = gradients(eager, tensors, target, torch.float64, trained, upstream, **kwargs)
     base, base_loss = gradients(eager, tensors, target, dtype, trained, upstream, **kwargs)
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     verdict = compare(loss, true_loss, base_loss, "loss")
     assert verdict, str(verdict)
-    for name, *gs in zip(("dh", "dW", "db"), got, truth, base):
+    for name, *gs in zip(("dh", "dW", "db"), got, reference, base):
         assert gs[0].dtype == dtype
         verdict = compare(*gs, name)
         assert verdict, str(verdict)
@@ -64,7 +66,9 @@ def test_gradients(dtype, device, trained, loss, reduction):
     hidden, weight, target, bias = head(dtype=dtype, device=device)
     upstream = torch.randn(N, device=device) if reduction == "none" else torch.tensor(1.7, device=device)
     compact = reduction == "mean"
-    judge((hidden, weight, bias), target, dtype, trained, upstream, reduction=reduction, compact=compact, **LOSSES[loss])
+    judge(
+        (hidden, weight, bias), target, dtype, trained, upstream, reduction=reduction, compact=compact, **LOSSES[loss]
+    )
 
 
 @pytest.mark.parametrize("scaling", ["scaled", "capped"])
@@ -129,7 +133,8 @@ def test_what_is_kept_follows_the_shapes():
 
 
 def test_memory_of_resident_logits(device):
-    """Beside inputs, outputs and the saved J and dW: the logits of a token tile over all columns, one tile of dz, one accumulator."""
+    """Beside inputs, outputs and the saved J and dW: the logits of a token tile over all columns, one tile of dz, one
+    accumulator."""
     n, h, v, tile = (8, 16, 300, (4, 128)) if INTERPRETED else (512, 64, 5000, (128, 1024))
     hidden, weight, target, bias = head(n, h, v, device=device)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -162,9 +167,9 @@ def test_shift(device, trained, reduction):
 
     args = (hidden, weight, bias), target
     got, loss = gradients(ours, *args, torch.float32, trained, upstream, reduction=reduction, shift=True)
-    truth, true_loss = gradients(shifted, *args, torch.float64, trained, upstream, reduction=reduction)
+    reference, true_loss = gradients(shifted, *args, torch.float64, trained, upstream, reduction=reduction)
     base, base_loss = gradients(shifted, *args, torch.float32, trained, upstream, reduction=reduction)
-    for abc in ((loss, true_loss, base_loss), *zip(got, truth, base)):
+    for abc in ((loss, true_loss, base_loss), *zip(got, reference, base)):
         verdict = compare(*abc)
         assert verdict, str(verdict)
 

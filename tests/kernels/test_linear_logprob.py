@@ -1,4 +1,5 @@
-"""linear_logprob against float64 and against log_softmax of the logits in the same dtype: outputs, gradients, products, bytes."""
+"""linear_logprob against float64 and against log_softmax of the logits in the same dtype: outputs, gradients, products,
+bytes."""
 
 import itertools
 
@@ -7,12 +8,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft_kernels import online_softmax as osm
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.head_tiles import tile_bytes, tile_sizes
-from fastft_kernels.linear_logprob import OUTPUTS, linear_logprob
+from fastft_kernels.lm_head import online_softmax as osm
+from fastft_kernels.lm_head.linear_logprob import OUTPUTS, linear_logprob
+from fastft_kernels.lm_head.tiles import tile_bytes, tile_sizes
 from fastft_kernels.numerics import compare
-from fastft_kernels.recipe import Recipe, attach
+from fastft_kernels.recompute.recomputation import Recomputation, attach
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 from .head_cases import SCALINGS, TILE, Count, N, V, head, leaves, logits_of
 
@@ -48,13 +49,13 @@ def gradients(fn, tensors, target, dtype, trained, weights, **kwargs):
 def judge(tensors, target, dtype, trained, weights, scaling, **kwargs):
     wanted = tuple(k for k in OUTPUTS if k in weights)
     got, got_out = gradients(ours, tensors, target, dtype, trained, weights, outputs=wanted, **scaling, **kwargs)
-    truth, truth_out = gradients(eager, tensors, target, torch.float64, trained, weights, **scaling)
+    reference, truth_out = gradients(eager, tensors, target, torch.float64, trained, weights, **scaling)
     base, base_out = gradients(eager, tensors, target, dtype, trained, weights, **scaling)
     for k in wanted:
         assert got_out[k].dtype == torch.promote_types(dtype, torch.float32)
         verdict = compare(got_out[k], truth_out[k], base_out[k].to(got_out[k].dtype), k)
         assert verdict, str(verdict)
-    for name, *gs in zip(("dh", "dW", "db"), got, truth, base):
+    for name, *gs in zip(("dh", "dW", "db"), got, reference, base):
         assert gs[0].dtype == dtype
         verdict = compare(*gs, name)
         assert verdict, str(verdict)
@@ -73,7 +74,15 @@ def test_gradients(dtype, device, trained, scaling):
 def test_entropy_gradients(dtype, device, trained, scaling):
     hidden, weight, target, bias = head(dtype=dtype, device=device)
     g, ge = torch.randn(2, N, device=device)
-    judge((hidden, weight, bias), target, dtype, trained, {"log_probs": g, "entropy": ge}, SCALINGS[scaling], compact=False)
+    judge(
+        (hidden, weight, bias),
+        target,
+        dtype,
+        trained,
+        {"log_probs": g, "entropy": ge},
+        SCALINGS[scaling],
+        compact=False,
+    )
     if not INTERPRETED:
         judge((hidden, weight, bias), target, dtype, trained, {"entropy": ge}, SCALINGS[scaling])
 
@@ -84,12 +93,12 @@ def test_every_output(dtype, device, scaling):
     z = logits_of(hidden.double(), weight.double(), bias.double())
     target[0], target[2] = z[0].argmax(), z[2].argmax()
     got = ours(hidden, weight, target, bias, outputs=OUTPUTS, **SCALINGS[scaling])
-    truth = eager(hidden.double(), weight.double(), target, bias.double(), **SCALINGS[scaling])
+    reference = eager(hidden.double(), weight.double(), target, bias.double(), **SCALINGS[scaling])
     base = eager(hidden, weight, target, bias, **SCALINGS[scaling])
-    assert torch.equal(got.pop("is_top1"), truth["is_top1"])
-    assert truth["is_top1"].sum() >= 2
+    assert torch.equal(got.pop("is_top1"), reference["is_top1"])
+    assert reference["is_top1"].sum() >= 2
     for k, x in got.items():
-        verdict = compare(x, truth[k], base[k].to(x.dtype), k)
+        verdict = compare(x, reference[k], base[k].to(x.dtype), k)
         assert verdict, str(verdict)
 
 
@@ -97,7 +106,11 @@ def test_first_maximum_wins(device):
     hidden, weight = torch.ones(3, 1, device=device), torch.zeros(300, 1, device=device)
     weight[[7, 50, 290]] = 1.0
     target = torch.tensor([7, 50, 290], device=device)
-    assert linear_logprob(hidden, weight, target, outputs=("is_top1",), tile=TILE).is_top1.tolist() == [True, False, False]
+    assert linear_logprob(hidden, weight, target, outputs=("is_top1",), tile=TILE).is_top1.tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_outputs_not_asked_are_none(device):
@@ -106,7 +119,8 @@ def test_outputs_not_asked_are_none(device):
     assert [x is None for x in got] == [True, True, True, False, True]
 
 
-# ----------------------------------------------------------------------------------------------------------------- precision
+# -----------------------------------------------------------------------------------------------------------------
+# precision
 
 
 def confident_rows(rows, h, v, dtype, device):
@@ -144,7 +158,8 @@ def test_precision_by_confidence(device):
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("size", [2.0**12, 2.0**-6], ids=["small", "large"])
 def test_float16_range(device, size, trained, entropy):
-    """float16 holds neither the 1e-7 of a sure row nor the 1e6 of a scaled loss: dh is right where dh itself is in range."""
+    """float16 holds neither the 1e-7 of a sure row nor the 1e6 of a scaled loss: dh is right where dh itself is in
+    range."""
     hidden, weight, target = confident_rows(16 if INTERPRETED else 40, 64, 300, torch.float16, device)
     hidden, weight = hidden / size, weight * size
     upstream = 1.0 if size > 1 else 1e6
@@ -184,7 +199,8 @@ def test_float16_keeps_small_and_large_gradients(device, trained, entropy):
     assert ((dx[0] - dx64[0]).norm(dim=1) <= 4e-3 * dx64[0].norm(dim=1))[sure].all()
 
 
-# --------------------------------------------------------------------------------------------------------- products and bytes
+# --------------------------------------------------------------------------------------------------------- products and
+# bytes
 
 
 def steps(hidden, weight, target, bias, outputs=("log_probs",), **kwargs):
@@ -230,7 +246,9 @@ def test_an_entropy_without_gradient_costs_nothing(device):
     hidden, weight, target, bias = head(device=device, ignored=())
     hidden.requires_grad_()
     with Count() as count:
-        linear_logprob(hidden, weight, target, bias, outputs=("log_probs", "entropy"), tile=TILE).log_probs.sum().backward()
+        linear_logprob(
+            hidden, weight, target, bias, outputs=("log_probs", "entropy"), tile=TILE
+        ).log_probs.sum().backward()
     assert count.products == 2 * 2 * N * hidden.shape[1] * V
 
 
@@ -242,12 +260,15 @@ def test_ignored_rows_cost_nothing_when_compact(device):
     assert count.products == 2 * 2 * int((target >= 0).sum()) * hidden.shape[1] * V
 
 
-@pytest.mark.parametrize("view", [lambda h: h, lambda h: h[:, 0:], lambda h: h.view(1, *h.shape)[0]], ids=["itself", "slice", "rows"])
+@pytest.mark.parametrize(
+    "view", [lambda h: h, lambda h: h[:, 0:], lambda h: h.view(1, *h.shape)[0]], ids=["itself", "slice", "rows"]
+)
 def test_saves_the_jacobian_and_what_lives_anyway(device, view):
-    """Beside the head, its input's recipe and the targets: J and 1 - p. Never hidden, where something recomputes it."""
+    """Beside the head, its input's recomputation and the targets: J and 1 - p. Never hidden, where something recomputes
+    it."""
     x, weight, target, bias = head(device=device)
     hidden = x.requires_grad_() * 2
-    attach(hidden, Recipe((x,), lambda x: x * 2))
+    attach(hidden, Recomputation((x,), lambda x: x * 2))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         linear_logprob(view(hidden), weight, target, bias, tile=TILE, compact=False)
@@ -259,7 +280,8 @@ def test_saves_the_jacobian_and_what_lives_anyway(device, view):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_memory(device, trained):
-    """The docstring's formula bounds what lives beside inputs, outputs and J; at H = 4096 in bf16 it is under 0.7 GiB."""
+    """The docstring's formula bounds what lives beside inputs, outputs and J; at H = 4096 in bf16 it is under 0.7
+    GiB."""
     n, h, v, tile = (8, 16, 300, (4, 128)) if INTERPRETED else (512, 64, 5000, (128, 1024))
     hidden, weight, target, bias = head(n, h, v, device=device)
     for x in (hidden, *((weight, bias) if trained else ())):
@@ -286,7 +308,8 @@ def test_tiles_follow_shapes_and_dtype_alone():
     assert tile_sizes(0, 1, torch.empty(0, 8)) == (1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- determinism
+# ----------------------------------------------------------------------------------------------------------------
+# determinism
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -316,7 +339,8 @@ def test_backward_twice(device):
     assert torch.equal(a, torch.autograd.grad(loss, x)[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------- edge cases
+# ----------------------------------------------------------------------------------------------------------------- edge
+# cases
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 3), (1, 1, 4), ()])
@@ -367,12 +391,14 @@ def test_columns_masked_by_the_bias(device, trained):
     target[target < 128] = 151
     target[1] = 2
     g = torch.randn(N, device=device)
-    got, out = gradients(ours, (hidden, weight, bias), target, torch.float32, trained, {"log_probs": g}, outputs=OUTPUTS)
-    truth, want = gradients(eager, (hidden, weight, bias), target, torch.float64, trained, {"log_probs": g})
+    got, out = gradients(
+        ours, (hidden, weight, bias), target, torch.float32, trained, {"log_probs": g}, outputs=OUTPUTS
+    )
+    reference, want = gradients(eager, (hidden, weight, bias), target, torch.float64, trained, {"log_probs": g})
     base, base_out = gradients(eager, (hidden, weight, bias), target, torch.float32, trained, {"log_probs": g})
     assert compare(out["log_probs"], want["log_probs"], base_out["log_probs"])
     assert out["log_probs"][1] == -float("inf")
-    for name, *gs in zip(("dh", "dW", "db"), got, truth, base):
+    for name, *gs in zip(("dh", "dW", "db"), got, reference, base):
         verdict = compare(*gs, name)
         assert verdict, str(verdict)
 
@@ -387,7 +413,15 @@ def test_columns_masked_by_the_bias(device, trained):
 @pytest.mark.parametrize("v", [1, 2])
 def test_tiny_vocabulary(device, v):
     hidden, weight, target, bias = head(n=3, v=v, device=device, ignored=())
-    judge((hidden, weight, bias), target, torch.float32, True, {"log_probs": torch.randn(3, device=device)}, {}, compact=False)
+    judge(
+        (hidden, weight, bias),
+        target,
+        torch.float32,
+        True,
+        {"log_probs": torch.randn(3, device=device)},
+        {},
+        compact=False,
+    )
     got = ours(hidden, weight, target, bias, outputs=OUTPUTS)
     want, base = eager(hidden.double(), weight.double(), target, bias.double()), eager(hidden, weight, target, bias)
     assert torch.equal(got.pop("is_top1"), want["is_top1"])
@@ -429,13 +463,14 @@ def test_tied_weight(device):
         return torch.autograd.grad(fn(hidden, w, target)["log_probs"].sum(), w)[0]
 
     got = step(weight.clone().requires_grad_(), ours)
-    truth = step(weight.double().requires_grad_(), eager)
-    verdict = compare(got, truth, step(weight.clone().requires_grad_(), eager))
+    reference = step(weight.double().requires_grad_(), eager)
+    verdict = compare(got, reference, step(weight.clone().requires_grad_(), eager))
     assert verdict, str(verdict)
 
 
 def test_weight_in_another_dtype_and_autocast(device):
-    """16-bit hidden on a float32 weight: products as if it were cast, its gradient in float32; autocast changes nothing."""
+    """16-bit hidden on a float32 weight: products as if it were cast, its gradient in float32; autocast changes
+    nothing."""
     hidden, weight, target, bias = head(dtype=SIXTEEN, device=device)
     x, w = hidden.clone().requires_grad_(), weight.float().requires_grad_()
     got = torch.autograd.grad(ours(x, w, target, bias)["log_probs"].sum(), (x, w))
@@ -485,7 +520,8 @@ def test_errors(device):
             assert torch.isnan(linear_logprob(hidden, weight, target).log_probs[0])
 
 
-# --------------------------------------------------------------------------------------------------------- tracing and launches
+# --------------------------------------------------------------------------------------------------------- tracing and
+# launches
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -531,7 +567,9 @@ def test_launches_against_their_references(device, softcap):
         b, at = bias[i * v : (i + 1) * v], i * v
         p, r, ours_state = osm.fold(x[i], b, target, ours_state, at, *z_args, torch.float32, optional)
         q, s, ref_state = osm.fold_ref(x[i], b, target, ref_state, at, *z_args, torch.float32, optional)
-        pt, rt, wide_state = osm.fold_ref(x[i].double(), b.double(), target, wide_state, at, *z_args, torch.float64, optional)
+        pt, rt, wide_state = osm.fold_ref(
+            x[i].double(), b.double(), target, wide_state, at, *z_args, torch.float64, optional
+        )
         for name, *abc in (("p", p, pt, q), ("r", r, rt, s)):
             verdict = compare(*abc, name)
             assert verdict, str(verdict)
@@ -544,8 +582,8 @@ def test_launches_against_their_references(device, softcap):
     coef[0], coef[1] = 6.0, 2.0
     got = osm.dlogits(x[0], bias[:v], target, coef, 0, *z_args, True, torch.float32)
     base = osm.dlogits_ref(x[0], bias[:v], target, coef, 0, *z_args, torch.float32)
-    truth = osm.dlogits_ref(x[0].double(), bias[:v].double(), target, coef.double(), 0, *z_args, torch.float64)
-    verdict = compare(got, truth, base)
+    reference = osm.dlogits_ref(x[0].double(), bias[:v].double(), target, coef.double(), 0, *z_args, torch.float64)
+    verdict = compare(got, reference, base)
     assert verdict, str(verdict)
     acc, weight = torch.randn(n, h, device=device), torch.randn(v, h, device=device)
     r = torch.tensor([1.0, 0.5, 0, 1, 2], device=device)

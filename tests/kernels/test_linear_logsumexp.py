@@ -1,10 +1,11 @@
-"""linear_logsumexp judged against torch in the same dtype, with float64 as the truth; products counted; no graph without gradients."""
+"""linear_logsumexp judged against torch in the same dtype, with float64 as the reference; products counted; no graph
+without gradients."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft_kernels.linear_logsumexp import linear_logsumexp
+from fastft_kernels.lm_head.linear_logsumexp import linear_logsumexp
 from fastft_kernels.numerics import compare
 
 N, H, V = 13, 24, 101
@@ -13,12 +14,16 @@ SETTINGS = [{}, {"scale": 0.5, "temperature": 0.7}, {"softcap": 3.0, "scale": 2.
 
 def draw(dtype, device, bias, grads, up=None):
     g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) * H**-0.5, torch.randn(V, generator=g) if bias else None]
+    tensors = [
+        torch.randn(N, H, generator=g),
+        torch.randn(V, H, generator=g) * H**-0.5,
+        torch.randn(V, generator=g) if bias else None,
+    ]
     tensors = [None if t is None else t.to(device, dtype).to(up or dtype) for t in tensors]
     return [t if t is None else t.requires_grad_(r) for t, r in zip(tensors, grads)]
 
 
-def reference(h, w, b=None, *, scale=1.0, temperature=1.0, softcap=None):
+def plain(h, w, b=None, *, scale=1.0, temperature=1.0, softcap=None):
     z = torch.nn.functional.linear(h, w, b) * scale
     z = z if softcap is None else torch.tanh(z / softcap) * softcap
     z = z if z.dtype == torch.float64 else z.float()
@@ -37,11 +42,11 @@ def results(function, leaves, settings):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_judged(dtype, device, bias, trained, settings):
     grads = (True, trained, trained)
-    truth = results(reference, draw(dtype, device, bias, grads, torch.float64), settings)
-    eager = results(reference, draw(dtype, device, bias, grads), settings)
+    exact = results(plain, draw(dtype, device, bias, grads, torch.float64), settings)
+    eager = results(plain, draw(dtype, device, bias, grads), settings)
     for tile in (None, (8, 32)):
         ours = results(linear_logsumexp, draw(dtype, device, bias, grads), {**settings, "tile": tile})
-        verdict = compare(ours, truth, eager)
+        verdict = compare(ours, exact, eager)
         assert verdict, str(verdict)
 
 

@@ -1,15 +1,16 @@
-"""lora_linear against PEFT's own layers (eager) and the formula in float64 (truth): y, dx, dA, dB, dW and biases."""
+"""lora_linear against PEFT's own layers (eager) and the formula in float64 (reference): y, dx, dA, dB, dW and
+biases."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.lora_linear import Adapter, Projection, lora_linear
+from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
 from fastft_kernels.numerics import compare
-from fastft_kernels.recipe import Recipe
-from fastft_kernels.weights import Float8
+from fastft_kernels.quant.weights import Float8
+from fastft_kernels.recompute.recomputation import Recomputation
+from fastft_kernels.runtime.dispatch import INTERPRETED
 from tests.kernels.lora_cases import (
     Case,
     Truth,
@@ -54,9 +55,9 @@ def once(model, case: Case, dtype, device):
         eager = gradients(model(x), inputs, dys)
     assert torch.equal(after, torch.rand(1)), "the random stream stands elsewhere than stock's"
     torch.manual_seed(seed)
-    truth = Truth()
-    wide = truth.of(x)
-    true = gradients([truth.linear(wide, p) for p in projections], [truth.of(t) for t in inputs], dys)
+    reference = Truth()
+    wide = reference.of(x)
+    true = gradients([reference.linear(wide, p) for p in projections], [reference.of(t) for t in inputs], dys)
     for name, t in zip([f"d{i}" for i in range(len(inputs))], inputs):
         assert ours[name].dtype == t.dtype
     if case.mode == "autocast fp32":  # stock's result is in autocast's dtype under CUDA, ours everywhere
@@ -219,7 +220,7 @@ def test_the_stream_is_left_alone_by_the_backward(device):
 
 def judge_group(ours, setup, loss):
     """loss(ys) -> what is differentiated, and the upstream gradients or None."""
-    judge_gradients(ours, setup, lambda truth, x, projections: loss([truth.linear(x, p) for p in projections]))
+    judge_gradients(ours, setup, lambda reference, x, projections: loss([reference.linear(x, p) for p in projections]))
 
 
 def of_squares(ys):
@@ -259,7 +260,11 @@ def test_transposed_input(dropout, device):
         x = torch.randn(x.shape[-1], 5, 2, device=device).permute(2, 1, 0).requires_grad_()
         return x, projections, [x, *inputs[1:]]
 
-    judge_group(lambda x, projections, inputs: torch.autograd.grad(of_squares(lora_linear(x, projections))[0], inputs), setup, of_squares)
+    judge_group(
+        lambda x, projections, inputs: torch.autograd.grad(of_squares(lora_linear(x, projections))[0], inputs),
+        setup,
+        of_squares,
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -389,10 +394,10 @@ def test_saves_x_once_and_xA(dropout, device):
     assert half == parameters + 64 * (16 * 2 + 12 * 2)
 
 
-def test_recipe_replaces_x(device):
+def test_recomputation_replaces_x(device):
     x, projections, inputs = setup_group(device, tokens=(64,))
     source = x.detach() * 2
-    recipe = Recipe((source,), lambda s: s / 2)
+    recomputation = Recomputation((source,), lambda s: s / 2)
     want = torch.autograd.grad(sum(y.square().sum() for y in lora_linear(x, projections)), inputs)
     kept = []
 
@@ -401,7 +406,7 @@ def test_recipe_replaces_x(device):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = sum(y.square().sum() for y in lora_linear(x, projections, recipe=recipe)[:3])
+        loss = sum(y.square().sum() for y in lora_linear(x, projections, recomputation=recomputation)[:3])
     assert source.data_ptr() in kept
     assert x.data_ptr() not in kept
     got = torch.autograd.grad(loss, inputs)

@@ -6,27 +6,31 @@ from bitsandbytes import functional as bnb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels.nf4 import dequantize_4bit
-from fastft_kernels.weights import NF4
+from fastft_kernels.quant.nf4 import dequantize_4bit
+from fastft_kernels.quant.weights import NF4
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def truth(packed, state, dtype):
+def reference(packed, state, dtype):
     """bitsandbytes' operators (its Python function transposes weights of one byte)."""
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     with torch.compiler.set_stance("force_eager"):
-        return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed, absmax, state.blocksize, state.quant_type, state.shape, dtype
+        )
 
 
 def same(shape, blocksize, quant_type, nested, dtype, device, storage=torch.uint8):
     w = torch.randn(shape, device=device) * torch.rand(shape[0], *[1] * (len(shape) - 1), device=device).exp()
-    packed, state = bnb.quantize_4bit(w, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage)
+    packed, state = bnb.quantize_4bit(
+        w, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
     ours = NF4.from_quant_state(packed, state).dense(dtype)
-    want = truth(packed, state, dtype)
+    want = reference(packed, state, dtype)
     assert ours.dtype == dtype
     assert torch.equal(ours, want), (shape, blocksize, quant_type, nested, (ours != want).sum())
 
@@ -81,7 +85,9 @@ def test_half_absmax(device):
 
 
 def test_compiles_and_fakes(device):
-    packed, state = bnb.quantize_4bit(torch.randn(8, 64, device=device), blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(
+        torch.randn(8, 64, device=device), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     weight = NF4.from_quant_state(packed, state)
     x = torch.randn(3, 64, device=device)
     got = torch.compile(lambda x: x @ weight.dense(torch.float32).t(), fullgraph=True, backend="aot_eager")(x)
@@ -98,7 +104,15 @@ def test_errors(device):
     def with_(i, value, **kwargs):
         return dequantize_4bit(*good[:i], value, *good[i + 1 :], **kwargs)
 
-    for i, bad in ((0, packed[1:]), (1, state.absmax[1:]), (2, state.code[1:]), (3, 96), (3, 16), (4, (8, 65)), (5, torch.float64)):
+    for i, bad in (
+        (0, packed[1:]),
+        (1, state.absmax[1:]),
+        (2, state.code[1:]),
+        (3, 96),
+        (3, 16),
+        (4, (8, 65)),
+        (5, torch.float64),
+    ):
         with pytest.raises(ValueError, match="dequantize_4bit: want"):
             with_(i, bad)
     with pytest.raises(ValueError, match="quant_type"):

@@ -1,12 +1,12 @@
-"""The elementary functions of the kernels against float64, over float32 numbers spread by their bits: the largest error, in units of the
-last place, is the one that `precise` documents."""
+"""The elementary functions of the kernels against float64, over float32 numbers spread by their bits: the largest
+error, in units of the last place, is the one that `precise` documents."""
 
 import pytest
 import torch
 
-from fastft_kernels import precise
-from fastft_kernels._runtime import INTERPRETED
-from fastft_kernels._triton import HAS_TRITON, tl, triton
+from fastft_kernels.runtime import precise
+from fastft_kernels.runtime.dispatch import INTERPRETED
+from fastft_kernels.runtime.language import HAS_TRITON, tl, triton
 
 pytestmark = pytest.mark.skipif(
     not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())), reason="runs on a GPU or in Triton's interpreter"
@@ -80,14 +80,16 @@ def test_error(what, device):
         bits = torch.arange(1, 0x7F80_0000, STEP, dtype=torch.int32).view(torch.float32)
         x = torch.cat([-bits, bits])
     x = x[(x >= low) & (x <= high)].to(device)
-    y, truth = applied(what, x).double(), function(x.double())
-    finite = truth.abs() < 2.0**127
-    ulp = torch.exp2(torch.floor(torch.log2(truth.abs().clamp(min=2.0**-126))) - 23)
+    y, reference = applied(what, x).double(), function(x.double())
+    finite = reference.abs() < 2.0**127
+    ulp = torch.exp2(torch.floor(torch.log2(reference.abs().clamp(min=2.0**-126))) - 23)
     if what == "quotient":
-        finite &= truth.abs() > 2.0**-100  # where a remainder is subnormal it is not exact
-    error = ((y - truth).abs() / ulp)[finite]
+        finite &= reference.abs() > 2.0**-100  # where a remainder is subnormal it is not exact
+    error = ((y - reference).abs() / ulp)[finite]
     worst = float(error.max())
-    assert worst <= (plain if INTERPRETED else fused), f"{what}: {worst:.3f} units at {float(x[finite][error.argmax()])!r}"
+    assert worst <= (plain if INTERPRETED else fused), (
+        f"{what}: {worst:.3f} units at {float(x[finite][error.argmax()])!r}"
+    )
     assert worst > 0.2  # and what was measured is not nothing
 
 

@@ -10,12 +10,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from fastft_kernels import _rows
-from fastft_kernels import rms_norm as module
-from fastft_kernels._rows import RowTile
-from fastft_kernels._runtime import INTERPRETED, use_triton
+from fastft_kernels.norm import rms_norm as module
+from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_ref, rms_norm_with_rstd
 from fastft_kernels.numerics import compare
-from fastft_kernels.rms_norm import rms_norm, rms_norm_recompute, rms_norm_ref, rms_norm_with_rstd
+from fastft_kernels.runtime import rows as _rows
+from fastft_kernels.runtime.dispatch import INTERPRETED, use_triton
+from fastft_kernels.runtime.rows import RowTile
 
 from .examples import examples
 
@@ -89,7 +89,9 @@ def test_against_stock(kind, shape, dtype, device):
 @pytest.mark.parametrize("cast", ["before", "after"])
 def test_without_weight(cast, dtype, device):
     x, _, dy = sample((6, 33), dtype, device)
-    verdict = compare(run(rms_norm, x, None, dy, cast=cast), truth_of(x, None, dy), run(rms_norm_ref, x, None, dy, cast=cast))
+    verdict = compare(
+        run(rms_norm, x, None, dy, cast=cast), truth_of(x, None, dy), run(rms_norm_ref, x, None, dy, cast=cast)
+    )
     assert verdict, verdict
 
 
@@ -379,5 +381,7 @@ def test_more_than_2_to_the_31_elements(dtype, device):
     assert torch.equal(rms_norm(x, w, EPS), rms_norm(x.clone(), w, EPS))
     dy = torch.randn(3, n, device=device).to(dtype)
     _, rstd = rms_norm_with_rstd(x, w, EPS)
-    for far, near in zip(module._bwd(dy, x, rstd, w, 0.0, True, True), module._bwd(dy, x.clone(), rstd, w, 0.0, True, True)):
+    for far, near in zip(
+        module._bwd(dy, x, rstd, w, 0.0, True, True), module._bwd(dy, x.clone(), rstd, w, 0.0, True, True)
+    ):
         assert torch.equal(far, near)

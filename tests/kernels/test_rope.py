@@ -1,4 +1,5 @@
-"""rope against the formulas of transformers: values, gradients of q and k, strides, partial and grouped heads, every layout."""
+"""rope against the formulas of transformers: values, gradients of q and k, strides, partial and grouped heads, every
+layout."""
 
 import importlib
 
@@ -8,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastft_kernels._runtime import INTERPRETED
 from fastft_kernels.numerics import compare
-from fastft_kernels.rope import LAYOUTS, rope, rope_single
+from fastft_kernels.rotary.rope import LAYOUTS, rope, rope_single
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 from .examples import examples
 
@@ -62,8 +63,8 @@ def run(fn, q, k, cos, sin, dq, dk, **kwargs):
 def judge(q, k, cos, sin, dq, dk, **kwargs):
     ours = run(rope, q, k, cos, sin, dq, dk, **kwargs)
     theirs = [y.to(o.dtype) for y, o in zip(run(eager, q, k, cos, sin, dq, dk, **kwargs), ours)]
-    truth = run(eager, *(x.double() for x in (q, k, cos, sin, dq, dk)), **kwargs)
-    verdict = compare(ours, truth, theirs)
+    reference = run(eager, *(x.double() for x in (q, k, cos, sin, dq, dk)), **kwargs)
+    verdict = compare(ours, reference, theirs)
     assert verdict, verdict
     return ours
 
@@ -79,7 +80,9 @@ def tables(batch, length, width, dtype, device):
     return tuple(torch.randn(batch, length, width, device=device).to(dtype) for _ in range(2))
 
 
-def draw(layout, dtype, device, *, batch=2, q_heads=3, k_heads=2, length=2, dim=16, r=None, axis=1, table=None, shared=False):
+def draw(
+    layout, dtype, device, *, batch=2, q_heads=3, k_heads=2, length=2, dim=16, r=None, axis=1, table=None, shared=False
+):
     r = dim if r is None else r
     q, dq = (heads(batch, q_heads, length, dim, dtype, device, axis) for _ in range(2))
     k, dk = (heads(batch, k_heads, length, dim, dtype, device, axis) for _ in range(2))
@@ -106,7 +109,8 @@ def test_head_counts(q_heads, k_heads, dtype, device):
 
 
 def test_other_head_dims(dtype, device):
-    """q and k of different widths, the tables narrower than both; a head dim that is no power of two; heads in several tiles."""
+    """q and k of different widths, the tables narrower than both; a head dim that is no power of two; heads in several
+    tiles."""
     q, _, cos, sin, dq, _ = draw("half", dtype, device, dim=24, r=10)
     _, k, _, _, _, dk = draw("half", dtype, device, dim=12)
     judge(q, k, cos, sin, dq, dk)
@@ -122,7 +126,8 @@ def test_shared_table_and_one_token(dtype, device):
 
 @pytest.mark.parametrize("layout", ["half", "interleaved_to_half"])
 def test_wider_tables(layout, dtype, device):
-    """float32 tables: the output stays in the dtype of q, rounded once; out_dtype gives what eager's promotion gives."""
+    """float32 tables: the output stays in the dtype of q, rounded once; out_dtype gives what eager's promotion
+    gives."""
     args = draw(layout, dtype, device, table=torch.float32, batch=1)
     assert all(y.dtype == dtype for y in judge(*args, layout=layout))
     for out_dtype in (torch.float32, torch.float16):
@@ -140,7 +145,8 @@ def test_dtypes_of_q_and_k_may_differ(dtype, device):
 
 @pytest.mark.parametrize("name", ["contiguous", "fused", "expanded", "strided", "permuted"])
 def test_memory_order_is_kept(name, dtype, device):
-    """Inputs are read where they lie; outputs and gradients come dense, in the same order of memory, whatever upstream's."""
+    """Inputs are read where they lie; outputs and gradients come dense, in the same order of memory, whatever
+    upstream's."""
     q, k, cos, sin, dq, dk = draw("half", dtype, device, q_heads=4, dim=8)
     fused = torch.randn(2, 2, 4 + 2 + 2, 8, device=device).to(dtype)
     q, k = {
@@ -174,7 +180,8 @@ def test_upstream_gradients(name, dtype, device):
 
 
 def test_other_ranks(dtype, device):
-    """[S, H, D] with tables [S, R], as vision towers have it; [S, B, H, D] with tables ready to broadcast; no heads at all."""
+    """[S, H, D] with tables [S, R], as vision towers have it; [S, B, H, D] with tables ready to broadcast; no heads at
+    all."""
     r = lambda *shape: torch.randn(*shape, device=device).to(dtype)
     judge(r(3, 5, 8), r(3, 2, 8), r(3, 8), r(3, 8), r(3, 5, 8), r(3, 2, 8), unsqueeze_dim=-2)
     judge(r(2, 3, 5, 8), r(2, 3, 5, 8), r(2, 1, 1, 8), r(2, 1, 1, 8), r(2, 3, 5, 8), r(2, 3, 5, 8), unsqueeze_dim=None)
@@ -198,18 +205,35 @@ def test_empty(shape, dtype, device):
     assert judge(*args)[0].shape == (batch, count, length, 16)
 
 
-@settings(max_examples=examples(5, 30), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(5, 30),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.data())
 def test_any_shape(dtype, device, data):
     layout, axis = data.draw(st.sampled_from(sorted(LAYOUTS))), data.draw(st.sampled_from([1, 2]))
-    batch, q_heads, k_heads, length = (data.draw(st.integers(1, n)) for n in ((2, 5, 3, 2) if INTERPRETED else (3, 9, 5, 5)))
+    batch, q_heads, k_heads, length = (
+        data.draw(st.integers(1, n)) for n in ((2, 5, 3, 2) if INTERPRETED else (3, 9, 5, 5))
+    )
     r = 2 * data.draw(st.integers(1, 10))
     dim, sign = r + data.draw(st.integers(0, 9)), data.draw(st.sampled_from([1, -1]))
     table, shared = data.draw(st.sampled_from([None, torch.float32])), data.draw(st.booleans())
     args = draw(
-        layout, dtype, device, batch=batch, q_heads=q_heads, k_heads=k_heads, length=length, dim=dim, r=r, axis=axis, table=table,
+        layout,
+        dtype,
+        device,
+        batch=batch,
+        q_heads=q_heads,
+        k_heads=k_heads,
+        length=length,
+        dim=dim,
+        r=r,
+        axis=axis,
+        table=table,
         shared=shared,
-    )  # fmt: skip
+    )
     judge(*args, layout=layout, sign=sign, unsqueeze_dim=axis)
 
 
@@ -332,8 +356,8 @@ def test_formulas_are_those_of_transformers(family, name, layout, sign, ratio, a
     else:
         theirs = stock(q, k, cos, sin, unsqueeze_dim=axis)
     mine = eager(q, k, cos, sin, layout=layout, sign=sign, unsqueeze_dim=axis)
-    truth = eager(*(x.double() for x in (q, k, cos, sin)), layout=layout, sign=sign, unsqueeze_dim=axis)
-    verdict = compare(mine, truth, theirs)
+    reference = eager(*(x.double() for x in (q, k, cos, sin)), layout=layout, sign=sign, unsqueeze_dim=axis)
+    verdict = compare(mine, reference, theirs)
     assert verdict, verdict
     assert cos.shape[-1] * ratio == q.shape[-1]
 
@@ -343,7 +367,11 @@ def test_offsets_beyond_31_bits(dtype, device):
     far = 1 << 30
     memory = torch.empty(3 * far + 16, device=device, dtype=dtype)  # on a CPU untouched memory costs nothing
     _, k, cos, sin, _, dk = draw("half", dtype, device, batch=1, length=4, dim=8)
-    for shape, strides in (((1, 2, 4, 8), (16, 8, far, 1)), ((1, 4, 2, 8), (16, far, 8, 1)), ((1, 2, 2, 4), (16, 8, 4, far))):
+    for shape, strides in (
+        ((1, 2, 4, 8), (16, 8, far, 1)),
+        ((1, 4, 2, 8), (16, far, 8, 1)),
+        ((1, 2, 2, 4), (16, 8, 4, far)),
+    ):
         q, n, r = memory.as_strided(shape, strides), shape[2], shape[3]
         q.copy_(torch.randn(shape, device=device))
         judge(q, k[:, :, :n], cos[:, :n, :r], sin[:, :n, :r], torch.randn(shape, device=device), dk[:, :, :n])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from fastft_kernels.weights import NF4, Dense, Float8, FrozenWeight, Int8, as_weight, expand
+from fastft_kernels.quant.weights import NF4, Dense, Float8, FrozenWeight, Int8, as_weight, expand
 
 
 def forms(device) -> dict[str, tuple[FrozenWeight, torch.Tensor]]:

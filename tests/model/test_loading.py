@@ -1,5 +1,5 @@
-"""FastModel.from_pretrained against the stock script it stands for: the same classes, the same bits, the same random stream; and
-every error in one line that says what to do."""
+"""FastModel.from_pretrained against the stock script it stands for: the same classes, the same bits, the same random
+stream; and every error in one line that says what to do."""
 
 import importlib.util
 import warnings
@@ -62,7 +62,9 @@ def adapter(folder, tmp_path_factory):
 def stock(folder, config=None, auto=AutoModelForCausalLM, **kwargs):
     torch.manual_seed(7)
     model = auto.from_pretrained(folder, dtype="auto", **kwargs)
-    return get_peft_model(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def fast(folder, **kwargs):
@@ -193,14 +195,21 @@ def test_image_text_model(tmp_path):
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
     ours, theirs = fast(str(tmp_path)), stock(str(tmp_path), auto=AutoModelForImageTextToText)
     assert type(ours) is PeftModelForCausalLM
-    assert type(ours.get_base_model()).__name__ == type(theirs.get_base_model()).__name__ == "Gemma3ForConditionalGeneration"
+    assert (
+        type(ours.get_base_model()).__name__
+        == type(theirs.get_base_model()).__name__
+        == "Gemma3ForConditionalGeneration"
+    )
     same_state(ours, theirs)
 
 
 @pytest.mark.oldest
 def test_four_bit_is_stock_qlora_and_trains(folder):
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     theirs = stock(folder, quantization_config=quantization)
     ours = fast(folder, load_in_4bit=True)
@@ -284,7 +293,9 @@ def test_adapter_and_peft_config(adapter, folder):
 
 def test_four_bit_without_bitsandbytes(folder, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
     with pytest.raises(errors.QuantizationError, match="pip install bitsandbytes") as e:
         FastModel.from_pretrained(folder, load_in_4bit=True)
     one_line(e)
@@ -342,7 +353,9 @@ def test_dtype_that_the_device_lacks(folder, tmp_path, monkeypatch):
     assert "loading it in float16" in said
     assert "\n" not in said
     assert model.get_base_model().dtype == torch.float16
-    quantization = precision.quantization_config(True, False, "auto", AutoConfig.from_pretrained(folder), torch.device("cpu"), {})
+    quantization = precision.quantization_config(
+        True, False, "auto", AutoConfig.from_pretrained(folder), torch.device("cpu"), {}
+    )
     assert quantization.bnb_4bit_compute_dtype == torch.float16
 
 

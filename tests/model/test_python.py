@@ -1,4 +1,5 @@
-"""What Python sees of a patched model is what it sees of a stock one: signatures, hooks, recorded outputs, state, what is saved and uploaded."""
+"""What Python sees of a patched model is what it sees of a stock one: signatures, hooks, recorded outputs, state, what
+is saved and uploaded."""
 
 import inspect
 from pathlib import Path
@@ -11,7 +12,20 @@ from peft import PeftModel
 import fastft
 from fastft.patching.patcher import record_of
 from fastft.patching.swap import is_fast, slot_of
-from tests.swaps.lora_models import BASES, adapted, both, dense, gradients, in_float64, judge, llama, nf4, run, tokens, train_step
+from tests.linear.lora_models import (
+    BASES,
+    adapted,
+    both,
+    dense,
+    gradients,
+    in_float64,
+    judge,
+    llama,
+    nf4,
+    run,
+    tokens,
+    train_step,
+)
 
 
 def without_patch(model):
@@ -20,7 +34,8 @@ def without_patch(model):
 
 @pytest.mark.parametrize("base", BASES)
 def test_signatures_classes_and_state(base):
-    """Every module's forward takes what stock's takes; names, classes by isinstance, and the state's layout (4-bit too) are stock's."""
+    """Every module's forward takes what stock's takes; names, classes by isinstance, and the state's layout (4-bit too)
+    are stock's."""
     stock, ours = BASES[base](), fastft.patch(BASES[base]())
     for (n, a), (m, b) in zip(stock.named_modules(), ours.named_modules(), strict=True):
         assert n == m and isinstance(b, type(a)) and inspect.signature(a.forward) == inspect.signature(b.forward)
@@ -37,7 +52,11 @@ def test_outside_and_inside_it_is_the_same_class():
     """The model itself keeps its class: what is recorded and saved goes by it."""
     model = fastft.patch(dense())
     base = model.get_base_model()
-    assert type(model).__name__ == "PeftModelForCausalLM" and type(base).__name__ == "LlamaForCausalLM" and type(base.model).__name__ == "LlamaModel"
+    assert (
+        type(model).__name__ == "PeftModelForCausalLM"
+        and type(base).__name__ == "LlamaForCausalLM"
+        and type(base.model).__name__ == "LlamaModel"
+    )
 
 
 def test_patching_twice_changes_nothing():
@@ -49,8 +68,18 @@ def test_patching_twice_changes_nothing():
     assert {n: (type(m), id(slot_of(m)), sorted(m.__dict__)) for n, m in model.named_modules()} == before
 
 
-INNER = ["model.layers.0", "model.layers.0.self_attn", "model.layers.1.mlp", "model.layers.0.input_layernorm", "model.norm", "model.layers.1.mlp.up_proj",
-         "model.layers.1.mlp.act_fn", "model.layers.0.self_attn.o_proj", "lm_head", "model.embed_tokens"]  # fmt: skip
+INNER = [
+    "model.layers.0",
+    "model.layers.0.self_attn",
+    "model.layers.1.mlp",
+    "model.layers.0.input_layernorm",
+    "model.norm",
+    "model.layers.1.mlp.up_proj",
+    "model.layers.1.mlp.act_fn",
+    "model.layers.0.self_attn.o_proj",
+    "lm_head",
+    "model.embed_tokens",
+]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -69,7 +98,9 @@ def test_hooks_on_inner_modules_fire_and_change_outputs(when):
         return model
 
     fired = []
-    model = both(lambda: hooked(dense()) if when == "before" else dense(), after=hooked if when == "after" else None, fast=None)
+    model = both(
+        lambda: hooked(dense()) if when == "before" else dense(), after=hooked if when == "after" else None, fast=None
+    )
     fired.clear()
     run(model, train_step)
     assert sorted(fired) == sorted(INNER)
@@ -83,19 +114,22 @@ def test_hidden_states_and_attentions_are_returned(base):
     def recorded(model):
         out = model(input_ids=tokens(), labels=tokens(), output_hidden_states=True, output_attentions=True)
         out.loss.backward()
-        names = {f"hidden {i}": h.detach() for i, h in enumerate(out.hidden_states)} | {f"attention {i}": a.detach() for i, a in enumerate(out.attentions)}
+        names = {f"hidden {i}": h.detach() for i, h in enumerate(out.hidden_states)} | {
+            f"attention {i}": a.detach() for i, a in enumerate(out.attentions)
+        }
         return {"loss": out.loss.detach(), **names, **gradients(model)}
 
     ours = both(lambda: BASES[base](config=config), recorded)
     assert len(run(ours, recorded).keys() & {"hidden 0", "hidden 2", "attention 1"}) == 3 and not without_patch(ours)
     ours.zero_grad(set_to_none=True)
     stock = BASES[base](config=config)
-    judge(run(ours, train_step), run(in_float64(stock), train_step, truth=True), run(stock, train_step))
+    judge(run(ours, train_step), run(in_float64(stock), train_step, reference=True), run(stock, train_step))
     assert not without_patch(ours) and any(is_fast(m, "linear group") for m in ours.modules())
 
 
 def test_an_optimizer_in_the_backward():
-    """A step per parameter from its post-accumulate hook, as torchtune and others do it; the gradient is gone afterwards."""
+    """A step per parameter from its post-accumulate hook, as torchtune and others do it; the gradient is gone
+    afterwards."""
 
     def step(model):
         optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters() if p.requires_grad}
@@ -113,14 +147,17 @@ def test_an_optimizer_in_the_backward():
         for handle in handles:
             handle.remove()
         assert all(p.grad is None for p in model.parameters())
-        return {"losses": torch.stack(losses)} | {f"d {n}": p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {"losses": torch.stack(losses)} | {
+            f"d {n}": p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
 
     both(dense, step)
     both(nf4, step)
 
 
 def uploaded(monkeypatch, model):
-    """What `push_to_hub` would send: the repository's name and every file's bytes. huggingface_hub's two calls that go out are caught."""
+    """What `push_to_hub` would send: the repository's name and every file's bytes. huggingface_hub's two calls that go
+    out are caught."""
     sent = {}
 
     def repository(api, repo_id, **kwargs):
@@ -128,7 +165,9 @@ def uploaded(monkeypatch, model):
 
     def commit(api, repo_id, operations, **kwargs):
         for o in operations:
-            sent[repo_id, o.path_in_repo] = o.path_or_fileobj if isinstance(o.path_or_fileobj, bytes) else Path(o.path_or_fileobj).read_bytes()
+            sent[repo_id, o.path_in_repo] = (
+                o.path_or_fileobj if isinstance(o.path_or_fileobj, bytes) else Path(o.path_or_fileobj).read_bytes()
+            )
 
     monkeypatch.setattr(HfApi, "create_repo", repository)
     monkeypatch.setattr(HfApi, "create_commit", commit)
@@ -161,7 +200,7 @@ def test_an_adapter_loads_into_a_patched_base(tmp_path):
     dense().save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(fastft.patch(llama()), tmp_path, is_trainable=True).train()
     stock = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
-    judge(run(ours, train_step), run(in_float64(stock), train_step, truth=True), run(stock, train_step))
+    judge(run(ours, train_step), run(in_float64(stock), train_step, reference=True), run(stock, train_step))
     assert all(r.is_swapped for r in fastft.report(ours) if r.kind == "linear group")
 
 

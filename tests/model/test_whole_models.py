@@ -1,4 +1,5 @@
-"""What a whole model is given and how it is built: masks, positions, attention implementations, classification heads, generation. Patched
+"""What a whole model is given and how it is built: masks, positions, attention implementations, classification heads,
+generation. Patched
 against stock: loss, logits and every gradient, judged."""
 
 import pytest
@@ -7,7 +8,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 import fastft
-from tests.swaps.lora_models import ALL, BASES, LOW_DRAWS, adapted, both, dense, drawn, gradients, groups_of, llama, run, tokens, train_step
+from tests.linear.lora_models import (
+    ALL,
+    BASES,
+    LOW_DRAWS,
+    adapted,
+    both,
+    dense,
+    drawn,
+    gradients,
+    groups_of,
+    llama,
+    run,
+    tokens,
+    train_step,
+)
 
 ROWS, N = 3, 10
 
@@ -24,10 +39,21 @@ def stepped(**inputs):
 CONFIGS = {
     "head_dim of its own": dict(head_dim=16),
     "scaled rotary": dict(
-        rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+        rope_parameters={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+        }
     ),
-    "yarn": dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}),
-    "dynamic": dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=8),
+    "yarn": dict(
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    ),
+    "dynamic": dict(
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=8
+    ),
     "tied": dict(tie_word_embeddings=True),
     "biases": dict(attention_bias=True, mlp_bias=True),
 }
@@ -39,7 +65,8 @@ def test_settings_of_the_model(name):
 
 
 def test_eager_attention_with_dropout():
-    """Its dropout is stock's, between q, k, v and o that are not: the same masks, and the random stream stands where stock leaves it."""
+    """Its dropout is stock's, between q, k, v and o that are not: the same masks, and the random stream stands where
+    stock leaves it."""
     make = lambda: dense(config=dict(attn_implementation="eager", attention_dropout=0.3))
     ours = both(make, stepped(), draws=LOW_DRAWS)
     drawn_next = lambda model: {"loss": stepped()(model)["loss"], "after": torch.rand(3)}
@@ -50,7 +77,11 @@ def test_eager_attention_with_dropout():
 
 @pytest.mark.parametrize(("start", "to"), [("sdpa", "eager"), ("eager", "sdpa")], ids="-".join)
 def test_attention_switched_later(start, to):
-    model = both(lambda: dense(config=dict(attn_implementation=start)), stepped(), after=lambda m: m.get_base_model().set_attn_implementation(to))
+    model = both(
+        lambda: dense(config=dict(attn_implementation=start)),
+        stepped(),
+        after=lambda m: m.get_base_model().set_attn_implementation(to),
+    )
     assert model.get_base_model().config._attn_implementation == to
 
 
@@ -63,8 +94,12 @@ DOCUMENTS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]).repeat(ROWS, 1)
 INPUTS = {
     "padded on the left": dict(attention_mask=LEFT),
     "padded on the right": dict(attention_mask=LEFT.flip(1)),
-    "4-D boolean mask": dict(attention_mask=causal(ROWS, N) & LEFT.bool()[:, None, None, :] | torch.eye(N, dtype=torch.bool)),
-    "4-D additive mask": dict(attention_mask=torch.zeros(ROWS, 1, N, N).masked_fill(~causal(ROWS, N), torch.finfo(torch.float32).min)),
+    "4-D boolean mask": dict(
+        attention_mask=causal(ROWS, N) & LEFT.bool()[:, None, None, :] | torch.eye(N, dtype=torch.bool)
+    ),
+    "4-D additive mask": dict(
+        attention_mask=torch.zeros(ROWS, 1, N, N).masked_fill(~causal(ROWS, N), torch.finfo(torch.float32).min)
+    ),
     "explicit positions": dict(position_ids=(torch.arange(N) * 3 + 1).repeat(ROWS, 1)),
     "packed positions": dict(position_ids=DOCUMENTS),
     "one row of positions for all": dict(position_ids=torch.arange(5, 5 + N)[None]),
@@ -101,7 +136,11 @@ def test_sequence_classification():
     """The score head is a copy that learns (PEFT saves it whole); padding decides which token is read."""
 
     def step(model):
-        out = model(input_ids=batch().masked_fill(LEFT.flip(1) == 0, 0), attention_mask=LEFT.flip(1), labels=torch.tensor([0, 2, 1]))
+        out = model(
+            input_ids=batch().masked_fill(LEFT.flip(1) == 0, 0),
+            attention_mask=LEFT.flip(1),
+            labels=torch.tensor([0, 2, 1]),
+        )
         out.loss.backward()
         return {"loss": out.loss.detach(), "logits": out.logits.detach(), **gradients(model)}
 
@@ -122,7 +161,9 @@ def test_generation_of_left_padded_rows(cache, base):
         for i, row in enumerate(LEFT.bool()):
             alone = ours.generate(input_ids=ids[i : i + 1, row], **settings)
             new = alone[0, row.sum() :]
-            assert torch.equal(new, expected[i, N : N + len(new)]) and not expected[i, N + len(new) :].any()  # alone it may end earlier
+            assert (
+                torch.equal(new, expected[i, N : N + len(new)]) and not expected[i, N + len(new) :].any()
+            )  # alone it may end earlier
 
 
 def test_sampling_draws_stocks_tokens():
@@ -130,9 +171,15 @@ def test_sampling_draws_stocks_tokens():
     found = []
     for model in (stock, ours):
         torch.manual_seed(3)
-        found.append(model.generate(input_ids=batch(), max_new_tokens=8, do_sample=True, temperature=1.3, top_k=7, pad_token_id=0))
+        found.append(
+            model.generate(
+                input_ids=batch(), max_new_tokens=8, do_sample=True, temperature=1.3, top_k=7, pad_token_id=0
+            )
+        )
     assert torch.equal(*found)
 
 
 def test_a_model_adapted_in_evaluation_mode_is_patched_alike():
-    assert [r.kernel for r in fastft.report(fastft.patch(adapted(llama()).eval()))] == [r.kernel for r in fastft.report(fastft.patch(adapted(llama())))]
+    assert [r.kernel for r in fastft.report(fastft.patch(adapted(llama()).eval()))] == [
+        r.kernel for r in fastft.report(fastft.patch(adapted(llama())))
+    ]

@@ -10,18 +10,32 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fastft
 from fastft.errors import FastftError
-from fastft.patching import proofs
+from fastft.linear import groups as linears
+from fastft.linear.group_forward import Call
+from fastft.patching import proof_cache as proofs
 from fastft.patching import prove as prove_module
-from fastft.patching.kinds import Candidate
+from fastft.patching.kind import Candidate
 from fastft.patching.prove import prove
 from fastft.patching.swap import is_fast
-from fastft.swaps import linears
-from fastft.swaps.linear_group import Call
-from tests.swaps import test_mlp, test_norms
-from tests.swaps.lora_models import adapted, dense, fallbacks, groups_of, in_float64, judge, llama, run, tokens, train_step
+from tests.linear.lora_models import (
+    adapted,
+    dense,
+    fallbacks,
+    groups_of,
+    in_float64,
+    judge,
+    llama,
+    run,
+    tokens,
+    train_step,
+)
+from tests.mlp import test_mlp
+from tests.norm import test_norms
 
 NO_ROOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-NO_ROOM_ON_THE_HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:125] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+NO_ROOM_ON_THE_HOST = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:125] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+)
 
 
 def state(model):
@@ -32,7 +46,8 @@ PLACES = {"proof": (prove_module, "compare"), "swap": (linears, "install")}
 
 
 def fails_at(monkeypatch, where, error, nth=3):
-    """The nth comparison in the proofs of a process that has none yet, or the nth swap of a linear layer, and all later ones, find no memory."""
+    """The nth comparison in the proofs of a process that has none yet, or the nth swap of a linear layer, and all later
+    ones, find no memory."""
     monkeypatch.setattr(proofs, "CACHE", {})
     original, calls = getattr(*PLACES[where]), []
 
@@ -52,7 +67,9 @@ def test_out_of_memory_leaves_a_stock_model(monkeypatch, where, error):
     before = state(model)
     with monkeypatch.context() as m:
         fails_at(m, where, error)
-        with pytest.raises(FastftError, match=r"no memory was left .* the model is stock again: free some and patch again") as e:
+        with pytest.raises(
+            FastftError, match=r"no memory was left .* the model is stock again: free some and patch again"
+        ) as e:
             fastft.patch(model)
         assert isinstance(e.value, torch.OutOfMemoryError) and e.value.__cause__ is error
     assert state(model) == before
@@ -66,12 +83,21 @@ def test_out_of_memory_in_a_candidate_is_no_failed_proof():
 
     stock = torch.nn.Linear(4, 4)
     with pytest.raises(torch.OutOfMemoryError):
-        prove(stock, lambda m: setattr(m, "__class__", Full), lambda g, s: [torch.randn(2, 4, generator=g)], dtype=torch.float32)
+        prove(
+            stock,
+            lambda m: setattr(m, "__class__", Full),
+            lambda g, s: [torch.randn(2, 4, generator=g)],
+            dtype=torch.float32,
+        )
 
 
 @pytest.mark.parametrize(
     ("recognise", "module", "given"),
-    [(test_norms.recognise, test_norms.RMS(), ("",)), (test_norms.recognise, test_norms.Gated(), ("", "gate")), (test_mlp.recognise, test_mlp.Plain(), ())],
+    [
+        (test_norms.recognise, test_norms.RMS(), ("",)),
+        (test_norms.recognise, test_norms.Gated(), ("", "gate")),
+        (test_mlp.recognise, test_mlp.Plain(), ()),
+    ],
     ids=["norm", "gated-norm", "mlp"],
 )
 def test_out_of_memory_while_recognising_is_no_reason(recognise, module, given):
@@ -97,7 +123,7 @@ def test_patching_again_without_memory_keeps_what_was_patched(monkeypatch):
             fastft.patch(model)
     assert any(is_fast(m, "norm") for m in model.modules())
     stock = adapted(llama())
-    judge(run(model, train_step), run(in_float64(stock), train_step, truth=True), run(stock, train_step))
+    judge(run(model, train_step), run(in_float64(stock), train_step, reference=True), run(stock, train_step))
 
 
 def test_no_memory_in_the_middle_of_a_run_goes_on_as_stock(monkeypatch):
@@ -106,26 +132,37 @@ def test_no_memory_in_the_middle_of_a_run_goes_on_as_stock(monkeypatch):
     with monkeypatch.context() as m:
         fails_at(m, "proof", NO_ROOM, nth=1)
         ours = run(model, train_step)
-    judge(ours, run(in_float64(stock), train_step, truth=True), run(stock, train_step))
+    judge(ours, run(in_float64(stock), train_step, reference=True), run(stock, train_step))
     left = [r for r in fastft.report(model).stock if r.kind == "linear group"]
     assert left and all("no memory was left for its proof" in r.reason for r in left), left
     assert all(r.is_swapped for r in fastft.report(fastft.patch(model)))
 
 
-ON_DISK = {**dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"), "model.layers.1": "disk"}
+ON_DISK = {
+    **dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
+    "model.layers.1": "disk",
+}
 
 
 def test_layers_on_the_disk(tmp_path):
     """A device map with an offloaded layer: what is swapped there runs on the weights that Accelerate fetches."""
     llama().save_pretrained(tmp_path / "model")
 
-    make = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload").train()
+    make = lambda: AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload"
+    ).train()
     stock, ours = make(), fastft.patch(make())
     assert any(p.device.type == "meta" for p in ours.parameters())
     eager = run(stock, train_step)
-    truth = {k: v for k, v in run(in_float64(llama()), train_step, truth=True).items() if k in eager}  # what is fetched takes no gradient
-    judge(run(ours, train_step), truth, eager)
-    assert fastft.report(ours).notes[0].startswith("on several devices (cpu, offloaded): every module runs where it stands")
+    reference = {
+        k: v for k, v in run(in_float64(llama()), train_step, reference=True).items() if k in eager
+    }  # what is fetched takes no gradient
+    judge(run(ours, train_step), reference, eager)
+    assert (
+        fastft.report(ours)
+        .notes[0]
+        .startswith("on several devices (cpu, offloaded): every module runs where it stands")
+    )
     assert not fastft.report(ours).stock and not fallbacks(ours)
     for m in (stock, ours):
         m.zero_grad(set_to_none=True)
@@ -138,20 +175,28 @@ def test_adapters_on_the_disk_cannot_learn_and_the_report_says_so(tmp_path):
     llama().save_pretrained(tmp_path / "model")
     said = []
     for patch in (lambda m: m, fastft.patch):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload")
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=ON_DISK, offload_folder=tmp_path / "offload"
+        )
         model = patch(adapted(loaded))
         with pytest.raises(RuntimeError, match="expected device meta but got cpu") as e:
             train_step(model)
         said.append(type(e.value))
     assert said[0] is said[1]
-    assert any(n.startswith("14 of the parameters that are to learn are offloaded") and "4 bits" in n for n in fastft.report(model).notes)
+    assert any(
+        n.startswith("14 of the parameters that are to learn are offloaded") and "4 bits" in n
+        for n in fastft.report(model).notes
+    )
 
 
 def test_every_layer_fetched_for_its_call():
-    stock, ours = cpu_offload(llama(), execution_device=torch.device("cpu")), fastft.patch(cpu_offload(llama(), execution_device=torch.device("cpu")))
+    stock, ours = (
+        cpu_offload(llama(), execution_device=torch.device("cpu")),
+        fastft.patch(cpu_offload(llama(), execution_device=torch.device("cpu"))),
+    )
     assert any(n.startswith("on several devices (offloaded)") for n in fastft.report(ours).notes)
     logits = lambda m: {"logits": m.train()(tokens()).logits.detach()}
-    judge(run(ours, logits), run(in_float64(llama()), logits, truth=True), run(stock, logits))
+    judge(run(ours, logits), run(in_float64(llama()), logits, reference=True), run(stock, logits))
 
 
 def test_members_on_several_devices_compute_for_themselves():
@@ -177,7 +222,9 @@ def test_a_model_that_does_not_say_where_its_embedding_is():
 
     model, stock = llama(), llama()
     model.__class__ = Mute
-    judge(run(fastft.patch(model), train_step), run(in_float64(stock), train_step, truth=True), run(stock, train_step))
+    judge(
+        run(fastft.patch(model), train_step), run(in_float64(stock), train_step, reference=True), run(stock, train_step)
+    )
 
 
 def test_a_model_on_one_device_says_nothing_of_it():

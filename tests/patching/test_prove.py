@@ -1,12 +1,13 @@
-"""The proof passes equals and fails near-equals: a scaling of 1e-6, gelu for its tanh form, a clamp that shows at large inputs only."""
+"""The proof passes equals and fails near-equals: a scaling of 1e-6, gelu for its tanh form, a clamp that shows at large
+inputs only."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastft.patching.float64 import float64_reference
 from fastft.patching.prove import prove
-from fastft.patching.truth import float64_truth
 
 
 class Upcasting(nn.Module):
@@ -30,7 +31,7 @@ def becomes(**changes):
 def test_truth_is_float64_although_the_module_casts_down():
     m = Upcasting().double()
     x = torch.randn(4, 8, dtype=torch.float64)
-    with float64_truth():
+    with float64_reference():
         y = m(x)
     z = F.gelu(m.linear(x))
     assert y.dtype == torch.float64 and (y - (z.softmax(-1) + z)).abs().max() < 1e-14
@@ -44,7 +45,12 @@ def test_equal_passes(dtype):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(factor=1.000001), dict(act=lambda x: F.gelu(x, approximate="tanh")), dict(act=lambda x: F.gelu(x).clamp(max=20.0))]
+    "change",
+    [
+        dict(factor=1.000001),
+        dict(act=lambda x: F.gelu(x, approximate="tanh")),
+        dict(act=lambda x: F.gelu(x).clamp(max=20.0)),
+    ],
 )
 def test_near_equal_fails(change):
     p = prove(Upcasting(), becomes(**change), draw, dtype=torch.bfloat16, scales=(1.0, 100.0))
@@ -75,4 +81,8 @@ def test_stock_is_left_alone():
     m = Upcasting().requires_grad_(False)
     state = {k: v.clone() for k, v in m.state_dict().items()}
     prove(m, becomes(factor=2.0), draw, dtype=torch.bfloat16)
-    assert m.factor == 1.0 and not m.linear.weight.requires_grad and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    assert (
+        m.factor == 1.0
+        and not m.linear.weight.requires_grad
+        and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    )

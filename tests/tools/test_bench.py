@@ -1,4 +1,5 @@
-"""fastft bench: judged before it is timed; peers that are missing, crashes and memory that runs out are rows; what it counts is right."""
+"""fastft bench: judged before it is timed; peers that are missing, crashes and memory that runs out are rows; what it
+counts is right."""
 
 import gc
 import json
@@ -31,9 +32,16 @@ def checkpoint(tmp_path_factory):
     tokenizer = train_tokenizer(["the capital of france is paris"] * 4, 280)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -41,7 +49,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Every stack in this process, which need not import everything again; crashes are tested with a process of its own."""
+    """Every stack in this process, which need not import everything again; crashes are tested with a process of its
+    own."""
 
     def run(spec, folder, seconds, env):
         rows = folder / f"{spec.stack}.jsonl"
@@ -50,13 +59,29 @@ def here(monkeypatch):
         return [json.loads(x) for x in rows.read_text().splitlines()]
 
     monkeypatch.setattr(bench, "_run", run)
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each in a process that has imported everything
+    monkeypatch.setattr(
+        gc, "collect", lambda *args: 0
+    )  # a third of a second each in a process that has imported everything
 
 
 def test_every_cell_of_stock_and_fastft(checkpoint, tmp_path, here):
-    run = CliRunner().invoke(app, [
-        "bench", checkpoint, "--steps", "1", "--seq", "16", "--batch", "2", "--stacks", "stock,fastft,liger,unsloth", "--out", str(tmp_path)
-    ])  # fmt: skip
+    run = CliRunner().invoke(
+        app,
+        [
+            "bench",
+            checkpoint,
+            "--steps",
+            "1",
+            "--seq",
+            "16",
+            "--batch",
+            "2",
+            "--stacks",
+            "stock,fastft,liger,unsloth",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["stack"], r["cell"]): r for r in found["rows"]}
@@ -70,7 +95,9 @@ def test_every_cell_of_stock_and_fastft(checkpoint, tmp_path, here):
         assert r["peak"] > 4 * 32 * 280 and r["reserved"] is None and r["checkpointing"]
         assert r["losses"] == pytest.approx(rows["stock", cell]["losses"], rel=1e-5)
     assert [p["tokens"] for p in rows["fastft", "long"]["by_length"]] == [16, 32, 64]
-    assert {(g["gate"], g["state"]) for g in found["gates"] if g["stack"] == "fastft"} == {(c, "ok") for c in ("sft", "packed", "dpo", "grpo")}
+    assert {(g["gate"], g["state"]) for g in found["gates"] if g["stack"] == "fastft"} == {
+        (c, "ok") for c in ("sft", "packed", "dpo", "grpo")
+    }
     assert "liger: missing: liger_kernel is not installed" in run.output and "long, 64 tokens" in run.output
     assert all((tmp_path / f"{n}.png").stat().st_size > 1000 for n in ("speed", "memory", "length"))
 
@@ -87,13 +114,18 @@ def test_a_stack_that_is_off_prints_no_speed(checkpoint, tmp_path, here, monkeyp
 
     monkeypatch.setattr(bench_stacks, "load", planted)
     result = bench.bench(bench.BenchOptions(checkpoint, ("best",), ("sft", "long"), out=tmp_path, **STEPS))
-    assert not result.ok and [(r.cell, r.state, r.rate) for r in result.rows] == [("sft", "red", None), ("long", "red", None)]
+    assert not result.ok and [(r.cell, r.state, r.rate) for r in result.rows] == [
+        ("sft", "red", None),
+        ("long", "red", None),
+    ]
     assert "FAIL" in result.rows[0].note
     assert not (tmp_path / "speed.png").exists()
 
 
 def test_nf4(checkpoint, tmp_path, here):
-    result = bench.bench(bench.BenchOptions(checkpoint, ("stock", "fastft"), ("sft",), four_bit=True, out=tmp_path, **STEPS))
+    result = bench.bench(
+        bench.BenchOptions(checkpoint, ("stock", "fastft"), ("sft",), four_bit=True, out=tmp_path, **STEPS)
+    )
     assert result.ok, [(r.stack, r.note) for r in result.rows]
     assert result.about["truth"] == "float32"
 
@@ -112,7 +144,13 @@ def test_memory_that_runs_out_is_a_row_and_ends_the_lengths(checkpoint, tmp_path
     sft, long = result.rows
     assert (sft.state, sft.note, sft.rate) == ("out of memory", "CUDA out of memory", None)
     assert long.state == "ok" and long.tokens == 16 and [p["tokens"] for p in long.by_length] == [16]
-    assert tried == [("sft", 16, False), ("sft", 16, True), ("long", 16, False), ("long", 24, False), ("long", 24, True)]
+    assert tried == [
+        ("sft", 16, False),
+        ("sft", 16, True),
+        ("long", 16, False),
+        ("long", 24, False),
+        ("long", 24, True),
+    ]
 
 
 def test_a_process_that_dies_is_a_row(tmp_path):
@@ -140,21 +178,35 @@ def test_row_lengths_of_what_trainers_see():
     assert bench_cells.lengths_in({"prompt_mask": mask, "completion_mask": mask}) == [4, 6]
     spec = Spec("m", "stock", (), "", 2048, 4, (8,))
     drawn = row_lengths(spec, "sft", 2000)
-    assert sorted(drawn)[1000] == pytest.approx(120, rel=0.1) and max(drawn) <= 2048 and row_lengths(spec, "long", 2, 64) == [64, 64]
+    assert (
+        sorted(drawn)[1000] == pytest.approx(120, rel=0.1)
+        and max(drawn) <= 2048
+        and row_lengths(spec, "long", 2, 64) == [64, 64]
+    )
 
 
 def llama_8b() -> ModelShape:
-    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
     with torch.device("meta"):
         return ModelShape.of(AutoModelForCausalLM.from_config(config))
 
 
 def test_the_limit_of_a_known_shape():
-    """Llama-3.1-8B, LoRA r=16, 4 x 2048, on 790 TFLOP/s and 4.3 TB/s: known from elsewhere as 22 688 tokens/s, with NF4 22 186."""
+    """Llama-3.1-8B, LoRA r=16, 4 x 2048, on 790 TFLOP/s and 4.3 TB/s: known from elsewhere as 22 688 tokens/s, with NF4
+    22 186."""
     shape, rows, roof = llama_8b(), [2048] * 4, Roof(790e12, 4.3e12, "bfloat16")
     assert 8192 / limit_seconds(shape, rows, 16, roof) == pytest.approx(22_688, rel=2e-3)
     assert 8192 / limit_seconds(shape, rows, 16, roof, four_bit=True) == pytest.approx(22_186, rel=2e-3)
-    assert step_flops(shape, rows, 16) < step_flops(shape, [8192], 16) and step_bytes(shape, rows) == step_bytes(shape, [8192])
+    assert step_flops(shape, rows, 16) < step_flops(shape, [8192], 16) and step_bytes(shape, rows) == step_bytes(
+        shape, [8192]
+    )
     assert step_flops(shape, rows, 16, forwards=1) / step_flops(shape, rows, 16) == pytest.approx(1.5, abs=0.02)
     with pytest.raises(ValueError, match="dense decoder"):
         ModelShape.of(torch.nn.ParameterList([torch.zeros(2, 3, 4)]))
@@ -174,12 +226,22 @@ def test_times_and_roof():
 
 def test_the_gate_sees_one_small_adapter_and_missing_gradients():
     g = torch.Generator().manual_seed(0)
-    truth = {f"{i}:{n}": torch.randn(40, generator=g, dtype=torch.float64) * s for i in (0, 1) for n, s in (("a", 1.0), ("b", 1e-4))}
-    truth |= {"0:loss": torch.tensor([5.0], dtype=torch.float64), "1:loss": torch.tensor([6.0], dtype=torch.float64)}
-    eager = {k: (v + 1e-6 * v.abs().max() * torch.randn(v.shape, generator=g, dtype=torch.float64)).float() for k, v in truth.items()}
-    ours = {k: v.float() for k, v in truth.items()}
-    assert gate(ours, truth, eager)
-    assert not gate(ours | {"1:b": ours["1:b"] * 1.0001}, truth, eager)
-    assert not gate(ours | {"1:loss": ours["1:loss"] + 1e-3}, truth, eager)
-    assert not gate(ours | {"0:a": ours["0:a"] * math.nan}, truth, eager)
-    assert "other parameters" in gate({k: v for k, v in ours.items() if k != "0:b"}, truth, eager).reason
+    reference = {
+        f"{i}:{n}": torch.randn(40, generator=g, dtype=torch.float64) * s
+        for i in (0, 1)
+        for n, s in (("a", 1.0), ("b", 1e-4))
+    }
+    reference |= {
+        "0:loss": torch.tensor([5.0], dtype=torch.float64),
+        "1:loss": torch.tensor([6.0], dtype=torch.float64),
+    }
+    eager = {
+        k: (v + 1e-6 * v.abs().max() * torch.randn(v.shape, generator=g, dtype=torch.float64)).float()
+        for k, v in reference.items()
+    }
+    ours = {k: v.float() for k, v in reference.items()}
+    assert gate(ours, reference, eager)
+    assert not gate(ours | {"1:b": ours["1:b"] * 1.0001}, reference, eager)
+    assert not gate(ours | {"1:loss": ours["1:loss"] + 1e-3}, reference, eager)
+    assert not gate(ours | {"0:a": ours["0:a"] * math.nan}, reference, eager)
+    assert "other parameters" in gate({k: v for k, v in ours.items() if k != "0:b"}, reference, eager).reason

@@ -91,19 +91,22 @@ def curve(*losses):
 
 
 def test_judge_of_curves():
-    truth = curve(*torch.linspace(6, 4, 30, dtype=torch.float64).tolist())
+    reference = curve(*torch.linspace(6, 4, 30, dtype=torch.float64).tolist())
     noisy = lambda seed, size: curve(
-        *(x + size * float(e) for x, e in zip(truth.losses, torch.randn(30, generator=torch.Generator().manual_seed(seed))))
+        *(
+            x + size * float(e)
+            for x, e in zip(reference.losses, torch.randn(30, generator=torch.Generator().manual_seed(seed)))
+        )
     )
     stock, reordered = noisy(0, 2e-6), noisy(1, 2e-6)
-    assert demo_checks.judge_curves(noisy(2, 2e-6), stock, reordered, truth)
-    assert not demo_checks.judge_curves(noisy(2, 2e-5), stock, reordered, truth)
-    slower = curve(*(x * (1 + 1e-5) for x in truth.losses))  # a learning rate that is off by a little
-    assert not demo_checks.judge_curves(slower, stock, reordered, truth)
+    assert demo_checks.judge_curves(noisy(2, 2e-6), stock, reordered, reference)
+    assert not demo_checks.judge_curves(noisy(2, 2e-5), stock, reordered, reference)
+    slower = curve(*(x * (1 + 1e-5) for x in reference.losses))  # a learning rate that is off by a little
+    assert not demo_checks.judge_curves(slower, stock, reordered, reference)
     assert demo_checks.judge_curves(noisy(2, 2e-6), stock, reordered, None)
     assert not demo_checks.judge_curves(noisy(2, 2e-5), stock, reordered, None)
-    assert not demo_checks.judge_curves(curve(*truth.losses[:-1]), stock, reordered, truth)
-    assert not demo_checks.judge_curves(curve(*truth.losses[:-1], float("nan")), stock, reordered, truth)
+    assert not demo_checks.judge_curves(curve(*reference.losses[:-1]), stock, reordered, reference)
+    assert not demo_checks.judge_curves(curve(*reference.losses[:-1], float("nan")), stock, reordered, reference)
     assert not demo_checks.judge_curves(curve(), curve(), curve(), curve())
 
 

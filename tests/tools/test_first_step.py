@@ -1,5 +1,5 @@
-"""fastft run: every live model of a script is patched at its own first training step, or named at the end with the reason; and no step pays
-for that. Most situations are judged with a patch that only notes which model it was given."""
+"""fastft run: every live model of a script is patched at its own first training step, or named at the end with the
+reason; and no step pays for that. Most situations are judged with a patch that only notes which model it was given."""
 
 import copy
 import gc
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastft.patching.patcher import record_of
 from fastft.patching.swap import is_fast
-from fastft.tools.first_step import OwnHook, PatchOnFirstStep
-from fastft.tools.run import run_patched
+from fastft.tools.run.first_step import OwnHook, PatchOnFirstStep
+from fastft.tools.run.runner import run_patched
 from tests.trainers import harness as h
 
 IDS = torch.arange(8)[None] + 4
@@ -28,7 +28,9 @@ def tiny(seed=0, auto=AutoModelForCausalLM, **settings):
 
 
 def adapted(model, **settings):
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings))
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    )
 
 
 def step(model, ids=IDS):
@@ -96,7 +98,12 @@ def test_a_patch_that_fails_costs_nothing_but_the_speed(capsys, monkeypatch):
     monkeypatch.setattr("fastft.api.attach", broken)
     assert run_patched(lambda: [step(model) for _ in range(2)]) == 0
     said = capsys.readouterr()
-    assert said.err.splitlines().count("fastft: LlamaForCausalLM trains on as it is: its patch raised RuntimeError: a fault of ours") == 1
+    assert (
+        said.err.splitlines().count(
+            "fastft: LlamaForCausalLM trains on as it is: its patch raised RuntimeError: a fault of ours"
+        )
+        == 1
+    )
     assert "LlamaForCausalLM was trained with stock's code, not patched: its patch raised RuntimeError" in said.out
     assert record_of(model) is None and not is_fast(model.model.norm, "norm")
     assert torch.equal(model(input_ids=IDS, labels=IDS).loss, before)
@@ -113,7 +120,10 @@ def test_a_model_that_trained_unseen_is_named_at_the_end(capsys, path):
 
     model = tiny().eval()
     assert run_patched(lambda: (step(model), script())) == (3 if path == "exit" else 0)
-    assert "LlamaForCausalLM was trained with stock's code, not patched: it was trained in eval mode" in capsys.readouterr().out
+    assert (
+        "LlamaForCausalLM was trained with stock's code, not patched: it was trained in eval mode"
+        in capsys.readouterr().out
+    )
 
 
 # Which models
@@ -141,7 +151,10 @@ def test_a_teacher_is_left_alone_without_a_word(watch):
 
 
 def test_a_frozen_reward_model_in_train_mode(watch):
-    policy, reward = tiny().train(), tiny(1, AutoModelForSequenceClassification, num_labels=1).train().requires_grad_(False)
+    policy, reward = (
+        tiny().train(),
+        tiny(1, AutoModelForSequenceClassification, num_labels=1).train().requires_grad_(False),
+    )
     for _ in range(2):
         reward(input_ids=IDS)
         step(policy)
@@ -164,7 +177,10 @@ class Pair(nn.Module):
         self.head = nn.Linear(32, 1)
 
     def forward(self, ids):
-        return self.policy(input_ids=ids, labels=ids).loss + self.head(self.value.model(input_ids=ids).last_hidden_state).mean()
+        return (
+            self.policy(input_ids=ids, labels=ids).loss
+            + self.head(self.value.model(input_ids=ids).last_hidden_state).mean()
+        )
 
 
 def test_models_inside_a_module_of_the_script(watch):
@@ -184,7 +200,8 @@ def test_a_backbone_that_is_called_alone_stands_for_its_model(watch):
 
 
 class ValueHead(nn.Module):
-    """As TRL's: the model stands in it under another name, and a scalar of every token's last hidden state is what it adds."""
+    """As TRL's: the model stands in it under another name, and a scalar of every token's last hidden state is what it
+    adds."""
 
     def __init__(self, model):
         super().__init__()

@@ -20,10 +20,17 @@ from fastft.tools.plan.measure import AllocationLedger
 from fastft.tools.plan.optimizers import NAMES, states
 from fastft.tools.plan.planner import _Work
 from fastft.tools.plan.predict import TrainingSetup, subject
-from fastft_kernels._runtime import planned_for_cuda
-from fastft_kernels.head_tiles import addmm32
+from fastft_kernels.lm_head.tiles import addmm32
+from fastft_kernels.runtime.dispatch import planned_for_cuda
 
-SMALL = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024)
+SMALL = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=1024,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,9 @@ def ours():
     """What a plan of the same asks, whose runs are remembered."""
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     half = torch.bfloat16
-    return subject(SMALL, TrainingSetup(half, half, lora, torch.float32, False, "adamw_torch_fused", False, "trl", True))
+    return subject(
+        SMALL, TrainingSetup(half, half, lora, torch.float32, False, "adamw_torch_fused", False, "trl", True)
+    )
 
 
 def test_parts_add_up_and_weights_are_the_models(small):
@@ -45,7 +54,9 @@ def test_parts_add_up_and_weights_are_the_models(small):
     for line in small.lines:
         assert line.peak.total == sum(line.peak.parts.values())
         assert line.peak.parts["weights"] == pytest.approx(weights, rel=0.01)
-        assert line.peak.parts["optimizer"] == pytest.approx(2 * line.peak.parts["adapters"], rel=0.05)  # and counts of steps
+        assert line.peak.parts["optimizer"] == pytest.approx(
+            2 * line.peak.parts["adapters"], rel=0.05
+        )  # and counts of steps
     assert "not measured on a GPU" in str(small)
 
 
@@ -60,7 +71,9 @@ def test_the_largest_batch_fits_and_a_little_more_does_not(small, ours):
     line = next(x for x in small.lines if x.policy == "none")
     at = lambda batch, seq: ours.peak((0, 8), batch, seq).total
     assert at(line.largest_batch, 512) <= room * 1.001
-    assert at(line.largest_batch + 2, 512) > room  # the head's tiles are even: up to a row's worth less than at a multiple of 4096 tokens
+    assert (
+        at(line.largest_batch + 2, 512) > room
+    )  # the head's tiles are even: up to a row's worth less than at a multiple of 4096 tokens
     assert 0.95 * room < at(1, line.longest) <= room
 
 
@@ -78,18 +91,25 @@ def test_a_number_of_layers_lies_between(ours):
 
 
 def test_a_mask_grows_with_the_square_of_a_row():
-    """Sliding attention of stock makes a mask of rows x length x length: a row twice as long takes more than two rows."""
+    """Sliding attention of stock makes a mask of rows x length x length: a row twice as long takes more than two
+    rows."""
     from transformers import MistralConfig
 
     config = MistralConfig(**{**SMALL.to_diff_dict(), "sliding_window": 64, "head_dim": 32, "model_type": "mistral"})
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    masked = subject(config, TrainingSetup(torch.float16, torch.float16, lora, torch.float32, False, "adamw_8bit", False, "model", True, patched=False))
+    masked = subject(
+        config,
+        TrainingSetup(
+            torch.float16, torch.float16, lora, torch.float32, False, "adamw_8bit", False, "model", True, patched=False
+        ),
+    )
     of = lambda rows, tokens: masked.shallow((8, 0), rows, tokens)[0].parts["activations"]
     assert of(1, 2048) - of(2, 1024) > 2048**2 - 2 * 1024**2 - 10_000
 
 
 @pytest.mark.parametrize(
-    ("text", "gib"), [("16GiB", 16), ("24576MiB", 24), ("T4", 14.5), ("rtx 4090", 23.6), ("NVIDIA H100", 79.1), ("a100-40gb", 39.3)]
+    ("text", "gib"),
+    [("16GiB", 16), ("24576MiB", 24), ("T4", 14.5), ("rtx 4090", 23.6), ("NVIDIA H100", 79.1), ("a100-40gb", 39.3)],
 )
 def test_cards(text, gib):
     assert find(text).total == pytest.approx(gib * GIB, rel=1e-6)
@@ -98,7 +118,9 @@ def test_cards(text, gib):
 
 def test_a_card_without_bfloat16_plans_float16():
     config = LlamaConfig(**{**SMALL.to_diff_dict(), "dtype": "bfloat16", "num_hidden_layers": 2})
-    assert "float16, LoRA" in fastft.plan(config, gpu="T4", seq=32, stock=False, limits=False).what.replace("bfloat16", "?")
+    assert "float16, LoRA" in fastft.plan(config, gpu="T4", seq=32, stock=False, limits=False).what.replace(
+        "bfloat16", "?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +148,9 @@ def test_no_configuration():
 def test_the_command(tmp_path):
     SMALL.save_pretrained(tmp_path)
     picture = tmp_path / "plan.png"
-    run = CliRunner().invoke(app, ["plan", str(tmp_path), "--seq", "64", "--batch", "2", "--4bit", "--json", "--plot", str(picture)])
+    run = CliRunner().invoke(
+        app, ["plan", str(tmp_path), "--seq", "64", "--batch", "2", "--4bit", "--json", "--plot", str(picture)]
+    )
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout[run.stdout.index("{") :])
     assert [x["stack"] for x in found["lines"]].count("stock") == 2
@@ -137,14 +161,22 @@ def test_the_command(tmp_path):
 def test_an_8b_model_takes_under_30_s_of_a_core(tmp_path):
     """CPU time: two cores of an idle machine take less of the clock. NF4, with all limits searched."""
     LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-        dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    ).save_pretrained(tmp_path)  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
     start = time.process_time()
     found = fastft.plan(tmp_path, gpu="16GiB", load_in_4bit=True, batch=2, seq=2048)
     assert time.process_time() - start < 30
     assert found.layers == 32 and found.chosen.fits and 0 < found.chosen.recomputed < 32
-    assert 5.2 < (found.chosen.peak.parts["weights"] + found.chosen.peak.parts["quantisation"]) / GIB < 5.4  # 6.98e9 / 2, and two 16-bit matrices
+    assert (
+        5.2 < (found.chosen.peak.parts["weights"] + found.chosen.peak.parts["quantisation"]) / GIB < 5.4
+    )  # 6.98e9 / 2, and two 16-bit matrices
 
 
 # --- the optimizer's state
@@ -153,7 +185,9 @@ def test_an_8b_model_takes_under_30_s_of_a_core(tmp_path):
 @pytest.mark.parametrize("optim", NAMES)
 def test_optimizer_states_are_those_of_the_real_class(optim):
     """Byte by byte, on a CPU (which has no paged memory, so that paged states count)."""
-    make = lambda: torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Linear(128, 40))  # beyond and below 4096 elements
+    make = lambda: torch.nn.Sequential(
+        torch.nn.Linear(96, 128), torch.nn.Linear(128, 40)
+    )  # beyond and below 4096 elements
     with FakeRun()():
         _, kept = states(make(), optim, for_cuda=False)
         planned = sum(t.numel() * t.element_size() for t in kept)
@@ -165,7 +199,12 @@ def test_optimizer_states_are_those_of_the_real_class(optim):
             optimizer.step()
     else:
         optimizer.step()
-    held = {t.data_ptr(): t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)}
+    held = {
+        t.data_ptr(): t.numel() * t.element_size()
+        for s in optimizer.state.values()
+        for t in s.values()
+        if isinstance(t, torch.Tensor)
+    }
     assert planned == sum(held.values())
 
 
@@ -184,8 +223,8 @@ def test_paged_states_are_not_on_the_card():
 
 
 def test_no_operator_that_old_torch_cannot_fake(monkeypatch):
-    """torch 2.11 decomposes addmm with out_dtype as if that were beta, and raises TypeError. A plan with two vocabulary tiles, a frozen and a
-    trained head, meets it nowhere."""
+    """torch 2.11 decomposes addmm with out_dtype as if that were beta, and raises TypeError. A plan with two vocabulary
+    tiles, a frozen and a trained head, meets it nowhere."""
     seen = set()
     real = fake.RealIntegers.__torch_dispatch__
 
@@ -216,7 +255,11 @@ def test_products_of_fake_tensors(device):
 def test_the_plan_counts_no_second_accumulator():
     """A product added in place takes no memory of its own."""
     with FakeRun()(), planned_for_cuda():
-        a, b, acc = torch.empty(80, 160, dtype=torch.bfloat16), torch.empty(160, 40, dtype=torch.bfloat16), torch.empty(80, 40)
+        a, b, acc = (
+            torch.empty(80, 160, dtype=torch.bfloat16),
+            torch.empty(160, 40, dtype=torch.bfloat16),
+            torch.empty(80, 40),
+        )
         ledger = AllocationLedger()
         with ledger:
             ledger.phase("forward")

@@ -1,4 +1,5 @@
-"""Predicted against measured peaks of real steps on a CPU, by the allocator's events; and a whole depth against the extrapolated one."""
+"""Predicted against measured peaks of real steps on a CPU, by the allocator's events; and a whole depth against the
+extrapolated one."""
 
 from dataclasses import replace
 
@@ -12,7 +13,11 @@ from fastft.tools.plan.predict import subject
 
 CPU = torch.device("cpu")
 CASES = {c.name: c for c in plan_error.cases(CPU)}
-TESTED = [n for n in CASES if n not in ("LoRA, half of the layers lean", "LoRA, 8-bit AdamW", "stock, full fine-tuning", "LoRA, one long row")]
+TESTED = [
+    n
+    for n in CASES
+    if n not in ("LoRA, half of the layers lean", "LoRA, 8-bit AdamW", "stock, full fine-tuning", "LoRA, one long row")
+]
 
 
 @pytest.mark.parametrize("name", TESTED)  # all twelve: python -m benchmarks.plan_error
@@ -28,12 +33,23 @@ def test_a_buffer_that_is_not_seen_is_found(monkeypatch):
     """The comparison can fail: the head's tiles hidden, the peak of a forward is missed by far more than 5%."""
     case = replace(CASES["LoRA, every layer lean"], layers=(1, 0), config=plan_error.llama(1), rows=1, tokens=64)
     born = AllocationLedger._born
-    monkeypatch.setattr(AllocationLedger, "_born", lambda self, storage, key, size: None if size == 63 * 4096 * 4 else born(self, storage, key, size))
+    monkeypatch.setattr(
+        AllocationLedger,
+        "_born",
+        lambda self, storage, key, size: None if size == 63 * 4096 * 4 else born(self, storage, key, size),
+    )
     assert plan_error.outcome(case, CPU).error < -0.05
 
 
 GEMMA = Gemma2Config(
-    num_hidden_layers=8, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512, sliding_window=32
+    num_hidden_layers=8,
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=512,
+    sliding_window=32,
 )
 
 

@@ -1,19 +1,36 @@
-"""`fastft report` of an 8B model, from its configuration alone: seconds, on a machine that could not hold its weights."""
+"""`fastft report` of an 8B model, from its configuration alone: seconds, on a machine that could not hold its
+weights."""
 
 import time
 
 import torch
 from transformers import LlamaConfig
 
-from fastft.patching import proofs
+from fastft.patching import proof_cache as proofs
 from fastft.tools.report import report_from_config
 
 LAYERS = 32
 LLAMA_31_8B = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-)  # fmt: skip
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
 SECONDS = 10.0  # of this process's CPU time, on all its cores together: nobody else's load counts
 
 
@@ -34,5 +51,8 @@ def test_observation_and_proofs_take_seconds(tmp_path, monkeypatch):
     counts = {}
     for row in found.swapped:
         counts[row.kind] = counts.get(row.kind, 0) + row.count
-    assert counts.items() >= {"norm": 2 * LAYERS + 1, "rotary": LAYERS, "mlp": LAYERS, "linear group": 7 * LAYERS, "head": 1}.items()
+    assert (
+        counts.items()
+        >= {"norm": 2 * LAYERS + 1, "rotary": LAYERS, "mlp": LAYERS, "linear group": 7 * LAYERS, "head": 1}.items()
+    )
     assert 0 < len(proofs.CACHE) < 10, "one proof per class and configuration, not one per layer"

@@ -1,4 +1,5 @@
-"""fastft run: a script that knows nothing of fastft trains patched, keeps its arguments and exit code; TRL's own scripts run."""
+"""fastft run: a script that knows nothing of fastft trains patched, keeps its arguments and exit code; TRL's own
+scripts run."""
 
 import gc
 import json
@@ -10,7 +11,7 @@ import pytest
 import torch
 import trl
 
-from fastft.tools.run import PatchOnFirstStep, ScriptNotFoundError, run_patched, run_program, run_script
+from fastft.tools.run.runner import PatchOnFirstStep, ScriptNotFoundError, run_patched, run_program, run_script
 from tests.trainers import harness as h
 
 SCRIPT = """
@@ -49,8 +50,25 @@ def test_trls_own_sft_script(folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in h.TEXTS))
-    arguments = ["--model_name_or_path", folder, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 2]
-    arguments += ["--use_peft", "--lora_target_modules", "all-linear", "--report_to", "none", "--per_device_train_batch_size", 2]
+    arguments = [
+        "--model_name_or_path",
+        folder,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        2,
+    ]
+    arguments += [
+        "--use_peft",
+        "--lora_target_modules",
+        "all-linear",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        2,
+    ]
     arguments += ["--bf16", "False", "--use_cpu", str(not torch.cuda.is_available())]
     run = fastft(trl.scripts.sft.__file__, *map(str, arguments), cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -71,7 +89,13 @@ EXTRA = {"grpo": GENERATES, "rloo": GENERATES, "reward": ["--lora_task_type", "S
 
 def row(i):
     answers = " " + h.TEXTS[(i + 5) % 24], " " + h.TEXTS[(i + 11) % 24]
-    return {"prompt": h.TEXTS[i], "chosen": answers[0], "rejected": answers[1], "completion": answers[0], "label": i % 2 == 0}
+    return {
+        "prompt": h.TEXTS[i],
+        "chosen": answers[0],
+        "rejected": answers[1],
+        "completion": answers[0],
+        "label": i % 2 == 0,
+    }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -82,10 +106,31 @@ def test_trls_other_scripts(folder, tmp_path, monkeypatch, capsys, name):
     if name == "reward":
         folder = h.checkpoint(tmp_path / "classifier", classifier=True)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({k: row(i)[k] for k in ROWS[name]}) for i in range(24)))
-    (tmp_path / "my_rewards.py").write_text("def length(completion_ids, **kwargs): return [float(len(set(c))) for c in completion_ids]\n")
-    arguments = ["--model_name_or_path", folder, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 2]
-    arguments += ["--use_peft", "--lora_target_modules", "all-linear", "--report_to", "none", "--per_device_train_batch_size", 2]
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "\n".join(json.dumps({k: row(i)[k] for k in ROWS[name]}) for i in range(24))
+    )
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completion_ids, **kwargs): return [float(len(set(c))) for c in completion_ids]\n"
+    )
+    arguments = [
+        "--model_name_or_path",
+        folder,
+        "--dataset_name",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        2,
+    ]
+    arguments += [
+        "--use_peft",
+        "--lora_target_modules",
+        "all-linear",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        2,
+    ]
     arguments += ["--bf16", "False", "--use_cpu", not torch.cuda.is_available(), *EXTRA.get(name, [])]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
@@ -144,22 +189,46 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_under_a_launcher(folder, tmp_path, launcher):
-    """`accelerate launch ... -m fastft run train.py`: every process patches its model, the first prints, and the launcher is told the code."""
+    """`accelerate launch ... -m fastft run train.py`: every process patches its model, the first prints, and the
+    launcher is told the code."""
     command, processes, told = LAUNCHERS[launcher]
     (tmp_path / "train.py").write_text(LAUNCHED)
     whole = [sys.executable, "-m", *command, "-m", "fastft", "run", "train.py", str(folder)]
     run = subprocess.run(whole, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 1 and told in run.stderr, run.stderr[-2000:]  # both launchers answer 1 for any failure, and say which
+    assert run.returncode == 1 and told in run.stderr, run.stderr[
+        -2000:
+    ]  # both launchers answer 1 for any failure, and say which
     assert run.stdout.count("modules swapped") == 1 and run.stdout.count(f"trained by {processes}") == processes
 
 
 def test_trls_command(folder, tmp_path, monkeypatch, capfd):
-    """`fastft run -- trl sft ...` from a process that stays unpatched: accelerate starts another one, which is the one that trains."""
+    """`fastft run -- trl sft ...` from a process that stays unpatched: accelerate starts another one, which is the one
+    that trains."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in h.TEXTS))
     monkeypatch.chdir(tmp_path)
-    arguments = ["sft", "--num_processes", 1, "--model_name_or_path", folder, "--dataset_name", "data", "--output_dir", "out", "--max_steps", 1]
-    arguments += ["--use_peft", "--lora_target_modules", "all-linear", "--report_to", "none", "--per_device_train_batch_size", 2]
+    arguments = [
+        "sft",
+        "--num_processes",
+        1,
+        "--model_name_or_path",
+        folder,
+        "--dataset_name",
+        "data",
+        "--output_dir",
+        "out",
+        "--max_steps",
+        1,
+    ]
+    arguments += [
+        "--use_peft",
+        "--lora_target_modules",
+        "all-linear",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        2,
+    ]
     arguments += ["--bf16", "False", "--use_cpu", not torch.cuda.is_available()]
     code = run_program("trl", list(map(str, arguments)))
     said = capfd.readouterr()
@@ -167,7 +236,9 @@ def test_trls_command(folder, tmp_path, monkeypatch, capfd):
     assert said.out.count("modules swapped") == 1 and (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("failure", "code"), [(subprocess.CalledProcessError(7, "python"), 7), (None, 0)], ids=["fails", "ends"])
+@pytest.mark.parametrize(
+    ("failure", "code"), [(subprocess.CalledProcessError(7, "python"), 7), (None, 0)], ids=["fails", "ends"]
+)
 def test_trls_command_gives_the_scripts_code(monkeypatch, failure, code):
     def launch(args):
         assert args.module and args.training_script == "fastft" and args.training_script_args[0] == "run"
@@ -175,7 +246,25 @@ def test_trls_command_gives_the_scripts_code(monkeypatch, failure, code):
             raise failure
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
-    assert run_program("trl", ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--bf16", "False", "--use_cpu", "True"]) == code
+    assert (
+        run_program(
+            "trl",
+            [
+                "sft",
+                "--model_name_or_path",
+                "m",
+                "--dataset_name",
+                "d",
+                "--output_dir",
+                "o",
+                "--bf16",
+                "False",
+                "--use_cpu",
+                "True",
+            ],
+        )
+        == code
+    )
 
 
 def test_a_model_that_cannot_be_patched_is_said(capsys):

@@ -41,7 +41,17 @@ def test_that_fails(model, parity):
 
 def test_a_suite_that_imports_the_fixture(tmp_path):
     (tmp_path / "test_mine.py").write_text(SUITE)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_mine.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path / "test_mine.py"),
+    ]
     root = str(Path(__file__).parent.parent.parent)
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
     assert "2 passed" in run.stdout and "1 failed" in run.stdout, run.stdout[-3000:]

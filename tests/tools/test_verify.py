@@ -13,7 +13,15 @@ from fastft.cli import app
 from fastft.patching.patcher import record_of
 from fastft.testing import assert_parity
 
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "granite": GraniteConfig}
 
 
@@ -37,11 +45,13 @@ def test_families_pass(family):
 
 
 def test_a_planted_error_fails_and_is_named(monkeypatch):
-    from fastft.swaps import norms
+    from fastft.norm import norms
 
     model, other = fastft.patch(build()), fastft.patch(build().eval())
     real = norms.rms_norm_with_rstd
-    monkeypatch.setattr(norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.001, real(x, *a, **k)[1]))
+    monkeypatch.setattr(
+        norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.001, real(x, *a, **k)[1])
+    )
     result = fastft.verify(model, seq=12)
     assert not result
     assert {x.group.split(":")[0] for x in result.failed if x.level == "module"} == {"norm"}

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import fastft
 from fastft.cli import app
+from fastft.norm import norms
 from fastft.patching.patcher import record_of
-from fastft.swaps import norms
 from fastft.tools.peak import peak_of_events
 from fastft.tools.verify import runner as module
 from tests.tools.test_verify import build as tiny
@@ -18,7 +18,9 @@ FAMILIES = ("llama", "gemma2")
 
 
 def build(family="llama", layers=3, hidden=32, lora=True):
-    return tiny(family, lora, vocab_size=64, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=hidden * 3 // 2)
+    return tiny(
+        family, lora, vocab_size=64, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=hidden * 3 // 2
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,8 +32,14 @@ def test_every_layer_and_the_tail_pass(family, lora):
     result = fastft.verify(model, seq=10, layers=True)
     assert result, str(result)
     assert [x.module.rsplit(".", 1)[1] for x in result.lines if x.level == "layer"] == ["0", "1", "2"]
-    assert [x.level for x in result.lines][-1] == "tail" and "model" not in {x.level for x in result.lines} and not result.notes
-    assert [type(m) for m in model.modules()] == classes and all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert (
+        [x.level for x in result.lines][-1] == "tail"
+        and "model" not in {x.level for x in result.lines}
+        and not result.notes
+    )
+    assert [type(m) for m in model.modules()] == classes and all(
+        torch.equal(v, before[n]) for n, v in model.state_dict().items()
+    )
 
 
 def test_an_error_in_one_layer_is_named(monkeypatch):

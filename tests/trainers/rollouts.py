@@ -1,5 +1,5 @@
-"""Trainers that generate inside the loop. Stock and fastft both sample, from the same seed: in float32 they must draw the same tokens. Float64
-draws other random numbers, so the truth trains on the tokens that stock drew."""
+"""Trainers that generate inside the loop. Stock and fastft both sample, from the same seed: in float32 they must draw
+the same tokens. Float64 draws other random numbers, so the reference trains on the tokens that stock drew."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def reward(completions, completion_ids, **kwargs):
 
 
 class Rollouts:
-    """What stock's generation returned, call by call, and where it left the random stream (TRL shuffles the sequences after it). `follow`
-    lets another trainer generate too, and then train on the same."""
+    """What stock's generation returned, call by call, and where it left the random stream (TRL shuffles the sequences
+    after it). `follow` lets another trainer generate too, and then train on the same."""
 
     def __init__(self):
         self.tape, self.differ = [], 0
@@ -47,7 +47,8 @@ class Rollouts:
 
 
 class Wide(TorchDispatchMode):
-    """`rows`: the most rows that an operation allocated in a tensor whose last dimension is the vocabulary (a view of the weight is none)."""
+    """`rows`: the most rows that an operation allocated in a tensor whose last dimension is the vocabulary (a view of
+    the weight is none)."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,5 @@
-"""What TRL's trainers cannot run here, or run on stock's products: fp16 with a gradient scaler in a loop of one's own, an 8-bit base in SFT."""
+"""What TRL's trainers cannot run here, or run on stock's products: fp16 with a gradient scaler in a loop of one's own,
+an 8-bit base in SFT."""
 
 import itertools
 
@@ -7,7 +8,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 import fastft
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft_kernels.numerics import compare
 from tests.trainers import harness as h
 
@@ -22,11 +23,15 @@ def folder(tmp_path_factory):
 def batches():
     for i in range(STEPS):
         rows = h.tokenizer()([h.TEXTS[(i + j) % 24] for j in (0, 7)], return_tensors="pt", padding=True)
-        yield {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": rows.input_ids.masked_fill(rows.attention_mask == 0, -100)}
+        yield {
+            "input_ids": rows.input_ids,
+            "attention_mask": rows.attention_mask,
+            "labels": rows.input_ids.masked_fill(rows.attention_mask == 0, -100),
+        }
 
 
 def fp16_loop(folder, way, scale, skipped=(), growth=5):
-    """As the tutorial writes it. skipped: steps left out, as a scaler does. The truth has no scaler."""
+    """As the tutorial writes it. skipped: steps left out, as a scaler does. The reference has no scaler."""
     model = h.load(folder, way).train()
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth, enabled=way != "truth")
@@ -34,7 +39,7 @@ def fp16_loop(folder, way, scale, skipped=(), growth=5):
     for i, batch in enumerate(batches()):
         optimizer.zero_grad()
         if way == "truth":
-            with float64_truth():
+            with float64_reference():
                 loss = model(**batch).loss
                 loss.backward()
         else:
@@ -47,7 +52,9 @@ def fp16_loop(folder, way, scale, skipped=(), growth=5):
         scaler.update()
         losses.append(loss.detach())
         scales.append(scaler.get_scale() if way != "truth" else 1.0)
-    found = {"losses": torch.stack(losses)} | {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    found = {"losses": torch.stack(losses)} | {
+        n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
     return found, scales
 
 
@@ -65,7 +72,8 @@ def test_fp16_with_a_gradient_scaler(folder):
 
 
 def test_fp16_whose_scale_is_too_large_at_first(folder):
-    """Steps that overflow are skipped: none that stock takes, fewer than stock skips. Judged beside a stock run that skips the same ones."""
+    """Steps that overflow are skipped: none that stock takes, fewer than stock skips. Judged beside a stock run that
+    skips the same ones."""
     _, scales = fp16_loop(folder, "stock", 2.0**18, growth=STEPS)
     ours, our_scales = fp16_loop(folder, "fastft", 2.0**18, growth=STEPS)
     skipped = overflows(our_scales)
@@ -77,7 +85,8 @@ def test_fp16_whose_scale_is_too_large_at_first(folder):
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 def test_an_8_bit_base(folder, tmp_path):
-    """Its products stay stock's, and the report says why; norms, MLP and head around them are swapped. The truth has the dequantised weights."""
+    """Its products stay stock's, and the report says why; norms, MLP and head around them are swapped. The reference
+    has the dequantised weights."""
     reports = []
 
     def make(way):

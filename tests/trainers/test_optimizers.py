@@ -1,5 +1,6 @@
-"""bitsandbytes' 8-bit and paged optimizers through a trainer's `optim=`: nothing of ours stands between, and a patched model trains with
-them as a stock one does. (On a CPU the paged classes fall back to ordinary memory; that they were asked to page is what is checked.)"""
+"""bitsandbytes' 8-bit and paged optimizers through a trainer's `optim=`: nothing of ours stands between, and a patched
+model trains with them as a stock one does. (On a CPU the paged classes fall back to ordinary memory; that they were
+asked to page is what is checked.)"""
 
 import bitsandbytes
 import pytest
@@ -28,16 +29,28 @@ def test_the_argument_reaches_bitsandbytes_and_a_patched_model_trains(folder, tm
 
     def make(way):
         args = h.arguments(SFTConfig, tmp_path, 3, max_length=24, optim=optim, learning_rate=1e-3)
-        runs[way] = SFTTrainer(model=h.load(folder, way, lora=False), args=args, train_dataset=h.pairs(), processing_class=h.tokenizer())
+        runs[way] = SFTTrainer(
+            model=h.load(folder, way, lora=False), args=args, train_dataset=h.pairs(), processing_class=h.tokenizer()
+        )
         return runs[way]
 
     stock, ours = h.run(make, "stock"), h.run(make, "fastft")
     for trainer in runs.values():
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         paged, bits = CLASSES[optim]
-        assert isinstance(optimizer, bitsandbytes.optim.AdamW) and optimizer.is_paged == paged and optimizer.args.optim_bits == bits
-        embedding = trainer.model.get_input_embeddings().weight  # 300 x 32 elements, beyond the 4096 below which states are never 8-bit
-        states = {n: optimizer.state[p]["state1"].dtype for n, p in trainer.model.named_parameters() if p.numel() > 4096 and p is not embedding}
+        assert (
+            isinstance(optimizer, bitsandbytes.optim.AdamW)
+            and optimizer.is_paged == paged
+            and optimizer.args.optim_bits == bits
+        )
+        embedding = (
+            trainer.model.get_input_embeddings().weight
+        )  # 300 x 32 elements, beyond the 4096 below which states are never 8-bit
+        states = {
+            n: optimizer.state[p]["state1"].dtype
+            for n, p in trainer.model.named_parameters()
+            if p.numel() > 4096 and p is not embedding
+        }
         assert all(d == (torch.uint8 if bits == 8 else torch.float32) for d in states.values())
         assert optimizer.state[embedding]["state1"].dtype == torch.float32
     assert len(ours["losses"].unique()) == 3

@@ -1,4 +1,5 @@
-"""What a training run does besides its steps: repeats its bits, resumes, evaluates, stops early, compiles, fails, changes adapters."""
+"""What a training run does besides its steps: repeats its bits, resumes, evaluates, stops early, compiles, fails,
+changes adapters."""
 
 import sys
 
@@ -24,9 +25,14 @@ def sft(model, out, steps=10, callbacks=(), **settings):
     more = {k: settings.pop(k) for k in ("compute_metrics",) if k in settings}
     args = h.arguments(SFTConfig, out, steps, **{"max_length": 32, **settings})
     return SFTTrainer(
-        model=model, args=args, train_dataset=h.pairs(), eval_dataset=h.pairs().select(range(6)), processing_class=h.tokenizer(),
-        callbacks=list(callbacks), **more,
-    )  # fmt: skip
+        model=model,
+        args=args,
+        train_dataset=h.pairs(),
+        eval_dataset=h.pairs().select(range(6)),
+        processing_class=h.tokenizer(),
+        callbacks=list(callbacks),
+        **more,
+    )
 
 
 def bits(model):
@@ -41,15 +47,23 @@ def same(a, b):
 def test_the_same_seed_gives_the_same_bits(folder, tmp_path, four_bit):
     runs = []
     for _ in range(2):
-        trainer = sft(h.load(folder, "fastft", four_bit=four_bit, lora_dropout=0.1), tmp_path, optim="adamw_torch", learning_rate=1e-3)
+        trainer = sft(
+            h.load(folder, "fastft", four_bit=four_bit, lora_dropout=0.1),
+            tmp_path,
+            optim="adamw_torch",
+            learning_rate=1e-3,
+        )
         trainer.train()
         runs.append((bits(trainer.model), [x.get("loss") for x in trainer.state.log_history]))
     assert same(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
 
 
 def test_a_resumed_run_ends_on_the_same_bits(folder, tmp_path):
-    """Dropout on, Adam, a schedule: the random stream, the optimizer and the place in the data all come from the checkpoint."""
-    settings = dict(optim="adamw_torch", learning_rate=1e-3, lr_scheduler_type="linear", save_strategy="steps", save_steps=5)
+    """Dropout on, Adam, a schedule: the random stream, the optimizer and the place in the data all come from the
+    checkpoint."""
+    settings = dict(
+        optim="adamw_torch", learning_rate=1e-3, lr_scheduler_type="linear", save_strategy="steps", save_steps=5
+    )
     whole = sft(h.load(folder, "fastft", lora_dropout=0.1), tmp_path, **settings)
     start = bits(whole.model)
     whole.train()
@@ -65,7 +79,10 @@ def test_evaluation_sees_real_logits(folder, tmp_path):
     """Metrics of the logits, and losses without any, while training goes on; each judged against stock's."""
 
     def metrics(p):
-        logits, labels = np.asarray(p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions), np.asarray(p.label_ids)
+        logits, labels = (
+            np.asarray(p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions),
+            np.asarray(p.label_ids),
+        )
         assert logits.shape[-1] == len(h.tokenizer())
         picked = np.take_along_axis(logits[:, :-1], np.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0]
         return {"picked": float(picked[labels[:, 1:] >= 0].mean())}
@@ -73,23 +90,47 @@ def test_evaluation_sees_real_logits(folder, tmp_path):
     for compute_metrics in (None, metrics):
         seen = {}
         for way in ("stock", "fastft"):
-            trainer = sft(h.load(folder, way), tmp_path, steps=4, eval_strategy="steps", eval_steps=2, compute_metrics=compute_metrics)
+            trainer = sft(
+                h.load(folder, way),
+                tmp_path,
+                steps=4,
+                eval_strategy="steps",
+                eval_steps=2,
+                compute_metrics=compute_metrics,
+            )
             trainer.train()
-            seen[way] = [{k: v for k, v in x.items() if k in ("eval_loss", "eval_picked")} for x in trainer.state.log_history if "eval_loss" in x]
-        assert len(seen["stock"]) == len(seen["fastft"]) == 2 and all(("eval_picked" in x) == bool(compute_metrics) for x in seen["fastft"])
+            seen[way] = [
+                {k: v for k, v in x.items() if k in ("eval_loss", "eval_picked")}
+                for x in trainer.state.log_history
+                if "eval_loss" in x
+            ]
+        assert len(seen["stock"]) == len(seen["fastft"]) == 2 and all(
+            ("eval_picked" in x) == bool(compute_metrics) for x in seen["fastft"]
+        )
         for a, b in zip(seen["stock"], seen["fastft"]):
-            assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 16 * torch.finfo(torch.float32).eps * abs(a[k]) for k in a), (a, b)
+            assert a.keys() == b.keys() and all(
+                abs(a[k] - b[k]) <= 16 * torch.finfo(torch.float32).eps * abs(a[k]) for k in a
+            ), (a, b)
 
 
 def test_early_stopping(folder, tmp_path):
     ends = {}
     for way in ("stock", "fastft"):
-        settings = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, learning_rate=1e-6)
+        settings = dict(
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            learning_rate=1e-6,
+        )
         stop = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1.0)
         trainer = sft(h.load(folder, way), tmp_path / way, steps=12, callbacks=[stop], **settings)
         trainer.train()
         ends[way] = trainer.state.global_step, trainer.state.best_model_checkpoint[-2:]
-        assert way == "stock" or any(is_fast(m, "norm") for m in trainer.model.modules()), "the best adapter is loaded into the patched model"
+        assert way == "stock" or any(is_fast(m, "norm") for m in trainer.model.modules()), (
+            "the best adapter is loaded into the patched model"
+        )
     assert ends["stock"] == ends["fastft"] and ends["stock"][0] < 12
 
 
@@ -114,7 +155,9 @@ def test_compiled(folder, tmp_path):
 
     def make(way):
         compiled = dict(torch_compile=True, torch_compile_backend="eager") if way == "fastft" else {}
-        return sft(h.load(folder, way), tmp_path, steps=3, packing=True, packing_strategy="wrapped", max_length=16, **compiled)
+        return sft(
+            h.load(folder, way), tmp_path, steps=3, packing=True, packing_strategy="wrapped", max_length=16, **compiled
+        )
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -128,7 +171,9 @@ def test_adapters_trained_one_after_the_other(folder, tmp_path):
 
     def other(model):
         set_seed(5)
-        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False))
+        model.add_adapter(
+            "second", LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+        )
         return model
 
     def of(model, name):
@@ -184,9 +229,13 @@ def test_nothing_is_lost_after_an_exception(folder, tmp_path, inside):
     fastft.unpatch(model)
     assert not any(hasattr(m, "_fastft") or m._forward_pre_hooks for m in model.modules())
     model.eval()
-    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "saved").eval()
+    reloaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "saved"
+    ).eval()
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, reloaded(input_ids=ids).logits), "saved and restored agree with a stock model, bit for bit"
+        assert torch.equal(model(input_ids=ids).logits, reloaded(input_ids=ids).logits), (
+            "saved and restored agree with a stock model, bit for bit"
+        )
     fastft.patch(model)
     trainer.remove_callback(Fails)
     trainer.train()
@@ -215,7 +264,10 @@ def test_liger_is_refused(folder, tmp_path, monkeypatch):
     try:
         assert is_liger_kernel_available()
         model = h.load(folder, "fastft")
-        with pytest.warns(FutureWarning), pytest.raises(LigerError, match=r"use_liger_kernel: .* set it to False, or call fastft.unpatch"):
+        with (
+            pytest.warns(FutureWarning),
+            pytest.raises(LigerError, match=r"use_liger_kernel: .* set it to False, or call fastft.unpatch"),
+        ):
             sft(model, tmp_path, steps=2, use_liger_kernel=True).train()
         with pytest.warns(FutureWarning):
             sft(fastft.unpatch(model), tmp_path, steps=2, use_liger_kernel=True).train()

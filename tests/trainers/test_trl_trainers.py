@@ -1,4 +1,5 @@
-"""TRL's trainers, untouched: the losses of every step and the final adapter with fastft are as near to a float64 run as stock's are."""
+"""TRL's trainers, untouched: the losses of every step and the final adapter with fastft are as near to a float64 run as
+stock's are."""
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ def folder(tmp_path_factory):
 def test_sft(folder, tmp_path, four_bit):
     def make(way):
         args = h.arguments(SFTConfig, tmp_path, STEPS, max_length=32)
-        return SFTTrainer(model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.pairs(), processing_class=h.tokenizer())
+        return SFTTrainer(
+            model=h.load(folder, way, four_bit=four_bit),
+            args=args,
+            train_dataset=h.pairs(),
+            processing_class=h.tokenizer(),
+        )
 
     verdict = h.judged(make)
     assert verdict, str(verdict)
@@ -55,7 +61,12 @@ def test_sft_settings(folder, tmp_path, settings):
 def test_dpo_with_the_adapter_disabled_as_reference(folder, tmp_path, four_bit):
     def make(way):
         args = h.arguments(DPOConfig, tmp_path, STEPS, max_length=40)
-        return DPOTrainer(model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.preferences(), processing_class=h.tokenizer())
+        return DPOTrainer(
+            model=h.load(folder, way, four_bit=four_bit),
+            args=args,
+            train_dataset=h.preferences(),
+            processing_class=h.tokenizer(),
+        )
 
     verdict = h.judged(make)
     assert verdict, str(verdict)
@@ -65,9 +76,14 @@ def test_dpo_with_the_adapter_disabled_as_reference(folder, tmp_path, four_bit):
 def test_kto(folder, tmp_path, four_bit):
     def make(way):
         args = h.arguments(KTOConfig, tmp_path, STEPS, max_length=40)
-        rows = [{"prompt": h.TEXTS[i], "completion": " " + h.TEXTS[(i + 5) % 24], "label": i % 2 == 0} for i in range(24)]
+        rows = [
+            {"prompt": h.TEXTS[i], "completion": " " + h.TEXTS[(i + 5) % 24], "label": i % 2 == 0} for i in range(24)
+        ]
         return KTOTrainer(
-            model=h.load(folder, way, four_bit=four_bit), args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer()
+            model=h.load(folder, way, four_bit=four_bit),
+            args=args,
+            train_dataset=h.Dataset.from_list(rows),
+            processing_class=h.tokenizer(),
         )
 
     verdict = h.judged(make)
@@ -82,7 +98,9 @@ def test_reward(tmp_path, tmp_path_factory, four_bit):
         args = h.arguments(RewardConfig, tmp_path, STEPS, max_length=40)
         rows = [{"chosen": h.TEXTS[i], "rejected": h.TEXTS[(i + 11) % 24]} for i in range(24)]
         model = h.load(folder, way, classifier=True, four_bit=four_bit)
-        return RewardTrainer(model=model, args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer())
+        return RewardTrainer(
+            model=model, args=args, train_dataset=h.Dataset.from_list(rows), processing_class=h.tokenizer()
+        )
 
     verdict = h.judged(make)
     assert verdict, str(verdict)

@@ -1,18 +1,23 @@
-"""The physical limit of a LoRA step: the least arithmetic and traffic that its shape needs, over what the device was measured to do.
+"""The physical limit of a LoRA step: the least arithmetic and traffic that its shape needs, over what the device was
+measured to do.
 
-For T tokens in rows of lengths S_i, frozen linears of sizes in x out, adapters of rank r, L layers with query width Q, hidden H, vocabulary V:
+For T tokens in rows of lengths S_i, frozen linears of sizes in x out, adapters of rank r, L layers with query width Q,
+hidden H, vocabulary V:
 
     linears    2 in out T forward, once more backward: a frozen weight has no gradient
-    attention  4 Q L sum_i S_i (S_i + 1) / 2 forward; backward 2.5 times that (five products for two, as flash attention recomputes the scores)
+    attention  4 Q L sum_i S_i (S_i + 1) / 2 forward; backward 2.5 times that (five products for two, as flash attention
+               recomputes the scores)
     adapters   2 r (in + out) T forward, twice that backward
     head       2 H V for each labelled token, twice: its logits and the gradient of its input; a gradient-free pass once
-    traffic    elementwise work alone, each tensor read and written once in 16 bits. Elements a token and layer: two norms with the residual
-               sums 8 H forward, 8 H backward; rotary 2 (Q + K) each way; the gated product of I channels 3 I forward, 6 I backward.
+    traffic    elementwise work alone, each tensor read and written once in 16 bits. Elements a token and layer: two
+               norms with the residual
+               sums 8 H forward, 8 H backward; rotary 2 (Q + K) each way; the gated product of I channels 3 I forward, 6
+               I backward.
                Of the logits: written, read by the loss, written as gradient
     NF4        every quantised weight expanded twice: 0.516 bytes read, 2 written for each element
 
-Nothing is recomputed: keeping everything is the fastest where memory allows it. The limit is arithmetic / FLOP/s + traffic / bandwidth.
-It bounds dense decoders; `ModelShape.of` raises ValueError for what has experts in 3-D parameters.
+Nothing is recomputed: keeping everything is the fastest where memory allows it. The limit is arithmetic / FLOP/s +
+traffic / bandwidth. It bounds dense decoders; `ModelShape.of` raises ValueError for what has experts in 3-D parameters.
 """
 
 from __future__ import annotations
@@ -25,13 +30,15 @@ from transformers import PreTrainedModel
 
 from fastft.tools.bench.timing import Roof
 
-NF4_READ = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, an 8-bit absmax for 64, a float32 absmax for 256 of those: bytes an element
+NF4_READ = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # code, an 8-bit absmax for 64, a float32 absmax for 256 of those: bytes an element
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """linear: sum of in x out of the decoder's linears; width: sum of in + out of those; layers; hidden; vocab; query, key: widths of all
-    heads together; intermediate: 0 where the configuration names none (the bound is then looser)."""
+    """linear: sum of in x out of the decoder's linears; width: sum of in + out of those; layers; hidden; vocab; query,
+    key: widths of all heads together; intermediate: 0 where the configuration names none (the bound is then looser)."""
 
     linear: int
     width: int
@@ -44,7 +51,8 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
-        """Of a transformers model (its parameters may lie on the meta device). ValueError for experts held as 3-D parameters."""
+        """Of a transformers model (its parameters may lie on the meta device). ValueError for experts held as 3-D
+        parameters."""
         if any(p.dim() == 3 for p in model.parameters()):
             raise ValueError("ModelShape.of: want a dense decoder, got a model with 3-D (experts') parameters")
         config = model.config.get_text_config()
@@ -64,8 +72,11 @@ class ModelShape:
         )
 
 
-def step_flops(shape: ModelShape, lengths: Sequence[int], rank: int, *, labelled: int | None = None, forwards: int = 0) -> float:
-    """Arithmetic of one training step on rows of `lengths`, and of `forwards` gradient-free passes over the same rows (a DPO reference: 1).
+def step_flops(
+    shape: ModelShape, lengths: Sequence[int], rank: int, *, labelled: int | None = None, forwards: int = 0
+) -> float:
+    """Arithmetic of one training step on rows of `lengths`, and of `forwards` gradient-free passes over the same rows
+    (a DPO reference: 1).
     labelled: tokens with a label; None is all."""
     tokens = sum(lengths)
     labelled = tokens if labelled is None else labelled
@@ -77,7 +88,9 @@ def step_flops(shape: ModelShape, lengths: Sequence[int], rank: int, *, labelled
     return 2 * linear + 3.5 * attention + 3 * adapters + 2 * head + forwards * forward
 
 
-def step_bytes(shape: ModelShape, lengths: Sequence[int], *, labelled: int | None = None, forwards: int = 0, four_bit: bool = False) -> float:
+def step_bytes(
+    shape: ModelShape, lengths: Sequence[int], *, labelled: int | None = None, forwards: int = 0, four_bit: bool = False
+) -> float:
     """Elementwise traffic of the same step in bytes, and that of expanding 4-bit weights."""
     tokens = sum(lengths)
     labelled = tokens if labelled is None else labelled
@@ -89,6 +102,11 @@ def step_bytes(shape: ModelShape, lengths: Sequence[int], *, labelled: int | Non
     return layers + head + expand
 
 
-def limit_seconds(shape: ModelShape, lengths: Sequence[int], rank: int, roof: Roof, *, four_bit: bool = False, **counts) -> float:
+def limit_seconds(
+    shape: ModelShape, lengths: Sequence[int], rank: int, roof: Roof, *, four_bit: bool = False, **counts
+) -> float:
     """The least time of one step. counts: `labelled`, `forwards`."""
-    return step_flops(shape, lengths, rank, **counts) / roof.flops + step_bytes(shape, lengths, four_bit=four_bit, **counts) / roof.bandwidth
+    return (
+        step_flops(shape, lengths, rank, **counts) / roof.flops
+        + step_bytes(shape, lengths, four_bit=four_bit, **counts) / roof.bandwidth
+    )

@@ -18,10 +18,14 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "l
 
 
 def about(spec: Spec, model: Any) -> dict[str, Any]:
-    """{"device", "versions"}; of stock's process also {"roof"}, which all stacks share; of the truth's, which may run on another device,
-    {"truth", "shape"}, the last None for what has no known limit."""
+    """{"device", "versions"}; of stock's process also {"roof"}, which all stacks share; of the truth's, which may run
+    on another device, {"truth", "shape"}, the last None for what has no known limit."""
     where = device()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    }
     found["versions"] = {p: _version(p) for p in PACKAGES}
     if spec.stack == "stock":
         stored = model.config.dtype if model.config.dtype in (torch.bfloat16, torch.float16) else torch.float32

@@ -1,9 +1,9 @@
-"""`fastft bench MODEL`: this model on this machine, stock at its defaults and at its best flags, the peers, fastft. Judged first, then timed.
+"""`fastft bench MODEL`: this model on this machine, stock at its defaults and at its best flags, the peers, fastft.
+Judged first, then timed.
 
-A high-precision run draws the adapter and the gradients that judge everybody; then each stack has a process of its own that loads the same
-weights and the same adapter and sees the same tokens. A stack that fails the judge prints no speed; one that is not installed, crashes or runs
-out of memory is a row that says so.
-"""
+A high-precision run draws the adapter and the gradients that judge everybody; then each stack has a process of its own
+that loads the same weights and the same adapter and sees the same tokens. A stack that fails the judge prints no speed;
+one that is not installed, crashes or runs out of memory is a row that says so."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ FAILED = ("red", "error")
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """seq, batch, lengths: None chooses by the machine (2048, 4 and up to 8 x 2048 tokens on a GPU; 64, 2 and 256 without). ValueError for
-    stacks and cells that do not exist."""
+    """seq, batch, lengths: None chooses by the machine (2048, 4 and up to 8 x 2048 tokens on a GPU; 64, 2 and 256
+    without). ValueError for stacks and cells that do not exist."""
 
     model: str
     stacks: tuple[str, ...] = STACKS
@@ -53,7 +53,8 @@ class BenchOptions:
 
 @dataclass
 class BenchRow:
-    """One stack in one cell. state: ok, red, missing, out of memory, error. Rates are non-padding tokens/s; memory in bytes."""
+    """One stack in one cell. state: ok, red, missing, out of memory, error. Rates are non-padding tokens/s; memory in
+    bytes."""
 
     stack: str
     cell: str
@@ -89,11 +90,32 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
-        return {"options": asked, **self.about, "gates": self.gates, "rows": [vars(r) for r in self.rows], "notes": self.notes, "ok": self.ok}
+        return {
+            "options": asked,
+            **self.about,
+            "gates": self.gates,
+            "rows": [vars(r) for r in self.rows],
+            "notes": self.notes,
+            "ok": self.ok,
+        }
 
     def __rich_console__(self, console: Console, options: Any):
-        table = Table(title=f"fastft bench: {self.options.model}, {self.about.get('device', 'no device')}", title_justify="left")
-        for name in ("cell", "stack", "tokens/s", "p20-p80", "x stock", "step ms", "first ms", "peak", "reserved", "% of limit", "last loss"):
+        table = Table(
+            title=f"fastft bench: {self.options.model}, {self.about.get('device', 'no device')}", title_justify="left"
+        )
+        for name in (
+            "cell",
+            "stack",
+            "tokens/s",
+            "p20-p80",
+            "x stock",
+            "step ms",
+            "first ms",
+            "peak",
+            "reserved",
+            "% of limit",
+            "last loss",
+        ):
             table.add_column(name, justify="left" if name in ("cell", "stack") else "right", no_wrap=True)
         base = {r.cell: r.rate for r in self.rows if r.stack == "stock" and r.rate is not None}
         gib = lambda b: "" if b is None else f"{b / 2**30:.2f} GiB" if b >= 2**30 else f"{b / 2**20:.1f} MiB"
@@ -102,18 +124,39 @@ class BenchResult:
             if before is not None and before.cell != r.cell:
                 table.add_section()
             figures = [r.state, *[""] * 8]
-            if r.rate is not None and r.p20 is not None and r.p80 is not None and r.step is not None and r.first is not None:
+            if (
+                r.rate is not None
+                and r.p20 is not None
+                and r.p80 is not None
+                and r.step is not None
+                and r.first is not None
+            ):
                 versus = f"{r.rate / base[r.cell]:.2f}" if base.get(r.cell) else ""
                 limit = "" if r.limit is None else f"{r.limit:.1f}"
-                speed = [f"{r.rate:,.0f}", f"{r.p20:,.0f}-{r.p80:,.0f}", versus, f"{1e3 * r.step:.1f}", f"{1e3 * r.first:.1f}"]
+                speed = [
+                    f"{r.rate:,.0f}",
+                    f"{r.p20:,.0f}-{r.p80:,.0f}",
+                    versus,
+                    f"{1e3 * r.step:.1f}",
+                    f"{1e3 * r.first:.1f}",
+                ]
                 figures = [*speed, gib(r.peak), gib(r.reserved), limit, f"{r.losses[-1]:.4f}"]
-            table.add_row(f"{r.cell}, {r.tokens} tokens" if r.tokens else r.cell, r.stack, *figures, style="bold red" if r.state in FAILED else "")
+            table.add_row(
+                f"{r.cell}, {r.tokens} tokens" if r.tokens else r.cell,
+                r.stack,
+                *figures,
+                style="bold red" if r.state in FAILED else "",
+            )
         table.add_section()
         missing = {r.stack: r.note for r in self.rows if r.state == "missing"}
         for stack in missing:
             table.add_row("every cell", stack, "missing")
         yield table
-        for note in (*(f"{stack}: missing: {why}" for stack, why in missing.items()), *(_why(r) for r in shown if r.state != "ok"), *self.notes):
+        for note in (
+            *(f"{stack}: missing: {why}" for stack, why in missing.items()),
+            *(_why(r) for r in shown if r.state != "ok"),
+            *self.notes,
+        ):
             yield Text(note)
 
 
@@ -147,9 +190,18 @@ def _spec(options: BenchOptions, stack: str, folder: Path) -> Spec:
     seq = options.seq or (2048 if cuda else 64)
     lengths = options.lengths or tuple(seq * k for k in ((1, 2, 4, 8) if cuda else (1, 2, 4)))
     return Spec(
-        options.model, stack, tuple(c for c in CELLS if c in options.cells), str(folder), seq, options.batch or (4 if cuda else 2), lengths,
-        options.steps, options.four_bit, options.seed, only_gate=stack not in options.stacks,
-    )  # fmt: skip
+        options.model,
+        stack,
+        tuple(c for c in CELLS if c in options.cells),
+        str(folder),
+        seq,
+        options.batch or (4 if cuda else 2),
+        lengths,
+        options.steps,
+        options.four_bit,
+        options.seed,
+        only_gate=stack not in options.stacks,
+    )
 
 
 def _process(options: BenchOptions, stack: str, folder: Path, console: Console) -> list[dict]:
@@ -166,11 +218,19 @@ def _process(options: BenchOptions, stack: str, folder: Path, console: Console) 
 def _run(spec: Spec, folder: Path, seconds: float, env: dict[str, str]) -> list[dict]:
     rows, log = folder / f"{spec.stack}.jsonl", folder / f"{spec.stack}.log"
     rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "fastft.tools.bench.worker", str(spec.write(folder / f"{spec.stack}.json")), str(rows)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastft.tools.bench.worker",
+        str(spec.write(folder / f"{spec.stack}.json")),
+        str(rows),
+    ]
     why = ""
     with log.open("w") as out:
         try:
-            code = subprocess.run(command, stdout=out, stderr=out, timeout=seconds, env={**os.environ, **env}, check=False).returncode
+            code = subprocess.run(
+                command, stdout=out, stderr=out, timeout=seconds, env={**os.environ, **env}, check=False
+            ).returncode
             why = f"the process ended with {code}" if code else ""
         except subprocess.TimeoutExpired:
             why = f"ended after {seconds:.0f} s"
@@ -189,11 +249,17 @@ def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
     rows = []
     for cell in (c for c in CELLS if c in options.cells):
         rows += [_row(s, cell, lines[s], about, options) for s in STACKS if s in options.stacks]
-    notes = [f"the high-precision run that judges: {x['crash'] if 'crash' in x else x['note']}" for x in lines["truth"] if "crash" in x or x.get("note")]
+    notes = [
+        f"the high-precision run that judges: {x['crash'] if 'crash' in x else x['note']}"
+        for x in lines["truth"]
+        if "crash" in x or x.get("note")
+    ]
     if about.get("truth"):
         notes.append(f"judged by losses and gradients against stock in {about['truth']}")
     if about["device"].endswith("threads"):
-        notes.append("peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; reserved memory is a GPU's")
+        notes.append(
+            "peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; reserved memory is a GPU's"
+        )
     if "no limit" in about:
         notes.append(f"% of limit: {about['no limit']}")
     return BenchResult(options, about, gates, rows, notes)
@@ -205,18 +271,39 @@ def _row(stack: str, cell: str, lines: list[dict], about: dict, options: BenchOp
             return BenchRow(stack, cell, "missing", x["missing"])
     found = [x for x in lines if x.get("cell") == cell]
     if not found:
-        failed = [x for x in lines if str(x.get("cell", "")).startswith(f"{cell},")] + [x for x in lines if "crash" in x]
+        failed = [x for x in lines if str(x.get("cell", "")).startswith(f"{cell},")] + [
+            x for x in lines if "crash" in x
+        ]
         state = failed[0].get("state", "error") if failed else "error"
-        return BenchRow(stack, cell, state, (failed[0].get("crash") or failed[0].get("note", "")) if failed else "its process said nothing about it")
+        return BenchRow(
+            stack,
+            cell,
+            state,
+            (failed[0].get("crash") or failed[0].get("note", "")) if failed else "its process said nothing about it",
+        )
     x = found[-1]
     if x["state"] != "ok":
         return BenchRow(stack, cell, x["state"], x.get("note", ""))
     tokens = [sum(n) for n in x["lengths"]]
     rates, steps = Times.of([n / s for n, s in zip(tokens, x["seconds"])]), Times.of(x["seconds"])
     return BenchRow(
-        stack, cell, "ok", "", rates.median, rates.p20, rates.p80, steps.median, x["first"], x["peak"], x["reserved"],
-        _percent(x, cell, about, options), x["checkpointing"], x["losses"], x.get("by_length", []), x.get("tokens"),
-    )  # fmt: skip
+        stack,
+        cell,
+        "ok",
+        "",
+        rates.median,
+        rates.p20,
+        rates.p80,
+        steps.median,
+        x["first"],
+        x["peak"],
+        x["reserved"],
+        _percent(x, cell, about, options),
+        x["checkpointing"],
+        x["losses"],
+        x.get("by_length", []),
+        x.get("tokens"),
+    )
 
 
 def _percent(x: dict, cell: str, about: dict, options: BenchOptions) -> float | None:
@@ -225,5 +312,7 @@ def _percent(x: dict, cell: str, about: dict, options: BenchOptions) -> float | 
         return None
     shape, roof = ModelShape(**about["shape"]), Roof(**about["roof"])
     forwards = 1 if cell == "dpo" else 0
-    least = sum(limit_seconds(shape, n, Spec.rank, roof, four_bit=options.four_bit, forwards=forwards) for n in x["lengths"])
+    least = sum(
+        limit_seconds(shape, n, Spec.rank, roof, four_bit=options.four_bit, forwards=forwards) for n in x["lengths"]
+    )
     return 100 * least / sum(x["seconds"])

@@ -1,5 +1,5 @@
-"""What one process of `fastft bench` is told, as JSON, and the data that all of them make from it. Imports nothing heavy: a peer that must be
-imported before transformers comes first."""
+"""What one process of `fastft bench` is told, as JSON, and the data that all of them make from it. Imports nothing
+heavy: a peer that must be imported before transformers comes first."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DRAWS = 3  # batches that the gate judges as one
 
 @dataclass(frozen=True)
 class Spec:
-    """model: name or folder. stack: of STACKS, or "truth" for the high-precision run that judges them. folder: where adapter and the gate's
-    gradients lie. seq, batch: tokens and rows. lengths: of the one row of the cell "long", in turn. steps: measured ones; two go
-    before. only_gate: nothing is timed."""
+    """model: name or folder. stack: of STACKS, or "truth" for the high-precision run that judges them. folder: where
+    adapter and the gate's gradients lie. seq, batch: tokens and rows. lengths: of the one row of the cell "long", in
+    turn. steps: measured ones; two go before. only_gate: nothing is timed."""
 
     model: str
     stack: str

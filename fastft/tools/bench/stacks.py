@@ -1,11 +1,12 @@
-"""How each stack of `fastft bench` loads: the same checkpoint, the same adapter, as that stack's own documentation says.
+"""How each stack of `fastft bench` loads: the same checkpoint, the same adapter, as that stack's own documentation
+says.
 
-    stock    transformers + PEFT + TRL, everything at its default
-    best     the same with cuDNN's attention first on a GPU, and no checkpointing where it fits
-    liger    stock with use_liger_kernel=True
-    unsloth  its own loader and checkpointing, this adapter copied in by name
-    fastft   FastModel.from_pretrained and the trainer's defaults, nothing else; cuDNN's attention first, as for best
-    truth    stock in high precision: what the others are judged by
+stock    transformers + PEFT + TRL, everything at its default
+best     the same with cuDNN's attention first on a GPU, and no checkpointing where it fits
+liger    stock with use_liger_kernel=True
+unsloth  its own loader and checkpointing, this adapter copied in by name
+fastft   FastModel.from_pretrained and the trainer's defaults, nothing else; cuDNN's attention first, as for best
+truth    stock in high precision: what the others are judged by
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class MissingPeer(Exception):
 
 @dataclass(frozen=True)
 class StackSettings:
-    """How a stack is run. tries: checkpointing on or off, in turn until one fits; trainer: more arguments for TRL's configuration."""
+    """How a stack is run. tries: checkpointing on or off, in turn until one fits; trainer: more arguments for TRL's
+    configuration."""
 
     tries: tuple[bool, ...] = (True,)
     tuned: bool = False
@@ -97,7 +99,8 @@ def load(spec: Spec) -> Any:
 
 
 def _load_base(spec: Spec, exact: torch.dtype | None = None) -> Any:
-    """exact: the dtype of a high-precision run; a quantised weight then stands for the matrix that it is, multiplied in that dtype."""
+    """exact: the dtype of a high-precision run; a quantised weight then stands for the matrix that it is, multiplied in
+    that dtype."""
     import transformers
 
     kwargs: dict[str, Any] = {"dtype": "auto" if exact is None else exact}
@@ -112,7 +115,8 @@ def _load_base(spec: Spec, exact: torch.dtype | None = None) -> Any:
 
 
 def truth_dtype(spec: Spec) -> torch.dtype:
-    """float64 where it is small enough or where 32 bits are stored; float32 judges 16 bits as well, and a 4-bit base has no float64."""
+    """float64 where it is small enough or where 32 bits are stored; float32 judges 16 bits as well, and a 4-bit base
+    has no float64."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(spec.model)
@@ -123,8 +127,8 @@ def truth_dtype(spec: Spec) -> torch.dtype:
 
 
 def _load_truth(spec: Spec, adapter: str) -> Any:
-    """Also draws the adapter that all stacks load: PEFT's initialisation, and B small and random, for at zero no gradient reaches A and no
-    error there would be seen."""
+    """Also draws the adapter that all stacks load: PEFT's initialisation, and B small and random, for at zero no
+    gradient reaches A and no error there would be seen."""
     from peft import LoraConfig, get_peft_model
 
     dtype = truth_dtype(spec)
@@ -149,12 +153,20 @@ def _load_unsloth(spec: Spec, adapter: str) -> Any:
 
     unsloth = importlib.import_module("unsloth")  # its worker imported it first
     longest = max(spec.seq, *spec.lengths)
-    model, _ = unsloth.FastLanguageModel.from_pretrained(spec.model, max_seq_length=longest, dtype=autocast(), load_in_4bit=spec.four_bit)
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        spec.model, max_seq_length=longest, dtype=autocast(), load_in_4bit=spec.four_bit
+    )
     saved = load_file(str(Path(adapter) / "adapter_model.safetensors"))
     targets = sorted({k.split(".lora_")[0].rsplit(".", 1)[-1] for k in saved})
     model = unsloth.FastLanguageModel.get_peft_model(
-        model, r=spec.rank, lora_alpha=2 * spec.rank, lora_dropout=0, bias="none", target_modules=targets, random_state=spec.seed,
+        model,
+        r=spec.rank,
+        lora_alpha=2 * spec.rank,
+        lora_dropout=0,
+        bias="none",
+        target_modules=targets,
+        random_state=spec.seed,
         use_gradient_checkpointing="unsloth",
-    )  # fmt: skip
+    )
     set_peft_model_state_dict(model, saved)
     return model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft.tools.bench.cells import lengths_in, make_trainer
 from fastft.tools.bench.spec import Spec
 from fastft.tools.bench.stacks import STACK_SETTINGS, attention, device
@@ -23,12 +23,19 @@ BEFORE = 2  # steps that are not timed: the first, and the one whose memory is w
 
 
 def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draws: int) -> dict[str, torch.Tensor]:
-    """"0:loss", "0:name of an adapter", "1:loss", ...: of `draws` training steps at learning rate 0, float32 (the truth's in its own dtype), on the CPU."""
+    """ "0:loss", "0:name of an adapter", "1:loss", ...: of `draws` training steps at learning rate 0, float32 (the
+    truth's in its own dtype), on the CPU."""
     seq = min(spec.seq, GATE_SEQ)
-    trainer = make_trainer(spec, cell, model, tokenizer, steps=draws, checkpointing=False, seq=seq, rate=0.0, callbacks=[])
+    trainer = make_trainer(
+        spec, cell, model, tokenizer, steps=draws, checkpointing=False, seq=seq, rate=0.0, callbacks=[]
+    )
     found: dict[str, torch.Tensor] = {}
     exact = spec.stack == "truth"
-    wide = next((p.dtype for p in model.parameters() if p.dtype == torch.float64), torch.float32) if exact else torch.float32
+    wide = (
+        next((p.dtype for p in model.parameters() if p.dtype == torch.float64), torch.float32)
+        if exact
+        else torch.float32
+    )
     if exact:  # TRL rounds the adapters of a quantised base: from these same bits it goes on in full
         for p in (p for p in model.parameters() if p.requires_grad):
             p.data = p.data.to(wide)
@@ -45,7 +52,10 @@ def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draw
         return loss
 
     trainer.training_step = watched
-    with attention(STACK_SETTINGS[spec.stack].tuned), float64_truth() if wide == torch.float64 else contextlib.nullcontext():
+    with (
+        attention(STACK_SETTINGS[spec.stack].tuned),
+        float64_reference() if wide == torch.float64 else contextlib.nullcontext(),
+    ):
         trainer.train()
     return found
 
@@ -53,9 +63,8 @@ def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draw
 class StepMeter(TrainerCallback):
     """Seconds, losses and row lengths of every step; memory of those after the first two.
 
-    On a GPU `peak` is the allocator's, with everything that lives; on a CPU it is what the allocator's events add up to in the second step,
-    above the parameters, buffers and optimizer states.
-    """
+    On a GPU `peak` is the allocator's, with everything that lives; on a CPU it is what the allocator's events add up to
+    in the second step, above the parameters, buffers and optimizer states."""
 
     def __init__(self, where: torch.device):
         self.where = where
@@ -108,8 +117,11 @@ class StepMeter(TrainerCallback):
             self.peak, self.reserved = float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
 
 
-def measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, tidy: Callable[[], None]) -> dict[str, Any]:
-    """One cell, in the first of the stack's ways that fits into memory: {"checkpointing", "seconds", "first", "losses", "lengths", "peak", "reserved"}."""
+def measure(
+    spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, tidy: Callable[[], None]
+) -> dict[str, Any]:
+    """One cell, in the first of the stack's ways that fits into memory: {"checkpointing", "seconds", "first", "losses",
+    "lengths", "peak", "reserved"}."""
     way = STACK_SETTINGS[spec.stack]
     for i, checkpointing in enumerate(way.tries):
         try:
@@ -122,15 +134,32 @@ def measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: 
     raise AssertionError("unreachable: the last way returns or raises")
 
 
-def _measure(spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, checkpointing: bool) -> dict[str, Any]:
+def _measure(
+    spec: Spec, cell: str, model: Any, tokenizer: Any, seq: int, steps: int, checkpointing: bool
+) -> dict[str, Any]:
     meter = StepMeter(device())
-    trainer = make_trainer(spec, cell, model, tokenizer, steps=BEFORE + steps, checkpointing=checkpointing, seq=seq, rate=2e-4, callbacks=[meter])
+    trainer = make_trainer(
+        spec,
+        cell,
+        model,
+        tokenizer,
+        steps=BEFORE + steps,
+        checkpointing=checkpointing,
+        seq=seq,
+        rate=2e-4,
+        callbacks=[meter],
+    )
     meter.watch(trainer)
     with attention(STACK_SETTINGS[spec.stack].tuned):
         trainer.train()
     if not all(math.isfinite(x) for x in meter.losses):
         raise FloatingPointError(f"a loss is not finite: {meter.losses}")
     return {
-        "checkpointing": checkpointing, "first": meter.seconds[0], "seconds": meter.seconds[BEFORE:], "losses": meter.losses,
-        "lengths": meter.lengths[BEFORE:], "peak": meter.peak, "reserved": meter.reserved,
-    }  # fmt: skip
+        "checkpointing": checkpointing,
+        "first": meter.seconds[0],
+        "seconds": meter.seconds[BEFORE:],
+        "losses": meter.losses,
+        "lengths": meter.lengths[BEFORE:],
+        "peak": meter.peak,
+        "reserved": meter.reserved,
+    }

@@ -1,9 +1,8 @@
 """Timers for CPU and GPU alike, and the measured roof of a device.
 
-A kernel is timed with cold caches: a buffer larger than the last-level cache is written before each run, because in a training step what a
-kernel reads was not just written. On a GPU the time is that of CUDA events around the call, so the host's part hides behind the buffer's
-write; on a CPU it is the clock's.
-"""
+A kernel is timed with cold caches: a buffer larger than the last-level cache is written before each run, because in a
+training step what a kernel reads was not just written. On a GPU the time is that of CUDA events around the call, so the
+host's part hides behind the buffer's write; on a CPU it is the clock's."""
 
 from __future__ import annotations
 
@@ -44,9 +43,13 @@ class ColdTimer:
     flush_bytes: what is written before each run; None is twice the GPU's L2, or 8 MiB on a CPU.
     """
 
-    def __init__(self, device: torch.device, seconds: float = 0.3, least: int = 5, most: int = 50, flush_bytes: int | None = None):
+    def __init__(
+        self, device: torch.device, seconds: float = 0.3, least: int = 5, most: int = 50, flush_bytes: int | None = None
+    ):
         if flush_bytes is None:
-            flush_bytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 8 << 20
+            flush_bytes = (
+                2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 8 << 20
+            )
         self.device, self.seconds, self.least, self.most = device, seconds, least, most
         self.buffer = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
@@ -90,8 +93,16 @@ class Roof:
         return max(flops / self.flops, n_bytes / self.bandwidth)
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype, *, n: int | None = None, copy_bytes: int | None = None, seconds: float = 0.3) -> Roof:
-    """The best of a square product [n, n] of `dtype` (random values: a product of zeros draws less power and runs faster) and of a copy."""
+def measure_roof(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    n: int | None = None,
+    copy_bytes: int | None = None,
+    seconds: float = 0.3,
+) -> Roof:
+    """The best of a square product [n, n] of `dtype` (random values: a product of zeros draws less power and runs
+    faster) and of a copy."""
     cuda = device.type == "cuda"
     n = n or (8192 if cuda else 384)
     copy_bytes = copy_bytes or (1 << 30 if cuda else 32 << 20)

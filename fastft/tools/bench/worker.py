@@ -1,7 +1,7 @@
 """One stack of `fastft bench` in a process of its own: python -m fastft.tools.bench.worker SPEC.json ROWS.jsonl
 
-Loads once, runs the gate, then its cells in order. One JSON line for each, flushed: a crash or an out-of-memory loses one cell.
-"""
+Loads once, runs the gate, then its cells in order. One JSON line for each, flushed: a crash or an out-of-memory loses
+one cell."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ class Worker:
             elif cell == "long":
                 self._long()
             else:
-                self._guarded(cell, "cell", lambda cell=cell: self.say(cell=cell, state="ok", **self._measure(cell, self.spec.seq)))
+                self._guarded(
+                    cell,
+                    "cell",
+                    lambda cell=cell: self.say(cell=cell, state="ok", **self._measure(cell, self.spec.seq)),
+                )
 
     def _about(self) -> dict:
         from fastft.tools.bench.machine import about
@@ -113,7 +117,8 @@ class Worker:
     # --- the gate
 
     def _gate(self, cell: str) -> None:
-        """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for stock and the truth."""
+        """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for
+        stock and the truth."""
         from safetensors.torch import load_file, save_file
 
         from fastft.tools.bench.steps import losses_and_gradients
@@ -127,8 +132,16 @@ class Worker:
         if not (path("truth").exists() and path("stock").exists()):
             self.refused[cell] = "nothing to judge it by: the high-precision run or stock's failed"
             return
-        verdict = gate(found, {k: v.double() for k, v in load_file(str(path("truth"))).items()}, load_file(str(path("stock"))))
-        self.say(gate=cell, state="ok" if verdict else "red", error=verdict.error, stock_error=verdict.eager_error, note="" if verdict else str(verdict))
+        verdict = gate(
+            found, {k: v.double() for k, v in load_file(str(path("truth"))).items()}, load_file(str(path("stock")))
+        )
+        self.say(
+            gate=cell,
+            state="ok" if verdict else "red",
+            error=verdict.error,
+            stock_error=verdict.eager_error,
+            note="" if verdict else str(verdict),
+        )
         if not verdict:
             self.refused[cell] = str(verdict)
 

@@ -1,12 +1,12 @@
 """What must hold at the end of a demo, each as a `DemoCheck` with its evidence.
 
-Loss curves. Training amplifies rounding, so two correct runs part slowly; how far is measured, not assumed. The truth is the same
-stock run (same adapter bits, same batches) in float64, or in float32 where the runs are in 16 bit. The eager error is stock's: at
-each step the larger of the errors of stock and of stock with the rows of every batch reversed and padded further, which is the same
-mathematics in another order of summation. The judge then asks of fastft what it asks of a kernel: max and RMS error over the curve
-at most twice that, plus a unit in the last place. Where the truth does not fit into the GPU, the distance of fastft from stock is
-judged by the distance of reordered stock from stock.
-"""
+Loss curves. Training amplifies rounding, so two correct runs part slowly; how far is measured, not assumed. The
+reference is the same stock run (same adapter bits, same batches) in float64, or in float32 where the runs are in 16
+bit. The eager error is stock's: at each step the larger of the errors of stock and of stock with the rows of every
+batch reversed and padded further, which is the same mathematics in another order of summation. The judge then asks of
+fastft what it asks of a kernel: max and RMS error over the curve at most twice that, plus a unit in the last place.
+Where the reference does not fit into the GPU, the distance of fastft from stock is judged by the distance of reordered
+stock from stock."""
 
 from __future__ import annotations
 
@@ -35,23 +35,28 @@ class DemoCheck:
         return asdict(self)
 
 
-def judge_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None) -> Verdict:
-    """The judge's verdict on two loss curves (see the module docstring). Curves that are empty or of different length fail."""
+def judge_curves(
+    fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, reference: TrainingRun | None
+) -> Verdict:
+    """The judge's verdict on two loss curves (see the module docstring). Curves that are empty or of different length
+    fail."""
     nan = float("nan")
     ours, a, b = (torch.tensor(r.losses, dtype=torch.float32) for r in (fast, stock, reordered))
-    if not len(ours) == len(a) == len(b) == len(truth.losses if truth else a) or not len(ours):
+    if not len(ours) == len(a) == len(b) == len(reference.losses if reference else a) or not len(ours):
         return Verdict(False, "losses", nan, nan, nan, nan, nan, "the curves have different lengths or none")
-    if truth is None:
+    if reference is None:
         return compare(ours, a.double(), b, "losses")
-    t = torch.tensor(truth.losses, dtype=torch.float64)
+    t = torch.tensor(reference.losses, dtype=torch.float64)
     eager = torch.where((a.double() - t).abs() >= (b.double() - t).abs(), a, b)
     return compare(ours, t, eager, "losses")
 
 
-def check_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None) -> DemoCheck:
-    verdict = judge_curves(fast, stock, reordered, truth)
-    against = truth.name.removeprefix("stock in ") if truth is not None else "stock"
-    noise = "stock's" if truth is not None else "reordered stock's"
+def check_curves(
+    fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, reference: TrainingRun | None
+) -> DemoCheck:
+    verdict = judge_curves(fast, stock, reordered, reference)
+    against = reference.name.removeprefix("stock in ") if reference is not None else "stock"
+    noise = "stock's" if reference is not None else "reordered stock's"
     return DemoCheck(
         "loss curves agree",
         verdict.ok,
@@ -62,7 +67,9 @@ def check_curves(fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, 
 def check_drop(before: float, after: float, least: float) -> DemoCheck:
     drop = 1 - after / before
     return DemoCheck(
-        "held-out loss drops", drop >= least and after < before, f"{before:.3f} -> {after:.3f} ({drop:.0%}, want {least:.0%})"
+        "held-out loss drops",
+        drop >= least and after < before,
+        f"{before:.3f} -> {after:.3f} ({drop:.0%}, want {least:.0%})",
     )
 
 
@@ -85,7 +92,8 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# Plain transformers + PEFT, in a process that never imports fastft: the logits in the checkpoint's own dtype, and in a higher
+# Plain transformers + PEFT, in a process that never imports fastft: the logits in the checkpoint's own dtype, and in a
+# higher
 # one.
 RELOAD = """
 import sys, torch
@@ -121,7 +129,8 @@ save_file(results, out_file)
 
 
 def check_reload(job: DemoSettings, adapter: Path, live: torch.Tensor, ids: torch.Tensor) -> DemoCheck:
-    """Logits of the patched, trained model against those of the saved adapter on its base in plain transformers + PEFT."""
+    """Logits of the patched, trained model against those of the saved adapter on its base in plain transformers +
+    PEFT."""
     from safetensors.torch import load_file, save_file
 
     ids_file, out_file = job.out / "trainer" / "ids.safetensors", job.out / "trainer" / "logits.safetensors"
@@ -133,7 +142,9 @@ def check_reload(job: DemoSettings, adapter: Path, live: torch.Tensor, ids: torc
     run = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True)
     if run.returncode != 0:
         return DemoCheck(
-            name, False, f"the reload failed: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else run.returncode}"
+            name,
+            False,
+            f"the reload failed: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else run.returncode}",
         )
     there = load_file(out_file)
     verdict = compare(live.float(), there["high"].double(), there["plain"].float(), "logits")
@@ -145,9 +156,8 @@ def check_reload(job: DemoSettings, adapter: Path, live: torch.Tensor, ids: torc
 
 
 def check_undo(job: DemoSettings, unpatched, trained: dict[str, torch.Tensor], ids: torch.Tensor) -> DemoCheck:
-    """A model that was patched, trained and unpatched against one that was never patched and given the same adapter: the same
-    bits,
-    the same classes."""
+    """A model that was patched, trained and unpatched against one that was never patched and given the same adapter:
+    the same bits, the same classes."""
     fresh = load_stock(job)
     own = dict(fresh.named_parameters())
     for key, value in trained.items():
@@ -156,4 +166,6 @@ def check_undo(job: DemoSettings, unpatched, trained: dict[str, torch.Tensor], i
     a, b = logits(unpatched, ids), logits(fresh, ids)
     same = torch.equal(a, b)
     what = "logits bit-identical" if same else f"logits differ by {float((a.double() - b.double()).abs().max()):.1e}"
-    return DemoCheck("unpatched model is stock again", same and classes, f"{what}, classes {'the same' if classes else 'differ'}")
+    return DemoCheck(
+        "unpatched model is stock again", same and classes, f"{what}, classes {'the same' if classes else 'differ'}"
+    )

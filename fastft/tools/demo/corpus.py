@@ -1,8 +1,9 @@
-"""Real text that every machine has: the signatures and docstrings of Python's standard library; or the user's own data set.
+"""Real text that every machine has: the signatures and docstrings of Python's standard library; or the user's own data
+set.
 
-`stdlib_pairs()` imports the library's public modules and reads `inspect.signature` and `inspect.getdoc` of what they define: some
-four thousand pairs. Pairs with the same docstring (inherited methods) are kept once, so that nothing held out is also trained on.
-"""
+`stdlib_pairs()` imports the library's public modules and reads `inspect.signature` and `inspect.getdoc` of what they
+define: some four thousand pairs. Pairs with the same docstring (inherited methods) are kept once, so that nothing held
+out is also trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ LONGEST = 240  # characters of a docstring's first paragraph
 
 @dataclass(frozen=True)
 class Pair:
-    """`name` and `signature` of a callable, `summary` the first paragraph of its docstring on one line, `doc` all of it."""
+    """`name` and `signature` of a callable, `summary` the first paragraph of its docstring on one line, `doc` all of
+    it."""
 
     name: str
     signature: str
@@ -120,7 +122,9 @@ def user_dataset(spec: str, held_out: int, seed: int) -> tuple[Any, Any]:
     except (OSError, ConnectionError, ValueError) as e:
         if isinstance(e, DatasetError):
             raise
-        raise DatasetError(f"--dataset {spec} is neither a file here nor a data set on the Hub that can be read: {e}") from e
+        raise DatasetError(
+            f"--dataset {spec} is neither a file here nor a data set on the Hub that can be read: {e}"
+        ) from e
     columns = set(data.column_names)
     if {"instruction", "output"} <= columns and not {"messages", "prompt", "text"} & columns:
         extra = lambda row: f"\n{row['input']}" if row.get("input") else ""

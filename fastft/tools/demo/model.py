@@ -1,8 +1,8 @@
-"""A model small enough for any machine: a byte-level BPE tokenizer and a decoder, trained on docstrings for a minute and saved.
+"""A model small enough for any machine: a byte-level BPE tokenizer and a decoder, trained on docstrings for a minute
+and saved.
 
-The model learns the English of the docstrings as running text. It never sees a signature or the demo's prompt, so the fine-tuning
-that follows has something to teach.
-"""
+The model learns the English of the docstrings as running text. It never sees a signature or the demo's prompt, so the
+fine-tuning that follows has something to teach."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def train_tokenizer(texts: list[str], vocab: int):
     special = ["<|endoftext|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], pad_token=special[1])
 
@@ -69,7 +70,9 @@ def build(size: DecoderSize, tokenizer) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def pretrain(pairs: list[Pair], folder: Path, size: DecoderSize, seed: int, on_step: Callable[[int, float], None]) -> float:
+def pretrain(
+    pairs: list[Pair], folder: Path, size: DecoderSize, seed: int, on_step: Callable[[int, float], None]
+) -> float:
     """Train tokenizer and decoder on the docstrings of `pairs`, save both to `folder`; returns the last loss."""
     tokenizer = train_tokenizer([p.doc for p in pairs] + [p.prompt for p in pairs], size.vocab)
     ids = [i for p in pairs for i in (*tokenizer(p.doc).input_ids, tokenizer.eos_token_id)]

@@ -1,4 +1,4 @@
-"""The demo's one picture: both loss curves above, how far each is from the truth below."""
+"""The demo's one picture: both loss curves above, how far each is from the reference below."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from fastft.tools.demo.training import TrainingRun
 
 
-def plot(path: Path, fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, truth: TrainingRun | None, title: str) -> None:
-    """Write a PNG. Below, on a logarithmic scale, the distance of each run from the float64 run (from stock where there is
-    none)."""
+def plot(
+    path: Path, fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, reference: TrainingRun | None, title: str
+) -> None:
+    """Write a PNG. Below, on a logarithmic scale, the distance of each run from the float64 run (from stock where there
+    is none)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -17,14 +19,18 @@ def plot(path: Path, fast: TrainingRun, stock: TrainingRun, reordered: TrainingR
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     steps = range(1, len(stock.losses) + 1)
-    above.plot(steps, stock.losses, color="#999999", linewidth=4, label=f"stock ({1e3 * stock.median_step:.0f} ms a step)")
-    above.plot(steps, fast.losses, color="#0b6e4f", linewidth=1.5, label=f"fastft ({1e3 * fast.median_step:.0f} ms a step)")
+    above.plot(
+        steps, stock.losses, color="#999999", linewidth=4, label=f"stock ({1e3 * stock.median_step:.0f} ms a step)"
+    )
+    above.plot(
+        steps, fast.losses, color="#0b6e4f", linewidth=1.5, label=f"fastft ({1e3 * fast.median_step:.0f} ms a step)"
+    )
     above.set_ylabel("training loss")
     above.set_title(title)
     above.legend(frameon=False)
-    base, of = (truth, truth.name) if truth is not None else (stock, "stock")
+    base, of = (reference, reference.name) if reference is not None else (stock, "stock")
     others = [(reordered, "#999999", reordered.name, "--"), (fast, "#0b6e4f", "fastft", "-")]
-    if truth is not None:
+    if reference is not None:
         others.insert(0, (stock, "#999999", "stock", "-"))
     for run, color, label, style in others:
         distance = [max(abs(x - y), 1e-10) for x, y in zip(run.losses, base.losses)]

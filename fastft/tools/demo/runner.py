@@ -51,8 +51,8 @@ class DemoOptions:
 
 
 def demo(options: DemoOptions, console: Console | None = None) -> int:
-    """Run it all; returns the exit code. Figures go to `options.out`: demo.json, loss.png, adapter/, and model/ for the demo's
-    own."""
+    """Run it all; returns the exit code. Figures go to `options.out`: demo.json, loss.png, adapter/, and model/ for the
+    demo's own."""
     console = console or Console()
     begun = time.perf_counter()
     out = options.out
@@ -106,7 +106,9 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
 
     tokenizer = load_tokenizer(job.model)
     prompt = runs.prompt_of(job.held_out[0], tokenizer)
-    bare = runs.load_stock(job)  # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
+    bare = runs.load_stock(
+        job
+    )  # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
     before = runs.held_out_loss(job, bare)
     said_before = runs.complete(bare, tokenizer, prompt)
     del bare
@@ -121,7 +123,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     begin = checks.check_start(checks.trainable(fast_model), start)
     fast = _train(job, fast_model, "fastft", console)
     final = report(fast_model)
-    reordered, truth = _references(job, console)
+    reordered, reference = _references(job, console)
 
     said_after = runs.complete(fast_model, tokenizer, prompt)
     adapter = job.out / "adapter"
@@ -138,13 +140,13 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     found = [
         DemoCheck("modules were swapped", len(final.swapped) > 0, f"{sum(r.count for r in final.swapped)} modules"),
         begin,
-        checks.check_curves(fast, stock, reordered, truth),
+        checks.check_curves(fast, stock, reordered, reference),
         checks.check_drop(before, fast.held_out_loss, least),
         reload,
         checks.check_undo(job, fast_model, trained, ids),
     ]
     title = f"{Path(job.model).name}: {job.steps} steps of LoRA through TRL, {job.device.type}"
-    plot(job.out / "loss.png", fast, stock, reordered, truth, title)
+    plot(job.out / "loss.png", fast, stock, reordered, reference, title)
     _show(console, before, stock, fast, found, prompt, said_before, said_after, final.fallbacks)
     return {
         "model": job.model,
@@ -154,7 +156,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
         "four_bit": job.four_bit,
         "machine": _machine(job),
         "held_out_loss_before": before,
-        "runs": {r.name: r.to_dict() for r in (stock, fast, reordered, truth) if r is not None},
+        "runs": {r.name: r.to_dict() for r in (stock, fast, reordered, reference) if r is not None},
         "report": final.to_dict(),
         "sample": {"prompt": prompt, "before": said_before, "after": said_after},
         "checks": [c.to_dict() for c in found],
@@ -167,7 +169,8 @@ def _train(job: DemoSettings, model: Any, name: str, console: Console, **how: An
 
 
 def _references(job: DemoSettings, console: Console) -> tuple[TrainingRun, TrainingRun | None]:
-    """Stock in another order of summation, and stock in a higher precision (None where that does not fit into the GPU)."""
+    """Stock in another order of summation, and stock in a higher precision (None where that does not fit into the
+    GPU)."""
     reordered = _train(job, runs.load_stock(job), "stock, reordered", console, reordered=True, measure=False)
     precision = str(runs.truth_dtype(job)).removeprefix("torch.")
     try:
@@ -175,7 +178,9 @@ def _references(job: DemoSettings, console: Console) -> tuple[TrainingRun, Train
             job, runs.load_stock(job, exact=True), f"stock in {precision}", console, exact=True, measure=False
         )
     except torch.OutOfMemoryError:
-        console.print(f"stock in {precision} does not fit: the curves are judged by the distance of two stock runs instead")
+        console.print(
+            f"stock in {precision} does not fit: the curves are judged by the distance of two stock runs instead"
+        )
         return reordered, None
 
 
@@ -206,7 +211,8 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries' own progress bars and deprecation notices off, for the demo shows its own bars; as they were afterwards."""
+    """The libraries' own progress bars and deprecation notices off, for the demo shows its own bars; as they were
+    afterwards."""
     import datasets
     from transformers.utils import logging
 
@@ -250,7 +256,9 @@ def _show(
     console.print(table)
     for reason, n in slow.items():
         console.print(f"went the stock way in {n} calls: {reason}", markup=False)
-    console.print(f"prompt: {prompt.strip()}\nbefore: {said_before}\nafter:  {said_after}", markup=False, highlight=False)
+    console.print(
+        f"prompt: {prompt.strip()}\nbefore: {said_before}\nafter:  {said_after}", markup=False, highlight=False
+    )
     for c in found:
         console.print(f"{'[green]held[/]' if c.ok else '[red]FAILED[/]'}  {c.name}: ", end="")
         console.print(c.evidence, markup=False, highlight=False)

@@ -1,9 +1,9 @@
 """One fine-tuning run through TRL's SFTTrainer, with stock or fastft, from the same seed: its losses, time and memory.
 
-A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. The trainer is
-only watched: each step's loss is noted to its last bit as training_step returns it (the log holds float32), times in a callback.
-Stock loads with transformers and PEFT alone.
-"""
+A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. The
+trainer is
+only watched: each step's loss is noted to its last bit as training_step returns it (the log holds float32), times in a
+callback. Stock loads with transformers and PEFT alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft.tools.tokenizer import load_tokenizer
 
 
@@ -42,7 +42,8 @@ class DemoSettings:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What TRL trains in on this machine: its own default where there is a GPU; nothing for the demo's own model."""
+        """What TRL trains in on this machine: its own default where there is a GPU; nothing for the demo's own
+        model."""
         if self.small or self.device.type != "cuda":
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -84,8 +85,8 @@ def load_fast(job: DemoSettings):
 
 
 def load_stock(job: DemoSettings, *, exact: bool = False):
-    """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same weights, bit for bit,
-    in the dtype of `truth_dtype`."""
+    """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same
+    weights, bit for bit, in the dtype of `truth_dtype`."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -151,13 +152,20 @@ def make_trainer(
             "bf16": False,
             "gradient_checkpointing": False,
             "learning_rate": 5e-3,
-            "warmup_steps": max(1, job.steps // 10),  # Adam's first step alone would turn rounding of tiny gradients into moves
+            "warmup_steps": max(
+                1, job.steps // 10
+            ),  # Adam's first step alone would turn rounding of tiny gradients into moves
             "max_length": 192,
             "completion_only_loss": False,
         }
     else:
         auto = None if exact else job.autocast
-        ours = {"bf16": auto == torch.bfloat16, "fp16": auto == torch.float16, "learning_rate": 2e-4, "max_length": 1024}
+        ours = {
+            "bf16": auto == torch.bfloat16,
+            "fp16": auto == torch.float16,
+            "learning_rate": 2e-4,
+            "max_length": 1024,
+        }
     args = SFTConfig(
         output_dir=str(job.out / "trainer"),
         max_steps=job.steps,
@@ -194,17 +202,21 @@ def train(
     measure: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingRun:
-    """Train `model` for job.steps steps. `reordered`: the rows of every batch reversed and padded further, which is the same
-    mathematics in another order of summation; `exact`: in the dtype of `truth_dtype` throughout, for a model loaded so; `measure`
-    adds held-out loss and bytes saved for backward."""
+    """Train `model` for job.steps steps. `reordered`: the rows of every batch reversed and padded further, which is the
+    same mathematics in another order of summation; `exact`: in the dtype of `truth_dtype` throughout, for a model
+    loaded so; `measure` adds held-out loss and bytes saved for backward."""
     run = TrainingRun(name)
-    trainer = make_trainer(job, model, load_tokenizer(job.model), exact=exact, on_step=on_step, timings=run.step_seconds)
+    trainer = make_trainer(
+        job, model, load_tokenizer(job.model), exact=exact, on_step=on_step, timings=run.step_seconds
+    )
     if reordered:
         collate: Any = trainer.data_collator
         if hasattr(collate, "pad_to_multiple_of"):
             collate.pad_to_multiple_of = 64
         trainer.data_collator = lambda batch: collate(batch[::-1])
-    if exact and job.four_bit:  # TRL has rounded the adapter as QLoRA does; from these same bits it is trained in full here
+    if (
+        exact and job.four_bit
+    ):  # TRL has rounded the adapter as QLoRA does; from these same bits it is trained in full here
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
@@ -219,7 +231,7 @@ def train(
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with float64_truth() if exact and truth_dtype(job) == torch.float64 else nullcontext():
+    with float64_reference() if exact and truth_dtype(job) == torch.float64 else nullcontext():
         trainer.train()
     run.seconds = time.perf_counter() - start
     if job.device.type == "cuda":
@@ -237,7 +249,8 @@ def held_out_loss(job: DemoSettings, model) -> float:
 
 
 def saved_bytes(trainer) -> int:
-    """Bytes of distinct storages that autograd packs for the backward of one step's loss, the model's own tensors excluded."""
+    """Bytes of distinct storages that autograd packs for the backward of one step's loss, the model's own tensors
+    excluded."""
     model = trainer.model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}  # held until the end, so that no address is used twice
@@ -257,8 +270,8 @@ def saved_bytes(trainer) -> int:
 
 
 def prompt_of(row: dict, tokenizer) -> str:
-    """The part of a held-out row that a model is asked with: its prompt, its messages but the last, or the first half of its
-    text."""
+    """The part of a held-out row that a model is asked with: its prompt, its messages but the last, or the first half
+    of its text."""
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
     messages = row.get("prompt") or (row["messages"][:-1] if "messages" in row else None)

@@ -1,8 +1,8 @@
 """A model at full size on fake tensors: the real modules and the real code, without memory for values.
 
-Tensors of integers and truth values stay real, so that questions a forward asks of them (is a row padded? are rows packed?) get the
-answers that they get in a run; every floating-point tensor is fake. So no architecture's mask code needs to be known.
-"""
+Tensors of integers and reference values stay real, so that questions a forward asks of them (is a row padded? are rows
+packed?) get the answers that they get in a run; every floating-point tensor is fake. So no architecture's mask code
+needs to be known."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ BLOCK, BLOCK_OF_BLOCKS = 64, 256  # bitsandbytes: values of one absmax, and absm
 REAL_ELEMENTS = 1 << 28  # a larger tensor of integers is fake after all
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, *, four_bit: bool = False, trust_remote_code: bool = False) -> nn.Module:
-    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`; without adapters."""
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, *, four_bit: bool = False, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`; without
+    adapters."""
     model = on_meta(config, trust_remote_code, dtype)
     if four_bit:
         _quantise(model, dtype)
@@ -45,7 +48,9 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
         from transformers.quantizers.base import get_keys_to_not_convert
     except ImportError as e:
         raise QuantizationError(f"a plan for 4-bit needs bitsandbytes: {e}") from e
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     replace_with_bnb_linear(model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=how)
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = how.quantization_method()
@@ -53,7 +58,8 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def to_fake(model: nn.Module) -> None:
-    """Inside a FakeTensorMode: meta tensors become fake CPU tensors (tied ones stay tied), 4-bit weights what bitsandbytes stores."""
+    """Inside a FakeTensorMode: meta tensors become fake CPU tensors (tied ones stay tied), 4-bit weights what
+    bitsandbytes stores."""
     known: dict[int, torch.Tensor] = {}
 
     def fake(t: torch.Tensor, owner: nn.Module) -> torch.Tensor:
@@ -64,7 +70,9 @@ def to_fake(model: nn.Module) -> None:
                 known[id(t)] = _packed(t, owner)
             else:
                 empty = torch.empty(t.shape, dtype=t.dtype, device="cpu")
-                known[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
+                known[id(t)] = (
+                    nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
+                )
         return known[id(t)]
 
     for module in model.modules():
@@ -73,12 +81,18 @@ def to_fake(model: nn.Module) -> None:
 
 
 def _packed(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """What a Params4bit of this shape is once it is quantised. (A fake tensor with its attributes: a subclass would hide that it is fake.)"""
+    """What a Params4bit of this shape is once it is quantised. (A fake tensor with its attributes: a subclass would
+    hide that it is fake.)"""
     from bitsandbytes.functional import QuantState
 
     n = weight.numel()
     blocks = -(-n // BLOCK)
-    nested = QuantState(absmax=torch.empty(-(-blocks // BLOCK_OF_BLOCKS)), code=torch.empty(256), blocksize=BLOCK_OF_BLOCKS, dtype=torch.float32)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // BLOCK_OF_BLOCKS)),
+        code=torch.empty(256),
+        blocksize=BLOCK_OF_BLOCKS,
+        dtype=torch.float32,
+    )
     state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8),
         shape=weight.shape,
@@ -91,9 +105,14 @@ def _packed(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     )
     packed = nn.Parameter(torch.empty(((n + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
     packed.__dict__.update(
-        quant_state=state, blocksize=BLOCK, compress_statistics=True, quant_type=weight.quant_type, quant_storage=torch.uint8, bnb_quantized=True,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=True,
+        quant_type=weight.quant_type,
+        quant_storage=torch.uint8,
+        bnb_quantized=True,
         module=owner,
-    )  # fmt: skip
+    )
     owner.quant_state = state
     return packed
 
@@ -121,8 +140,8 @@ def tensors_in(args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 
 class RealIntegers(TorchDispatchMode):
-    """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's count of steps) is really
-    run; what it returns in floating point becomes fake, but for single numbers."""
+    """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's
+    count of steps) is really run; what it returns in floating point becomes fake, but for single numbers."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
@@ -144,7 +163,9 @@ class RealIntegers(TorchDispatchMode):
                 return out
         with unset_fake_temporarily():
             out = func(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda t: self.fake.from_tensor(t) if t.is_floating_point() and t.numel() > 1 else t, out)
+        return tree_map_only(
+            torch.Tensor, lambda t: self.fake.from_tensor(t) if t.is_floating_point() and t.numel() > 1 else t, out
+        )
 
 
 def _is_mask(t: torch.Tensor | None) -> bool:
@@ -152,8 +173,8 @@ def _is_mask(t: torch.Tensor | None) -> bool:
 
 
 class FakeRun:
-    """Where one model is made fake and run: `with` it as often as there are runs. (A fake tensor belongs to one mode.) Raises PlanError where
-    the model's code asks for a floating-point value, which is not there."""
+    """Where one model is made fake and run: `with` it as often as there are runs. (A fake tensor belongs to one mode.)
+    Raises PlanError where the model's code asks for a floating-point value, which is not there."""
 
     def __init__(self) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,21 +1,24 @@
 """How much of a GPU's memory a training step can use.
 
-The sizes are `total_memory` as torch reports it on such a card (its out-of-memory messages print it), rounded down to 0.1 GiB. The
-constants are estimates with the source beside each; none was measured on a GPU here.
-"""
+The sizes are `total_memory` as torch reports it on such a card (its out-of-memory messages print it), rounded down to
+0.1 GiB. The constants are estimates with the source beside each; none was measured on a GPU here."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from fastft.checkpointing.memory_meter import SLACK
 from fastft.errors import PlanError
-from fastft.memory.meter import SLACK
 from fastft.parsing import parse_bytes
 
 GIB = 2**30
-CONTEXT = GIB // 2  # CUDA context, loaded kernels, cuBLAS handles, taken beside torch's allocator: 0.3 to 0.6 GiB by card and driver
-CUBLAS = 8 * 2**20 + 128 * 2**10  # torch's notes on CUDA semantics: the default workspace is ":4096:2:16:8" (KiB x count),
+CONTEXT = (
+    GIB // 2
+)  # CUDA context, loaded kernels, cuBLAS handles, taken beside torch's allocator: 0.3 to 0.6 GiB by card and driver
+CUBLAS = (
+    8 * 2**20 + 128 * 2**10
+)  # torch's notes on CUDA semantics: the default workspace is ":4096:2:16:8" (KiB x count),
 CUBLAS_HOPPER = 32 * 2**20  # and ":4096:8" on sm_90; both come out of torch's allocator
 BLOCK = 512  # bytes to which torch's caching allocator rounds (kMinBlockSize in CUDACachingAllocator)
 
@@ -48,7 +51,8 @@ class Gpu:
 
     @property
     def usable(self) -> int:
-        """What torch's allocator may hand out before the card is full: without context and with the slack of the policy "auto"."""
+        """What torch's allocator may hand out before the card is full: without context and with the slack of the policy
+        "auto"."""
         return int(self.total * (1 - SLACK)) - CONTEXT
 
     @property
@@ -66,12 +70,15 @@ def known() -> list[Gpu]:
 
 
 def find(text: str) -> Gpu:
-    """The card that `text` names ("T4", "rtx 4090", "H100"), one of a size ("16GiB"), or this machine's ("this"). Raises PlanError."""
+    """The card that `text` names ("T4", "rtx 4090", "H100"), one of a size ("16GiB"), or this machine's ("this").
+    Raises PlanError."""
     if text.lower() == "this":
         import torch
 
         if not torch.cuda.is_available():
-            raise PlanError("gpu='this', but torch sees no CUDA device here: name a card such as 'T4', or a size such as '16GiB'")
+            raise PlanError(
+                "gpu='this', but torch sees no CUDA device here: name a card such as 'T4', or a size such as '16GiB'"
+            )
         p = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Gpu(p.name, p.total_memory, 10 * p.major + p.minor)
     if size := parse_bytes(text):

@@ -1,8 +1,7 @@
 """The bytes that live at every moment of a training step that runs on fake tensors.
 
-`AllocationLedger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while it runs, and afterwards
-tells what was alive at any allocation, by what it was for.
-"""
+`AllocationLedger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while
+it runs, and afterwards tells what was alive at any allocation, by what it was for."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.tools.plan.fake import tensors_in
 from fastft.tools.plan.workspace import inside
-from fastft_kernels._runtime import LAUNCHERS
+from fastft_kernels.runtime.dispatch import LAUNCHERS
 
 TAGS = ("temporary", "activations", "gradients", "optimizer")
 
@@ -45,8 +44,9 @@ class _Storage:
 
 @dataclass(eq=False)
 class AllocationLedger(TorchDispatchMode):
-    """rounding: bytes to which the device's allocator rounds. for_cuda: operators allocate as they do on CUDA; else fastft's own run
-    their CPU implementations, whose temporaries are then seen like all others. static: storages that live anyway and are not counted."""
+    """rounding: bytes to which the device's allocator rounds. for_cuda: operators allocate as they do on CUDA; else
+    fastft's own run their CPU implementations, whose temporaries are then seen like all others. static: storages that
+    live anyway and are not counted."""
 
     rounding: int = 1
     for_cuda: bool = True
@@ -126,8 +126,8 @@ class AllocationLedger(TorchDispatchMode):
 
 
 def aligned(short: np.ndarray, long: np.ndarray) -> np.ndarray | None:
-    """For each allocation of `short` its partner in `long`, a run of the same code with some layers more: they are one stretch that was
-    put in. None where `long` is something else."""
+    """For each allocation of `short` its partner in `long`, a run of the same code with some layers more: they are one
+    stretch that was put in. None where `long` is something else."""
     extra = len(long) - len(short)
     if extra < 0:
         return None
@@ -138,10 +138,12 @@ def aligned(short: np.ndarray, long: np.ndarray) -> np.ndarray | None:
     return np.concatenate([np.arange(split), np.arange(split, len(short)) + extra])
 
 
-def deeper(short: list[Phase], longs: list[tuple[float, list[Phase]]], keep: Callable[[np.ndarray], np.ndarray] = lambda d: d) -> list[Phase]:
-    """The phases of a model with more layers. longs: (how many steps further, the phases of one step further) for each way of growing.
-    Memory is linear in the number of like layers at each moment of the code, so every moment is extrapolated by itself. keep: of the
-    growth of a step [moments, TAGS], what is real."""
+def deeper(
+    short: list[Phase], longs: list[tuple[float, list[Phase]]], keep: Callable[[np.ndarray], np.ndarray] = lambda d: d
+) -> list[Phase]:
+    """The phases of a model with more layers. longs: (how many steps further, the phases of one step further) for each
+    way of growing. Memory is linear in the number of like layers at each moment of the code, so every moment is
+    extrapolated by itself. keep: of the growth of a step [moments, TAGS], what is real."""
     found = []
     for i, phase in enumerate(short):
         live = phase.live.copy()
@@ -150,7 +152,9 @@ def deeper(short: list[Phase], longs: list[tuple[float, list[Phase]]], keep: Cal
             if partner is not None:
                 live = live + steps * keep(phases[i].live[partner] - phase.live)
             else:  # allocations whose number or size depends on the depth: the two peaks
-                a, b = (p.live[p.live.sum(1).argmax()] if len(p.live) else np.zeros(len(TAGS)) for p in (phase, phases[i]))
+                a, b = (
+                    p.live[p.live.sum(1).argmax()] if len(p.live) else np.zeros(len(TAGS)) for p in (phase, phases[i])
+                )
                 live = live + steps * keep((b - a)[None])
         found.append(Phase(phase.name, phase.sizes, live))
     return found

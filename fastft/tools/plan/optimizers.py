@@ -1,4 +1,5 @@
-"""What an optimizer keeps for each parameter, and what its step takes, by the name in `TrainingArguments(optim=...)`."""
+"""What an optimizer keeps for each parameter, and what its step takes, by the name in
+`TrainingArguments(optim=...)`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from torch import nn
 
 from fastft.errors import PlanError
 
-MIN_8BIT, BLOCK, MIN_PAGED = 4096, 256, 100_000  # bitsandbytes' min_8bit_size, blocksize of a state, least elements of a paged state
+MIN_8BIT, BLOCK, MIN_PAGED = (
+    4096,
+    256,
+    100_000,
+)  # bitsandbytes' min_8bit_size, blocksize of a state, least elements of a paged state
 TORCH = {"adamw_torch": {"fused": False}, "adamw_torch_fused": {"fused": True}}
 BITSANDBYTES = {  # bits of a state, whether it is paged
     "adamw_8bit": (8, False),
@@ -22,7 +27,8 @@ NAMES = (*TORCH, *BITSANDBYTES)
 
 
 def states(model: nn.Module, optim: str, for_cuda: bool) -> tuple[Callable[[], None], list[torch.Tensor]]:
-    """(the optimizer's step, its state), on the fake parameters of `model` that train. Raises PlanError for a name that is not in NAMES."""
+    """(the optimizer's step, its state), on the fake parameters of `model` that train. Raises PlanError for a name that
+    is not in NAMES."""
     learning = [p for p in model.parameters() if p.requires_grad]
     if optim in TORCH:
         return _torch(learning, TORCH[optim]["fused"], for_cuda)
@@ -32,8 +38,12 @@ def states(model: nn.Module, optim: str, for_cuda: bool) -> tuple[Callable[[], N
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     kept: list[torch.Tensor] = []
     for p in learning:
-        wide = bits == 32 or p.numel() < MIN_8BIT or id(p) in embeddings  # transformers keeps embeddings' states in 32 bits
-        if not (paged and for_cuda and p.numel() >= MIN_PAGED):  # a paged state lies in managed memory, which torch does not count
+        wide = (
+            bits == 32 or p.numel() < MIN_8BIT or id(p) in embeddings
+        )  # transformers keeps embeddings' states in 32 bits
+        if not (
+            paged and for_cuda and p.numel() >= MIN_PAGED
+        ):  # a paged state lies in managed memory, which torch does not count
             kept += [torch.empty(p.shape, dtype=torch.float32 if wide else torch.uint8) for _ in range(2)]
         if not wide:
             kept += [torch.empty(-(-p.numel() // BLOCK)) for _ in range(2)]

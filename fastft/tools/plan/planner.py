@@ -1,8 +1,8 @@
 """`fastft plan`: the memory that training will take, before a GPU or the weights are there.
 
-The real patched model runs a real step on fake tensors (`plan_predict`), from its configuration alone; stock runs beside it. From a few
-such runs follow the largest batch and the longest sequence that fit a GPU, and what the activation policy "auto" would choose there.
-"""
+The real patched model runs a real step on fake tensors (`plan_predict`), from its configuration alone; stock runs
+beside it. From a few such runs follow the largest batch and the longest sequence that fit a GPU, and what the
+activation policy "auto" would choose there."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from fastft.checkpointing.policy import parse
+from fastft.checkpointing.split import choose
+from fastft.checkpointing.stack_forward import HEAD_BYTES, WORKSPACE
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError
-from fastft.memory.choose import choose
-from fastft.memory.forward import HEAD_BYTES, WORKSPACE
-from fastft.memory.policy import parse
 from fastft.parsing import parse_dtype
 from fastft.tools.plan.gpus import Gpu, find, known
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
@@ -46,20 +46,25 @@ def plan(
     limits: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, or a config), nothing padded.
+    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, or a config),
+    nothing padded.
 
     gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
     seq, batch: tokens of a row, rows on the device. accumulate: gradient_accumulation_steps.
-    r: LoRA's rank, on all linears but the head (peft_config: any other PEFT config); full: no adapter, everything is trained.
-    load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without bfloat16. The step
+    r: LoRA's rank, on all linears but the head (peft_config: any other PEFT config); full: no adapter, everything is
+    trained.
+    load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without
+    bfloat16. The step
         runs under autocast to that dtype; adapters are float32, and in bfloat16 on a 4-bit base (both as TRL does it).
     optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
-    policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL is installed), or
+    policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL
+    is installed), or
         "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an allocator's rounding.
-    stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch and longest row.
+    stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch
+    and longest row.
 
-    Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs its values.
-    """
+    Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs
+    its values."""
     config = model if isinstance(model, PretrainedConfig) else _config(os.fspath(model), trust_remote_code)
     card = None if gpu is None else find(gpu)
     loss = loss or ("trl" if importlib.util.find_spec("trl") is not None else "model")
@@ -118,7 +123,9 @@ class _Work:
         if asked.mode in ("none", "lean", "offload"):
             first = lines.pop(asked.mode)
         elif asked.mode in ("full", "trainer"):
-            raise PlanError(f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under 'auto'")
+            raise PlanError(
+                f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under 'auto'"
+            )
         elif asked.mode == "layers":
             n = min(asked.layers or 0, depth)
             first = self._line("fastft", f"{n} layers", (n, depth - n, 0))
@@ -138,7 +145,9 @@ class _Work:
         gradients = sum(p.numel() * p.element_size() for p in s.model.parameters() if p.requires_grad)
         reserve = WORKSPACE + HEAD_BYTES * numel + kept + gradients
         split = choose([int(kept)] * depth, [int(checkpoint)] * depth, usable - held, int(reserve))
-        line = self._line("fastft", "auto", (split.recomputed, depth - split.recomputed, split.offloaded), search_too=False)
+        line = self._line(
+            "fastft", "auto", (split.recomputed, depth - split.recomputed, split.offloaded), search_too=False
+        )
         best = lambda name: max((v for x in lines.values() if (v := getattr(x, name)) is not None), default=None)
         return replace(line, largest_batch=best("largest_batch"), longest=best("longest"))
 
@@ -152,10 +161,19 @@ class _Work:
         peak = self.subject.peak((recomputed, kept), self.batch, self.seq, offloaded)
         taken = lambda gpu: peak.total + (gpu.cublas if self.subject.setting.for_cuda else 0)
         fits = None if self.gpu is None else taken(self.gpu) <= self.gpu.usable
-        smallest = next((g.name for g in known() if taken(g) <= g.usable and (g.has_bfloat16 or self.subject.setting.dtype != torch.bfloat16)), None)
+        smallest = next(
+            (
+                g.name
+                for g in known()
+                if taken(g) <= g.usable and (g.has_bfloat16 or self.subject.setting.dtype != torch.bfloat16)
+            ),
+            None,
+        )
         found = Limits()
         if self.limits and search_too and self.gpu is not None:
-            found = search(self.subject, (recomputed, kept), offloaded, self.gpu.usable - self.gpu.cublas, self.batch, self.seq)
+            found = search(
+                self.subject, (recomputed, kept), offloaded, self.gpu.usable - self.gpu.cublas, self.batch, self.seq
+            )
         return PlanLine(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
 
 

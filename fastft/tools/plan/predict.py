@@ -1,9 +1,10 @@
-"""Peak memory of one training step of one stack (fastft under a policy, or stock), at any batch and length, from runs on fake tensors.
+"""Peak memory of one training step of one stack (fastft under a policy, or stock), at any batch and length, from runs
+on fake tensors.
 
-A deep model is many like layers, and memory is linear in their number at every moment of the code. So a model cut to a few layers is
-run twice, with a period of layers more the second time, and every moment is extrapolated to the whole depth; layers that differ
-(sliding and full attention in turn) are periods of several. A model whose layers show no period is run whole.
-"""
+A deep model is many like layers, and memory is linear in their number at every moment of the code. So a model cut to a
+few layers is run twice, with a period of layers more the second time, and every moment is extrapolated to the whole
+depth; layers that differ (sliding and full attention in turn) are periods of several. A model whose layers show no
+period is run whole."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fastft.api import patch
-from fastft.memory.controller import control
-from fastft.memory.policy import Policy
-from fastft.memory.stack import kind_of, stacks
+from fastft.checkpointing.controller import control
+from fastft.checkpointing.layer_stack import kind_of, stacks
+from fastft.checkpointing.policy import Policy
 from fastft.patching.patcher import innermost
 from fastft.tools.plan import fake as plan_fake
 from fastft.tools.plan.gpus import BLOCK
@@ -34,7 +35,8 @@ LONGEST_PERIOD = 8
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains everything."""
+    """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains
+    everything."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -79,11 +81,13 @@ class PlannedModel:
     period: int | None
     fake: plan_fake.FakeRun
     runs: dict[tuple, TracedStep] = field(default_factory=dict)
-    has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `plan_search` has asked
+    has_squares: bool | None = (
+        None  # whether memory grows with the square of a row's length, once `plan_search` has asked
+    )
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
-        """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the recomputed ones have
-        their input on the host."""
+        """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the
+        recomputed ones have their input on the host."""
         whole = self.whole(layers, rows, tokens, offloaded)
         return max(_peaks(whole), key=lambda p: p.total)
 
@@ -111,7 +115,8 @@ class PlannedModel:
         return TracedStep(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))))
 
     def kept(self, layers: tuple[int, int], rows: int, tokens: int) -> float:
-        """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there is none, a kept one."""
+        """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there
+        is none, a kept one."""
         small, p = (self._less(layers[0]), self._less(layers[1])), self.period or 1
         if self.period is None:
             return self._run(layers, rows, tokens).phases[0].live[-1, ACTIVATIONS] / max(self.depth, 1)
@@ -144,14 +149,17 @@ class PlannedModel:
     def _prepare(self, layers: tuple[int, int]) -> None:
         base = innermost(self.model)
         if not self.setting.patched:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if layers[0] else _store(base)
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if layers[
+                0
+            ] else _store(base)
         elif not layers[1]:
             control(base, Policy("lean"))
         else:
             control(base, Policy("layers", layers=layers[0]) if layers[0] else Policy("none"))
 
     def _step(self, rows: int, tokens: int) -> TracedStep:
-        """The second step of a run, and the last of its accumulated batches: the optimizer's state is there, and so may gradients be."""
+        """The second step of a run, and the last of its accumulated batches: the optimizer's state is there, and so may
+        gradients be."""
         s, model = self.setting, self.model
         with contextlib.ExitStack() as context:
             if s.for_cuda:
@@ -159,7 +167,10 @@ class PlannedModel:
             batch = plan_fake.batch(self.config, rows, tokens)
             learning = [p for p in model.parameters() if p.requires_grad]
             step, kept = states(model, s.optim, s.for_cuda)
-            held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))]
+            held = [
+                t.untyped_storage()
+                for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))
+            ]
             ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
             with ledger:
                 for t in kept:
@@ -205,7 +216,7 @@ class _Growth:
 
 @contextlib.contextmanager
 def _as_on_cuda(base: nn.Module) -> Iterator[None]:
-    from fastft_kernels._runtime import planned_for_cuda
+    from fastft_kernels.runtime.dispatch import planned_for_cuda
 
     with planned_for_cuda(), head_as_on_cuda(base):
         yield
@@ -293,4 +304,3 @@ def _signature(layer: nn.Module) -> tuple:
         if isinstance(v, plain) and k not in ("layer_idx", "layer_id", "training")
     ]
     return kind_of(layer), tuple(settings)
-

@@ -29,8 +29,9 @@ UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GP
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch: rows of `seq`
-    tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the smallest that it fits."""
+    """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch:
+    rows of `seq` tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the
+    smallest that it fits."""
 
     stack: str
     policy: str
@@ -48,8 +49,8 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line of the policy that
-    was asked for."""
+    """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line
+    of the policy that was asked for."""
 
     model: str
     what: str
@@ -97,8 +98,14 @@ def label(line: PlanLine, layers: int) -> str:
 
 
 def render(plan: Plan) -> Iterator[Table | Text]:
-    where = "" if plan.gpu is None else f" on {plan.gpu.name} ({plan.gpu.usable / GIB:.1f} of {plan.gpu.total / GIB:.1f} GiB usable)"
-    table = Table(title=f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}", title_justify="left")
+    where = (
+        ""
+        if plan.gpu is None
+        else f" on {plan.gpu.name} ({plan.gpu.usable / GIB:.1f} of {plan.gpu.total / GIB:.1f} GiB usable)"
+    )
+    table = Table(
+        title=f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}", title_justify="left"
+    )
     table.add_column("GiB at the peak", overflow="fold", min_width=24)
     for c in (*COLUMNS, "total"):
         table.add_column(c, justify="right")
@@ -138,6 +145,8 @@ def plot(plan: Plan, path: str | os.PathLike) -> None:
     axes.set_title(f"{plan.model}: {plan.what}, {plan.batch} x {plan.seq}", fontsize=10)
     axes.set_xlim(0, 1.1 * max(left))
     if plan.gpu is not None:
-        axes.axvline(plan.gpu.usable / GIB, color="black", linestyle="--", linewidth=1, label=f"{plan.gpu.name}: usable")
+        axes.axvline(
+            plan.gpu.usable / GIB, color="black", linestyle="--", linewidth=1, label=f"{plan.gpu.name}: usable"
+        )
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18))
     FigureCanvasAgg(figure).print_figure(path, dpi=120)

@@ -1,10 +1,9 @@
 """The largest batch and the longest row that fit.
 
-In each phase of a step, beyond one tile of the head, activations and temporary buffers are V(T) = i + T v in tokens T; all else is constant. The intercept i (a
-head's tile) does not depend on the depth, so that a second run of a few layers gives it, and V of the whole model, which is known at the
-tokens asked for, the slope. Where a mask is made, the square of a row's length adds to it, which further runs show. Nothing as large as
-the answer is run.
-"""
+In each phase of a step, beyond one tile of the head, activations and temporary buffers are V(T) = i + T v in tokens T;
+all else is constant. The intercept i (a head's tile) does not depend on the depth, so that a second run of a few layers
+gives it, and V of the whole model, which is known at the tokens asked for, the slope. Where a mask is made, the square
+of a row's length adds to it, which further runs show. Nothing as large as the answer is run."""
 
 from __future__ import annotations
 
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from fastft.tools.plan.predict import PlannedModel, StepPeakMemory
 
 TILE, MULTIPLE = 4096, 64  # tokens of the head's tile; rows are found in multiples
-LEAST_SQUARE = 0.5  # bytes an element below which nothing is a mask: a boolean one takes 1. What is linear in a row's length, as cos and sin, is less
+# bytes an element below which nothing is a mask: a boolean one takes 1. What is linear in a row's length, as cos and
+# sin, is less
+LEAST_SQUARE = 0.5
 ENDLESS = 2**62  # a phase in which tokens play no part
 VARYING = ("activations", "temporary")
 
@@ -40,9 +41,12 @@ def search(subject: PlannedModel, layers: tuple[int, int], offloaded: int, room:
     return Limits(min(b for b, _ in found), min(t for _, t in found))
 
 
-def _of_phase(here: StepPeakMemory, first: StepPeakMemory, second: StepPeakMemory, room: int, rows: int, seq: int, square: float) -> tuple[int, int]:
-    """(rows of `seq` tokens, tokens of one row) with which this phase fits. here: its peak with rows x seq tokens; first, second: of a few
-    layers with as many tokens, and twice as many; square: bytes for each square of a row's length."""
+def _of_phase(
+    here: StepPeakMemory, first: StepPeakMemory, second: StepPeakMemory, room: int, rows: int, seq: int, square: float
+) -> tuple[int, int]:
+    """(rows of `seq` tokens, tokens of one row) with which this phase fits. here: its peak with rows x seq tokens;
+    first, second: of a few layers with as many tokens, and twice as many; square: bytes for each square of a row's
+    length."""
     intercept = 2 * varying(first) - varying(second)
     slope = (varying(here) - intercept) / (rows * seq) - square * seq  # of bytes for a token, this much is a mask's
     left = room - (here.total - varying(here) + intercept)
@@ -60,7 +64,8 @@ def varying(peak: StepPeakMemory) -> int:
 
 
 def _square(subject: PlannedModel, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
-    """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes more."""
+    """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes
+    more."""
     shapes = ((2 * rows, seq), (1, 2 * rows * seq))
     elements = (2 * rows * seq) ** 2 - 2 * rows * seq**2
     if subject.has_squares is None:  # a question of the architecture, not of the policy

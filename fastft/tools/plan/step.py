@@ -1,4 +1,5 @@
-"""One training step, as a Trainer takes it: forward, backward, gradient clipping, the optimizer's step. For fake models and for real ones."""
+"""One training step, as a Trainer takes it: forward, backward, gradient clipping, the optimizer's step. For fake models
+and for real ones."""
 
 from __future__ import annotations
 
@@ -10,16 +11,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastft.errors import PlanError
+from fastft.lm_head import trl_head
 from fastft.patching.patcher import innermost
 from fastft.patching.rebind import over_globals
-from fastft.swaps import trl_head
 
 LOSSES = ("trl", "model")
 TOKEN_TILE, COLUMN_TILE = 4096, 32768  # of TRL's fused head
 
 
 def forward(model: nn.Module, batch: dict[str, torch.Tensor], loss: str, autocast: torch.dtype | None) -> torch.Tensor:
-    """The loss of a batch: "trl", through TRL's fused head (`with_trl_head` before), or "model", the model's own. Scalar."""
+    """The loss of a batch: "trl", through TRL's fused head (`with_trl_head` before), or "model", the model's own.
+    Scalar."""
     device = batch["input_ids"].device.type
     with torch.autocast(device, dtype=autocast) if autocast is not None else contextlib.nullcontext():
         if loss == "model":
@@ -45,7 +47,8 @@ def with_trl_head(base: nn.Module) -> None:
 
 @contextlib.contextmanager
 def head_as_on_cuda(base: nn.Module) -> Iterator[None]:
-    """Where TRL's fused head is bound on `base`, it takes the way that it takes on CUDA (rows without a label left out, tiles in Triton)."""
+    """Where TRL's fused head is bound on `base`, it takes the way that it takes on CUDA (rows without a label left out,
+    tiles in Triton)."""
     undo = []
     for function, put in list(trl_head.places(base.__dict__, "forward")):
         names: dict[str, object] = {"_use_triton": lambda device: True}
@@ -61,8 +64,9 @@ def head_as_on_cuda(base: nn.Module) -> Iterator[None]:
 
 
 class _TrlHead(torch.autograd.Function):
-    """What TRL's fused head allocates on CUDA, for stock's plan: one buffer of logits a tile, which its kernels overwrite; in the backward
-    also float32 gradients of hidden (and of a weight that trains), which are then cast. Shapes and dtypes alone: no arithmetic."""
+    """What TRL's fused head allocates on CUDA, for stock's plan: one buffer of logits a tile, which its kernels
+    overwrite; in the backward also float32 gradients of hidden (and of a weight that trains), which are then cast.
+    Shapes and dtypes alone: no arithmetic."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk, softcap=None, logit_scale=1.0, outputs=()):

@@ -1,4 +1,5 @@
-"""Bytes that an operator takes while it runs and gives back before it returns: fake tensors show what goes in and comes out alone."""
+"""Bytes that an operator takes while it runs and gives back before it returns: fake tensors show what goes in and comes
+out alone."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ def inside(func, args: tuple, kwargs: dict, for_cuda: bool) -> int:
 
 
 def _flash_backward(grad_out, query, key, value, *args, **kwargs) -> int:
-    """FlashAttention-2's backward: dq accumulates in float32, with one float32 row sum a query; dk and dv are made for every query head
-    where several share a key (rows rounded up to 128)."""
+    """FlashAttention-2's backward: dq accumulates in float32, with one float32 row sum a query; dk and dv are made for
+    every query head where several share a key (rows rounded up to 128)."""
     b, h, s, d = query.shape
     rows = b * h * -(-s // 128) * 128
     shared = 0 if key.shape[1] == h else 2 * b * h * key.shape[2] * d * key.element_size()

@@ -1,8 +1,9 @@
-"""A model too large for a float64 copy, verified layer by layer: every decoder layer on what it received, then what comes after the last.
+"""A model too large for a float64 copy, verified layer by layer: every decoder layer on what it received, then what
+comes after the last.
 
-At no time is there more than one layer in float64, beside the model itself and what its layers received. The rest, from the last layer's output to the
-loss and back, is the model's own forward with its list of layers emptied, given that output as `inputs_embeds`.
-"""
+At no time is there more than one layer in float64, beside the model itself and what its layers received. The rest, from
+the last layer's output to the loss and back, is the model's own forward with its list of layers emptied, given that
+output as `inputs_embeds`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastft.patching.truth import float64_truth
+from fastft.patching.float64 import float64_reference
 from fastft.tools.verify.modules import in_float64
 
 Tail = dict[str, torch.Tensor]
@@ -41,13 +42,14 @@ def without_layers(base: nn.Module) -> Iterator[None]:
 
 
 def tail_of(base: nn.Module, batch: dict, hidden: torch.Tensor, *, exact: bool = False) -> Tail:
-    """Loss, its gradient in `hidden` [rows, tokens, width] (the last layer's output) and in the trainable parameters after it. exact: in float64."""
+    """Loss, its gradient in `hidden` [rows, tokens, width] (the last layer's output) and in the trainable parameters
+    after it. exact: in float64."""
     with without_layers(base):
         model = in_float64(base) if exact else base
         leaf = (hidden.double() if exact else hidden).detach().requires_grad_()
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds")}
         leaves = {"hidden": leaf} | {n: p for n, p in model.named_parameters() if p.requires_grad}
-        with float64_truth() if exact else contextlib.nullcontext():
+        with float64_reference() if exact else contextlib.nullcontext():
             loss = model(inputs_embeds=leaf, **rest).loss
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     found = {"loss": loss.detach()} | {f"d {n}": g for n, g in zip(leaves, grads) if g is not None}

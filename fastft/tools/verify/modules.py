@@ -1,4 +1,5 @@
-"""One module, run three ways on what it received: as it is, in float64, and, where a patched module is looked at, as it was before the patch."""
+"""One module, run three ways on what it received: as it is, in float64, and, where a patched module is looked at, as it
+was before the patch."""
 
 from __future__ import annotations
 
@@ -8,17 +9,19 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastft.linear.group_proof import dense_in_float64
 from fastft.patching.clone import clone
+from fastft.patching.float64 import float64_reference
 from fastft.patching.prove import cast_parameters
 from fastft.patching.swap import KEY
-from fastft.patching.truth import float64_truth
-from fastft.swaps.lora_proof import dense_in_float64
 
 
 @contextlib.contextmanager
 def as_stock(module: nn.Module) -> Iterator[nn.Module]:
     """A patched module and all below it as they were before the patch, inside; swapped again afterwards."""
-    swapped = [(m, m.__dict__[KEY], type(m), m.__dict__.get("_old_forward")) for m in module.modules() if KEY in m.__dict__]
+    swapped = [
+        (m, m.__dict__[KEY], type(m), m.__dict__.get("_old_forward")) for m in module.modules() if KEY in m.__dict__
+    ]
     for m, slot, _, old in swapped:
         del m.__dict__[KEY]
         m.__class__ = slot.stock
@@ -34,18 +37,25 @@ def as_stock(module: nn.Module) -> Iterator[nn.Module]:
                 m.__dict__["_old_forward"] = old
 
 
-def results(module: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype | None = None, truth: bool = False) -> dict[str, torch.Tensor]:
-    """Floating outputs, gradients of floating inputs and of the parameters that train, for one random upstream gradient."""
+def results(
+    module: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype | None = None, reference: bool = False
+) -> dict[str, torch.Tensor]:
+    """Floating outputs, gradients of floating inputs and of the parameters that train, for one random upstream
+    gradient."""
     leaves: dict[str, torch.Tensor] = {}
     args = tuple(_lifted(v, f"input {i}", dtype, leaves) for i, v in enumerate(args))
     kwargs = {k: _lifted(v, k, dtype, leaves) for k, v in kwargs.items()}
     leaves |= {f"d {n}": p for n, p in module.named_parameters() if p.requires_grad}
-    with float64_truth() if truth else contextlib.nullcontext():
+    with float64_reference() if reference else contextlib.nullcontext():
         outs = [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
         g = torch.Generator().manual_seed(11)
         ups = [torch.randn(o.shape, generator=g, dtype=torch.float64).float().to(o.device, o.dtype) for o in outs]
         pairs = [(o, u) for o, u in zip(outs, ups) if o.requires_grad]
-        grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True) if pairs else ()
+        grads = (
+            torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True)
+            if pairs
+            else ()
+        )
     found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
     return found | {k: v for k, v in zip(leaves, grads) if v is not None}
 
@@ -72,12 +82,13 @@ def tensors_in(out) -> Iterator[torch.Tensor]:
             yield from tensors_in(o)
 
 
-def truth(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
+def reference(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
     return {k: v.double() for k, v in results(in_float64(module), args, kwargs, torch.float64, True).items()}
 
 
 def in_float64(module: nn.Module) -> nn.Module:
-    """A stock copy in float64 (a quantised weight as the matrix that it stands for), with the same parameters training."""
+    """A stock copy in float64 (a quantised weight as the matrix that it stands for), with the same parameters
+    training."""
     quantised = any(hasattr(getattr(m, "weight", None), "quant_state") for m in module.modules())
     copy = dense_in_float64(module, torch.float64) if quantised else cast_parameters(clone(module), torch.float64)
     for (_, p), (_, q) in zip(copy.named_parameters(), module.named_parameters()):

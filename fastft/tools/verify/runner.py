@@ -1,10 +1,11 @@
 """`fastft verify`: on the user's machine, model and data, stock against patched, judged against float64.
 
-Two levels. Per group of the patch report one module is taken with its real weights, fed what it really received in the stock forward,
-and run three times: stock, patched, and stock in float64 (`float64_truth`). Then the whole model: loss and the gradient of every trainable
-parameter, the same three ways, where float64 copies fit in memory; a larger model is verified decoder layer by decoder layer instead, all of
-them, and then from the last one's output to the loss. Dropout is off meanwhile. The verdict is the judge's; whatever fails is named by its group.
-"""
+Two levels. Per group of the patch report one module is taken with its real weights, fed what it really received in the
+stock forward,
+and run three times: stock, patched, and stock in float64 (`float64_reference`). Then the whole model: loss and the
+gradient of every trainable parameter, the same three ways, where float64 copies fit in memory; a larger model is
+verified decoder layer by decoder layer instead, all of them, and then from the last one's output to the loss. Dropout
+is off meanwhile. The verdict is the judge's; whatever fails is named by its group."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastft.api import patch, report, unpatch
 from fastft.patching.clone import clone
+from fastft.patching.float64 import float64_reference
 from fastft.patching.patcher import innermost, record_of
-from fastft.patching.truth import float64_truth
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
-from fastft.tools.verify.modules import as_stock, in_float64, results, tensors_in, truth
+from fastft.tools.verify.modules import as_stock, in_float64, reference, results, tensors_in
 from fastft_kernels.numerics import Verdict, compare
 
 WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes too long, where it fits
@@ -34,7 +35,8 @@ WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes
 
 @dataclass(frozen=True)
 class VerificationLine:
-    """One comparison: max error relative to the largest true value, ours and stock's; `worst` names the output or gradient."""
+    """One comparison: max error relative to the largest true value, ours and stock's; `worst` names the output or
+    gradient."""
 
     level: str  # "module", "layer", "tail" or "model"
     group: str
@@ -77,12 +79,22 @@ class Verification:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"fastft verify: {self.model}, {self.dtype}: {'PASS' if self else 'FAIL'}", title_justify="left")
+        table = Table(
+            title=f"fastft verify: {self.model}, {self.dtype}: {'PASS' if self else 'FAIL'}", title_justify="left"
+        )
         for column in ("level", "group", "kernel", "error", "stock error", "verdict", "worst"):
             table.add_column(column, overflow="fold")
         for x in self.lines:
             numbers = [f"{v:.2e}" if math.isfinite(v) else "" for v in (x.error, x.stock_error)]
-            table.add_row(x.level, x.group, x.kernel, *numbers, "pass" if x.ok else "FAIL", Text(x.worst), style="" if x.ok else "bold red")
+            table.add_row(
+                x.level,
+                x.group,
+                x.kernel,
+                *numbers,
+                "pass" if x.ok else "FAIL",
+                Text(x.worst),
+                style="" if x.ok else "bold red",
+            )
         yield table
         for note in self.notes:
             yield Text(note)
@@ -94,13 +106,21 @@ class Verification:
         return capture.get()
 
 
-def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: int = 2, seed: int = 0, layers: bool | None = None) -> Verification:
-    """Judge `model` (patched or not; afterwards as it was) on `batch`, keyword arguments of one training forward with labels.
+def verify(
+    model: nn.Module,
+    batch: dict | None = None,
+    *,
+    seq: int = 64,
+    size: int = 2,
+    seed: int = 0,
+    layers: bool | None = None,
+) -> Verification:
+    """Judge `model` (patched or not; afterwards as it was) on `batch`, keyword arguments of one training forward with
+    labels.
 
-    batch None draws random tokens [size, seq] and uses them as labels. layers: True verifies decoder layer by decoder layer, with one of them in
-    float64 at a time; False the whole model at once; None by its size and the memory that is free. Raises ValueError where the model returns no
-    loss for the batch.
-    """
+    batch None draws random tokens [size, seq] and uses them as labels. layers: True verifies decoder layer by decoder
+    layer, with one of them in float64 at a time; False the whole model at once; None by its size and the memory that is
+    free. Raises ValueError where the model returns no loss for the batch."""
     was_patched = record_of(model) is not None
     base = innermost(model)
     batch = dict(batch) if batch is not None else _random_batch(base, size, seq, seed)
@@ -121,9 +141,17 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         notes: list[str] = []
         where, stack = decoder_layers(base) if layers else ("", [])
         if layers:
-            targets += [("layer", "decoder layer", f"{i}", f"{where}.{i}", "all of its swaps") for i in range(len(stack))]
-        calls, hidden = _capture(model, batch, {names[n]: n for _, _, _, n, _ in targets}, last=stack[-1] if stack else None)
-        notes += [f"{kind}: {group} ({name}) was not reached by this batch" for _, kind, group, name, _ in targets if name not in calls]
+            targets += [
+                ("layer", "decoder layer", f"{i}", f"{where}.{i}", "all of its swaps") for i in range(len(stack))
+            ]
+        calls, hidden = _capture(
+            model, batch, {names[n]: n for _, _, _, n, _ in targets}, last=stack[-1] if stack else None
+        )
+        notes += [
+            f"{kind}: {group} ({name}) was not reached by this batch"
+            for _, kind, group, name, _ in targets
+            if name not in calls
+        ]
         stock_step = None if layers else stock_steps(model, batch)
         if hidden is not None:
             tail = _stock_tail(base, batch, hidden, notes)
@@ -131,11 +159,27 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
         lines = []
         for level, kind, group, name, kernel in targets:
             if name in calls:
-                lines.append(VerificationLine.of(level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])))
+                lines.append(
+                    VerificationLine.of(
+                        level, f"{kind}: {group}", name, kernel, _verdict(level, names[name], *calls[name])
+                    )
+                )
         if tail is not None and hidden is not None:
-            lines.append(VerificationLine.of("tail", "from the last layer to the loss", "", "all swaps", gate(tail_of(base, batch, hidden), *tail)))
+            lines.append(
+                VerificationLine.of(
+                    "tail",
+                    "from the last layer to the loss",
+                    "",
+                    "all swaps",
+                    gate(tail_of(base, batch, hidden), *tail),
+                )
+            )
         if stock_step is not None:
-            lines.append(VerificationLine.of("model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)))
+            lines.append(
+                VerificationLine.of(
+                    "model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)
+                )
+            )
     finally:
         for m, mode in modes:
             m.training = mode
@@ -153,22 +197,30 @@ def verify(model: nn.Module, batch: dict | None = None, *, seq: int = 64, size: 
 def _verdict(level: str, module: nn.Module, args: tuple, kwargs: dict) -> Verdict:
     """A patched module against itself as stock, on one call; a layer's gradients are judged together."""
     with as_stock(module):
-        true, eager = truth(module, args, kwargs), results(module, args, kwargs)
+        true, eager = reference(module, args, kwargs), results(module, args, kwargs)
     ours = results(module, args, kwargs)
-    return gate(ours, true, eager, lambda name: name.startswith("output")) if level == "layer" else compare(ours, true, eager)
+    return (
+        gate(ours, true, eager, lambda name: name.startswith("output"))
+        if level == "layer"
+        else compare(ours, true, eager)
+    )
 
 
 def _stock_tail(base: nn.Module, batch: dict, hidden: torch.Tensor, notes: list[str]) -> tuple[Tail, Tail] | None:
-    """(truth, eager) of what follows the last layer; None, and a note, where the model does not run without layers or float64 has no room."""
+    """(reference, eager) of what follows the last layer; None, and a note, where the model does not run without layers
+    or float64 has no room."""
     try:
         return tail_of(base, batch, hidden, exact=True), tail_of(base, batch, hidden)
     except (torch.OutOfMemoryError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
-        notes.append(f"from the last layer to the loss: not verified ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no details'})")
+        notes.append(
+            f"from the last layer to the loss: not verified ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no details'})"
+        )
         return None
 
 
 def _whole_fits(base: nn.Module) -> bool:
-    """Whether the float64 copy with its gradients, and the copies of `stock_steps`, take at most half of what is free."""
+    """Whether the float64 copy with its gradients, and the copies of `stock_steps`, take at most half of what is
+    free."""
     need, device = _float64_bytes(base), next(base.parameters()).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -194,7 +246,8 @@ def _float64_bytes(base: nn.Module) -> int:
 def _capture(
     model: nn.Module, batch: dict, wanted: dict[nn.Module, str], last: nn.Module | None
 ) -> tuple[dict[str, tuple[tuple, dict]], torch.Tensor | None]:
-    """What each wanted module received first in the stock forward (a mask that all layers are given is kept once); and what `last` returned."""
+    """What each wanted module received first in the stock forward (a mask that all layers are given is kept once); and
+    what `last` returned."""
     calls: dict[str, tuple[tuple, dict]] = {}
     copies, returned = WeakIdKeyDictionary(), []
 
@@ -206,7 +259,9 @@ def _capture(
         for m in wanted:
             stack.callback(m.register_forward_pre_hook(note, with_kwargs=True).remove)
         if last is not None:
-            stack.callback(last.register_forward_hook(lambda m, args, out: returned.append(next(tensors_in(out)).detach())).remove)
+            stack.callback(
+                last.register_forward_hook(lambda m, args, out: returned.append(next(tensors_in(out)).detach())).remove
+            )
         with torch.no_grad():
             model(**batch)
     return calls, returned[0] if returned else None
@@ -221,16 +276,16 @@ def _kept(v, copies: WeakIdKeyDictionary):
     return type(v)(_kept(x, copies) for x in v) if type(v) in (tuple, list) else v
 
 
-def _step(model: nn.Module, batch: dict, truth: bool = False) -> dict[str, torch.Tensor]:
+def _step(model: nn.Module, batch: dict, reference: bool = False) -> dict[str, torch.Tensor]:
     """Loss and the gradient of every trainable parameter."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    with float64_truth() if truth else contextlib.nullcontext():
+    with float64_reference() if reference else contextlib.nullcontext():
         loss = model(**batch).loss
         if loss is None:
             raise ValueError("verify: want a batch for which the model returns a loss (with labels)")
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found = {"loss": loss.detach()} | {n: g for n, g in zip(parameters, grads) if g is not None}
-    return {k: v.double() for k, v in found.items()} if truth else found
+    return {k: v.double() for k, v in found.items()} if reference else found
 
 
 def judge(stock: nn.Module, patched: nn.Module, batch: dict) -> Verdict:
@@ -239,14 +294,14 @@ def judge(stock: nn.Module, patched: nn.Module, batch: dict) -> Verdict:
 
 
 def stock_steps(stock: nn.Module, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(truth, eager) of a whole step, for `compare`.
+    """(reference, eager) of a whole step, for `compare`.
 
-    Through many layers rounding errors add up like a random walk, and one stock run is one sample of it: a gradient that nearly cancels
-    may come out better than twice as good by luck. So stock runs three times, once as it is and twice with its float32 weights off by
-    half a unit in the last place (what any implementation's first rounding does), and each result is taken from the run that is furthest from
-    the truth. The comparison of single modules knows no such allowance.
-    """
-    truth = _step(in_float64(stock), batch, True)
+    Through many layers rounding errors add up like a random walk, and one stock run is one sample of it: a gradient
+    that nearly cancels may come out better than twice as good by luck. So stock runs three times, once as it is and
+    twice with its float32 weights off by half a unit in the last place (what any implementation's first rounding does),
+    and each result is taken from the run that is furthest from the reference. The comparison of single modules knows no
+    such allowance."""
+    reference = _step(in_float64(stock), batch, True)
     runs = [_step(stock, batch)]
     for seed in (1, 2):
         moved, g = clone(stock), torch.Generator().manual_seed(seed)
@@ -255,14 +310,22 @@ def stock_steps(stock: nn.Module, batch: dict) -> tuple[dict[str, torch.Tensor],
                 noise = (torch.rand(p.shape, generator=g) - 0.5).to(p.device) * torch.finfo(p.dtype).eps
                 p.data = (p.data.double() * (1 + noise.double())).to(p.dtype) if p.dtype == torch.float32 else p.data
         runs.append(_step(moved, batch))
-    error = lambda run, k: float((run[k].double() - truth[k]).abs().max())
-    return truth, {k: max(runs, key=lambda r, k=k: error(r, k))[k] for k in truth}
+    error = lambda run, k: float((run[k].double() - reference[k]).abs().max())
+    return reference, {k: max(runs, key=lambda r, k=k: error(r, k))[k] for k in reference}
 
 
 def verify_checkpoint(
-    name: str, *, dtype: str = "auto", four_bit: bool = False, lora: bool = True, seq: int = 64, size: int = 2, layers: bool | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    four_bit: bool = False,
+    lora: bool = True,
+    seq: int = 64,
+    size: int = 2,
+    layers: bool | None = None,
 ) -> Verification:
-    """`verify` of a checkpoint as FastModel loads it, with B of the adapter drawn (at its initial zero no gradient would reach A)."""
+    """`verify` of a checkpoint as FastModel loads it, with B of the adapter drawn (at its initial zero no gradient
+    would reach A)."""
     from peft import LoraConfig
 
     from fastft.loading.fast_model import FastModel

@@ -1,0 +1,84 @@
+"""How one layer of a forward is run: kept, recomputed without the last product, recomputed by the trainer's own
+function, recomputed from the host.
+
+Each is called as transformers calls a checkpoint function, `run(function, *args)`. All give the same values and
+gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastft.checkpointing.embedding_input import Embedded
+from fastft.checkpointing.offload import HostTensor, Offloader
+from fastft_kernels.recompute.replay import again
+
+CheckpointFunction = Callable[..., object]
+_PLAIN = {"use_reentrant": False}
+
+
+class CountedForward:
+    """A layer's forward that knows when it is run again."""
+
+    def __init__(self, function: Callable):
+        self.function, self.done = function, False
+
+    def __call__(self, *args):
+        if self.done:
+            with again():
+                return self.function(*args)
+        out = self.function(*args)
+        self.done = True
+        return out
+
+
+class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
+    """The checkpoint's inputs, which alone pass here (what the layer saves is caught within), are replaced by what
+    gives them again:
+    `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
+
+    def __init__(self, x: torch.Tensor | None, rows: Callable[[], torch.Tensor] | None, offloader: Offloader | None):
+        where = None if x is None else x.untyped_storage()._cdata
+
+        def pack(t: torch.Tensor):
+            if rows is not None and t.untyped_storage()._cdata == where:
+                return rows
+            return offloader.park(t) if offloader is not None and t.is_floating_point() else t
+
+        def unpack(kept) -> torch.Tensor:
+            if isinstance(kept, HostTensor):
+                assert offloader is not None
+                return offloader.fetch(kept)
+            return kept if isinstance(kept, torch.Tensor) else kept()
+
+        super().__init__(pack, unpack)
+
+
+def lean(
+    function: Callable,
+    args: tuple,
+    embedded: Embedded | None = None,
+    offloader: Offloader | None = None,
+    again_in_full: bool = False,
+):
+    """torch's non-reentrant checkpoint of function(*args), whose second run leaves out what no gradient needs.
+    embedded: args[0] may be the rows of a frozen embedding, and is then not kept; nor is its gradient computed, as
+    nobody can ask for it."""
+    if not again_in_full:
+        function = CountedForward(function)
+    rows = None if embedded is None else embedded.of(args[0])
+    if rows is None and offloader is None:
+        return checkpoint(function, *args, **_PLAIN)
+    x = args[0].detach() if rows is not None else None
+    with RestoredInputs(x, rows, offloader):
+        return checkpoint(function, *(args if x is None else (x, *args[1:])), **_PLAIN)
+
+
+def is_plain(function: CheckpointFunction) -> bool:
+    """Is it torch's non-reentrant checkpoint without further settings? (Anything else was asked for, and is used.)"""
+    if not isinstance(function, functools.partial):
+        return False
+    return function.func is checkpoint and not function.args and function.keywords == _PLAIN

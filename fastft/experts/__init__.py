@@ -1,0 +1,4 @@
+"""Mixture-of-experts layers.
+
+experts  recogniser: stock's implementation is kept, and the report says so
+"""

@@ -1,1 +1,0 @@
-"""Activation policy, lean recomputation, packed and padded batches: what a step keeps, and what it computes again."""

@@ -1,0 +1,108 @@
+"""A model's attention modules, taught to read a `DocumentMask`.
+
+An attention finds its function in its module's global `ALL_ATTENTION_FUNCTIONS`, by the name in the configuration. A
+new name would be registered for the whole process, would be in every saved or pickled configuration, and changes the
+loss of families that read it. So the name stays. The attention's forward is rebound on the instance
+(patching/rebind.py) over globals in which that registry hands out stock's function behind one question: is the mask a
+`DocumentMask`? Where it is not, stock's function is called with what it was given."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.utils.generic import GeneralInterface
+
+from fastft.packing.attention import settings_of
+from fastft.packing.backends import run
+from fastft.packing.documents import DocumentMask
+from fastft.patching.rebind import innermost, rebind
+from fastft.patching.swap import install, is_fast, obstacle, order, order_of, slot_of, stock_class
+
+KIND = "packed attention"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+def attend(
+    stock: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask=None,
+    *args,
+    **kwargs,
+):
+    """Within documents where the mask says so, else `stock` as it was called."""
+    if isinstance(attention_mask, DocumentMask):
+        form = settings_of(module, *args, head_dim=query.shape[-1], **kwargs)
+        return run(query, key, value, attention_mask.documents, form), None
+    return stock(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+class Registry:
+    """What `ALL_ATTENTION_FUNCTIONS` means in a rebound forward."""
+
+    def __init__(self, stock: GeneralInterface):
+        self.stock = stock
+
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        return functools.partial(attend, self.stock.get_interface(name, default))
+
+    def __getitem__(self, name: str) -> Callable:
+        return functools.partial(attend, self.stock[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stock
+
+
+@order(89)
+class PackedAttention:
+    """Root of the mixins whose forward is the one that stood there, over other globals. It stands in front of what else
+    rebinds the whole forward (the rotary embedding), behind what calls the next one."""
+
+
+_MIXINS: weakref.WeakKeyDictionary[Callable, type] = weakref.WeakKeyDictionary()
+
+
+def _mixin(module: nn.Module) -> type:
+    slot = slot_of(module)
+    behind = (
+        []
+        if slot is None
+        else [mixin for mixin, _ in slot.parts.values() if order_of(mixin) > order_of(PackedAttention)]
+    )
+    forward = min(behind, key=order_of, default=stock_class(module)).forward
+    if forward not in _MIXINS:
+        names = {REGISTRY: Registry(innermost(forward).__globals__[REGISTRY])}
+        _MIXINS[forward] = type("FastPackedAttention", (PackedAttention,), {"forward": rebind(forward, names)})
+    return _MIXINS[forward]
+
+
+def attentions(owner: nn.Module) -> Iterator[nn.Module]:
+    """Modules below `owner` whose forward looks into the attention interface."""
+    for module in owner.modules():
+        inner = innermost(stock_class(module).forward)
+        code = getattr(inner, "__code__", None)
+        if (
+            code is not None
+            and REGISTRY in code.co_names
+            and isinstance(inner.__globals__.get(REGISTRY), GeneralInterface)
+        ):
+            yield module
+
+
+def teach(module: nn.Module) -> str:
+    """Empty, or why this instance cannot be taught. Its other swaps stay."""
+    if is_fast(module, KIND):
+        return ""
+    why = obstacle(module)
+    if not why:
+        try:
+            install(module, KIND, _mixin(module), None)
+        except TypeError as e:  # a decorator hides the forward
+            return str(e)
+    return why

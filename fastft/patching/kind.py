@@ -1,0 +1,59 @@
+"""What a kind of swap is, to the patcher: a recogniser that looks at one module and answers with a candidate, or with
+why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fastft.patching.observe import Observation
+from fastft.patching.prove import Proof
+
+
+@dataclass
+class Candidate:
+    """A module that matches a kind's structure.
+
+    kernel: what it would run, for the report. key: everything the proof depends on (class, configuration, shapes,
+    dtype); one proof serves all modules with equal keys on one device. prove: runs the proof, on `device`. apply: swaps
+    this instance (after a good proof)."""
+
+    kernel: str
+    key: Hashable
+    prove: Callable[[], Proof]
+    apply: Callable[[nn.Module], None]
+    note: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass
+class Context:
+    """What a recogniser may look at beside the module itself."""
+
+    model: nn.Module
+    seen: Observation
+    names: dict[nn.Module, str]
+    shared: dict = field(
+        default_factory=dict
+    )  # per patch call, for kinds that need to remember something between modules
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's proof runs: where its parameters lie, and on the CPU where they are on the meta device or it has
+    none."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+class Kind(Protocol):
+    """`wants(fn)`, where a kind has it, asks the observation to record that free function's calls."""
+
+    name: str
+
+    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+        """None: not of this kind at all. A string: it is, or may be, but stays stock, and why. A Candidate: prove
+        it."""
+        ...

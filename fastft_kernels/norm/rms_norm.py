@@ -1,0 +1,544 @@
+"""y = c(x r) (offset + w),   r = 1 / sqrt(mean(x^2) + eps)   over the last dimension (Zhang & Sennrich 2019).
+
+With n = x r, u = offset + w (1 without a weight) and g = dy u:
+    dx = r (g - n mean(g n)),   dw = sum over rows of dy n.
+c is where the rounding to the dtype of x takes place: cast="before" rounds n before the product with the weight (Llama,
+Qwen, Mistral), cast="after" keeps everything in float32 until the end (Gemma with offset=1, OLMo-2 with offset=0).
+
+Saved for the backward: x, w and r (4 bytes a row). y is never saved: `rms_norm_recompute` gives it again, bit for bit.
+Shapes [..., N]; bf16, fp16, fp32 in and out, math in fp32; float64 in float64, by the reference. dw: each program sums
+its own rows into its own line of a [P, N] buffer, P fixed by the shape, and one sum over P follows: no atomics, the
+same bits every run."""
+
+from __future__ import annotations
+
+import torch
+
+from fastft_kernels.runtime import higher_order
+from fastft_kernels.runtime.aot import AotCase
+from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
+from fastft_kernels.runtime.language import tl, triton
+from fastft_kernels.runtime.precise import column_sum, row_mean, row_mean_of_product, row_rstd
+from fastft_kernels.runtime.rows import (
+    BWD_TILES,
+    FWD_TILES,
+    as_rows,
+    count_rows,
+    empty_rows_like,
+    in_rows_layout,
+    row_launch,
+    row_start,
+)
+
+# --- reference
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The formula in plain torch; differentiable by autograd."""
+    xm = x.to(math_dtype(x.dtype))
+    n = xm * torch.rsqrt(xm.square().mean(-1, keepdim=True) + eps)
+    return _scale_ref(n, x.dtype, weight, offset, cast == "before", _out_dtype(x, weight, cast, out_dtype))
+
+
+def _scale_ref(n, x_dtype, weight, offset, cast_before, out_dtype):
+    if cast_before:
+        n = n.to(x_dtype)
+    if weight is not None:
+        m = wider(math_dtype(weight.dtype), math_dtype(x_dtype))
+        n = n.to(m) * (weight.to(m) + offset)
+    return n.to(out_dtype)
+
+
+def _out_dtype(x, weight, cast, out_dtype):
+    if out_dtype is not None:
+        return out_dtype
+    if cast == "after" or weight is None:
+        return x.dtype
+    return wider(x.dtype, weight.dtype)
+
+
+# --- kernels
+# ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scaled(n, w, x_dtype, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr):
+    """c(n) (offset + w), with the row [BLOCK_N] or nothing for w."""
+    if CAST_BEFORE:
+        n = n.to(x_dtype).to(tl.float32)
+    if w is not None:
+        n = n * (OFFSET + w.to(tl.float32))[None, :]
+    return n
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fwd_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    rstd_ptr,
+    rows,
+    sizes,
+    x_strides,
+    y_strides,
+    eps,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CAST_BEFORE: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]
+    x = tl.load(x_ptr + row_start(row, sizes, x_strides)[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if RECOMPUTE:
+        r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    else:
+        r = row_rstd(x, eps, N, x_ptr.dtype.element_ty == tl.float32)
+        tl.store(rstd_ptr + row, r, mask=row < rows)
+    w = None
+    if w_ptr is not None:
+        w = tl.load(w_ptr + col, mask=col < N, other=0.0)
+    y = _scaled(x * r[:, None], w, x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE)
+    y_at = y_ptr + row_start(row, sizes, y_strides)[:, None] + col[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fwd_wide_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    rstd_ptr,
+    rows,
+    sizes,
+    x_strides,
+    y_strides,
+    eps,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CAST_BEFORE: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row (BLOCK_M = 1) in blocks of BLOCK_N columns: a pass for r, a pass for y."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [1]
+    x_at = x_ptr + row_start(row, sizes, x_strides)[:, None]
+    y_at = y_ptr + row_start(row, sizes, y_strides)[:, None]
+    if RECOMPUTE:
+        r = tl.load(rstd_ptr + row)
+    else:
+        squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            col = start + tl.arange(0, BLOCK_N)[None, :]
+            x = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32)
+            squares += x * x
+        r = tl.div_rn(1.0, tl.sqrt_rn(row_mean(squares, N, x_ptr.dtype.element_ty == tl.float32) + eps))
+        tl.store(rstd_ptr + row, r)
+    for start in range(0, N, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_at + col[None, :], mask=(col < N)[None, :], other=0.0).to(tl.float32)
+        w = None
+        if w_ptr is not None:
+            w = tl.load(w_ptr + col, mask=col < N, other=0.0)
+        y = _scaled(x * r[:, None], w, x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE)
+        tl.store(y_at + col[None, :], y.to(y_ptr.dtype.element_ty), mask=(col < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dw_ptr,
+    rows,
+    sizes,
+    dy_strides,
+    x_strides,
+    dx_strides,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Each program takes every P-th block of rows. dx_ptr or dw_ptr is None where that gradient is not wanted."""
+    col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    if w_ptr is not None:
+        u = OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+    if dw_ptr is not None:
+        dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]
+        dy_at = dy_ptr + row_start(row, sizes, dy_strides)[:, None] + col[None, :]
+        dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row_start(row, sizes, x_strides)[:, None] + col[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+        n = x * r
+        if dw_ptr is not None:
+            dw += dy * n
+        if dx_ptr is not None:
+            g = dy
+            if w_ptr is not None:
+                g = dy * u[None, :]
+            dx = r * (g - n * row_mean_of_product(g, n, N, x_ptr.dtype.element_ty == tl.float32)[:, None])
+            dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None] + col[None, :]
+            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if dw_ptr is not None:
+        tl.store(
+            dw_ptr + tl.program_id(0).to(tl.int64) * N + col,
+            column_sum(dw, x_ptr.dtype.element_ty == tl.float32),
+            mask=col < N,
+        )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bwd_wide_kernel(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dw_ptr,
+    rows,
+    sizes,
+    dy_strides,
+    x_strides,
+    dx_strides,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same, one row (BLOCK_M = 1) at a time in blocks of BLOCK_N columns: a pass for mean(g n), a pass for the
+    gradients. The program's own line of dw stays in memory, where the L2 cache holds it; its first row begins from
+    zero."""
+    for first in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = first + tl.arange(0, BLOCK_M)  # [1]
+        dy_at = dy_ptr + row_start(row, sizes, dy_strides)[:, None]
+        x_at = x_ptr + row_start(row, sizes, x_strides)[:, None]
+        r = tl.load(rstd_ptr + row)[:, None]
+        if dx_ptr is not None:
+            products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, N, BLOCK_N):
+                col = start + tl.arange(0, BLOCK_N)[None, :]
+                g = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
+                if w_ptr is not None:
+                    g *= OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+                products += g * (tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r)
+            mean = row_mean(products, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
+            dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None]
+        for start in range(0, N, BLOCK_N):
+            col = start + tl.arange(0, BLOCK_N)[None, :]
+            dy = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
+            n = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r
+            if dw_ptr is not None:
+                dw_at = dw_ptr + tl.program_id(0).to(tl.int64) * N + col
+                so_far = tl.where(first < tl.num_programs(0), 0.0, tl.load(dw_at, mask=col < N, other=0.0))
+                tl.store(dw_at, so_far + dy * n, mask=col < N)
+            if dx_ptr is not None:
+                if w_ptr is not None:
+                    dy *= OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+                tl.store(dx_at + col, (r * (dy - n * mean)).to(dx_ptr.dtype.element_ty), mask=col < N)
+        if dw_ptr is not None:
+            tl.debug_barrier()  # the next row reads this line of dw again
+
+
+# --- launchers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _runs_kernel(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    return use_triton(x) and (weight is None or weight.dtype in KERNEL_DTYPES)
+
+
+def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute) -> torch.Tensor:
+    y = empty_rows_like(x, out_dtype)
+    rows, n = count_rows(x), x.shape[-1]
+    weight = None if weight is None else weight.contiguous()
+    if x.numel():
+        (x, out), sizes, (x_strides, y_strides) = as_rows(x, y)
+        launch = row_launch(n, FWD_TILES)
+        kernel = _fwd_wide_kernel if launch.wide else _fwd_kernel
+        with on_device(x):
+            kernel[(launch.programs(rows),)](
+                x,
+                weight,
+                out,
+                rstd,
+                rows,
+                sizes,
+                x_strides,
+                y_strides,
+                eps,
+                N=n,
+                OFFSET=offset,
+                CAST_BEFORE=cast_before,
+                RECOMPUTE=recompute,
+                BLOCK_M=launch.block_m,
+                BLOCK_N=launch.block_n,
+                num_warps=launch.num_warps,
+                enable_fp_fusion=True,
+            )
+        if out is not y:
+            y.copy_(out)
+    return y
+
+
+def _fwd_fake(x, weight, eps, offset, cast_before, out_dtype):
+    return empty_rows_like(x, out_dtype), x.new_empty(count_rows(x), dtype=math_dtype(x.dtype))
+
+
+@op(
+    "rms_norm_fwd(Tensor x, Tensor? weight, float eps, float offset, bool cast_before, ScalarType out_dtype) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+def _fwd(x, weight, eps, offset, cast_before, out_dtype):
+    if _runs_kernel(x, weight):
+        rstd = x.new_empty(count_rows(x), dtype=torch.float32)
+        return _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, False), rstd
+    xm = x.to(math_dtype(x.dtype))
+    n = xm.square()
+    rstd = n.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = _scale_ref(torch.mul(xm, rstd, out=n), x.dtype, weight, offset, cast_before, out_dtype)
+    return in_rows_layout(y, x), rstd.reshape(-1).contiguous()
+
+
+def _recompute_fake(x, rstd, weight, offset, cast_before, out_dtype):
+    return empty_rows_like(x, out_dtype)
+
+
+@op(
+    "rms_norm_recompute(Tensor x, Tensor rstd, Tensor? weight, float offset, bool cast_before, ScalarType out_dtype) -> Tensor",
+    _recompute_fake,
+)
+def _recompute(x, rstd, weight, offset, cast_before, out_dtype):
+    if _runs_kernel(x, weight):
+        return _launch_fwd(x, weight, 0.0, rstd.contiguous(), offset, cast_before, out_dtype, True)
+    n = x.to(rstd.dtype) * rstd.view(*x.shape[:-1], 1)
+    return in_rows_layout(_scale_ref(n, x.dtype, weight, offset, cast_before, out_dtype), x)
+
+
+def _bwd_fake(dy, x, rstd, weight, offset, need_dx, need_dw):
+    lines = row_launch(x.shape[-1], BWD_TILES).partials(count_rows(x)) if _runs_kernel(x, weight) else 1
+    dx = empty_rows_like(x, x.dtype) if need_dx else x.new_empty(0)
+    return dx, x.new_empty((lines if need_dw else 0, x.shape[-1]), dtype=rstd.dtype)
+
+
+@op(
+    "rms_norm_bwd(Tensor dy, Tensor x, Tensor rstd, Tensor? weight, float offset, bool need_dx, bool need_dw)"
+    " -> (Tensor dx, Tensor dw)",
+    _bwd_fake,
+)
+def _bwd(dy, x, rstd, weight, offset, need_dx, need_dw):
+    """dx (empty where not needed) and the partial sums of dw [P, N] (P = 0 where not needed)."""
+    if not _runs_kernel(x, weight):
+        return _bwd_ref(dy, x, rstd, weight, offset, need_dx, need_dw)
+    n, rows = x.shape[-1], count_rows(x)
+    launch = row_launch(n, BWD_TILES)
+    lines = launch.partials(rows) if need_dw else 0
+    partial = (x.new_empty if x.numel() else x.new_zeros)((lines, n), dtype=torch.float32)
+    dx = empty_rows_like(x, x.dtype) if need_dx else x.new_empty(0)
+    weight = None if weight is None else weight.contiguous()
+    if x.numel():
+        (dy, x, out), sizes, (dy_strides, x_strides, dx_strides) = as_rows(dy, x, dx if need_dx else x)
+        kernel = _bwd_wide_kernel if launch.wide else _bwd_kernel
+        with on_device(x):
+            kernel[(lines or launch.programs(rows),)](
+                dy,
+                x,
+                weight,
+                rstd.contiguous(),
+                out if need_dx else None,
+                partial if need_dw else None,
+                rows,
+                sizes,
+                dy_strides,
+                x_strides,
+                dx_strides,
+                N=n,
+                OFFSET=offset,
+                BLOCK_M=launch.block_m,
+                BLOCK_N=launch.block_n,
+                num_warps=launch.num_warps,
+                enable_fp_fusion=True,
+            )
+        if need_dx and out is not dx:
+            dx.copy_(out)
+    return dx, partial
+
+
+def _bwd_ref(dy, x, rstd, weight, offset, need_dx, need_dw):
+    """In two buffers: on a CPU it is fresh memory that costs the time."""
+    r, u = rstd.view(*x.shape[:-1], 1), None if weight is None else weight.to(rstd.dtype) + offset
+    dy = dy.to(rstd.dtype)
+    n = x.to(rstd.dtype) * r
+    products = dy * n
+    dw = (
+        products.reshape(-1, x.shape[-1]).sum(0, keepdim=True)
+        if need_dw
+        else x.new_empty((0, x.shape[-1]), dtype=rstd.dtype)
+    )
+    if not need_dx:
+        return x.new_empty(0), dw
+    mean = (products if u is None else products.mul_(u)).mean(-1, keepdim=True)
+    g = products.copy_(dy) if u is None else torch.mul(dy, u, out=products)
+    return in_rows_layout(g.sub_(n.mul_(mean)).mul_(r).to(x.dtype), x), dw
+
+
+# --- autograd
+# -----------------------------------------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, cast_before, out_dtype):
+        y, rstd = _fwd(x, weight, eps, offset, cast_before, out_dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset, ctx.form = offset, (eps, offset, "before" if cast_before else "after", out_dtype)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        return y, rstd
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None, None, None, None
+        x, weight, rstd = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        if higher_order.wanted():
+            eps, offset, cast, out = ctx.form
+            formula = lambda x, weight: rms_norm_ref(x, weight, eps, offset=offset, cast=cast, out_dtype=out)
+            return *higher_order.gradients(formula, (x, weight), (need_dx, need_dw), (dy,)), None, None, None, None
+        dx, partial = _bwd(dy, x, rstd, weight, ctx.offset, need_dx, need_dw)
+        dw = partial.sum(0).to(weight.dtype) if need_dw else None
+        return dx if need_dx else None, dw, None, None, None, None
+
+
+# --- public
+# -------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y = c(x r) (offset + weight), r = 1 / sqrt(mean(x^2) + eps), over the last dimension.
+
+    x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight: [N] of a floating dtype, or None.
+    cast="before": x r is rounded to the dtype of x before the product; the result has the promoted dtype of x and
+    weight. cast="after": one rounding, at the end, to the dtype of x. out_dtype: another dtype for the result. y is
+    dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable in x and
+    weight; saves x, weight and r. Raises TypeError on dtypes that are not floating, ValueError on shapes that do not
+    fit, on an unknown cast, and on an offset without a weight."""
+    return rms_norm_with_rstd(x, weight, eps, offset=offset, cast=cast, out_dtype=out_dtype)[0]
+
+
+def rms_norm_with_rstd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm`, and r: [rows] in fp32 (float64 for float64 x), rows in the order of the leading dimensions. No
+    gradient
+    flows through r: it is there to compute y again from x."""
+    _check("rms_norm", x, weight, offset, cast)
+    return _RMSNorm.apply(
+        x, weight, float(eps), float(offset), cast == "before", _out_dtype(x, weight, cast, out_dtype)
+    )
+
+
+@torch.no_grad()
+def rms_norm_recompute(
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    offset: float = 0.0,
+    cast: str = "before",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The y of `rms_norm_with_rstd(x, weight, ...)` from its rstd, bit for bit, in one launch. Not differentiable.
+
+    Raises as `rms_norm`, and ValueError where rstd has not one element for each row of x.
+    """
+    _check("rms_norm_recompute", x, weight, offset, cast)
+    if rstd.shape != (count_rows(x),) or rstd.dtype != math_dtype(x.dtype):
+        want = f"[{count_rows(x)}] {math_dtype(x.dtype)}"
+        raise ValueError(f"rms_norm_recompute: want rstd {want}, got {list(rstd.shape)} {rstd.dtype}")
+    return _recompute(x, rstd, weight, float(offset), cast == "before", _out_dtype(x, weight, cast, out_dtype))
+
+
+def _check(name: str, x: torch.Tensor, weight: torch.Tensor | None, offset: float, cast: str) -> None:
+    if not x.is_floating_point() or (weight is not None and not weight.is_floating_point()):
+        got = x.dtype if weight is None else (x.dtype, weight.dtype)
+        raise TypeError(f"{name}: want floating dtypes, got {got}")
+    if x.dim() == 0 or (weight is not None and weight.shape != x.shape[-1:]):
+        got = None if weight is None else list(weight.shape)
+        raise ValueError(f"{name}: want x [..., N] and weight [N] or None, got {list(x.shape)} and {got}")
+    if cast not in ("before", "after"):
+        raise ValueError(f"{name}: want cast 'before' or 'after', got {cast!r}")
+    if weight is None and offset:
+        raise ValueError(f"{name}: want offset 0 without a weight, got {offset}")
+
+
+# --- compilations that stand for real models
+# ------------------------------------------------------------------------------
+
+
+def _aot_case(
+    note, kernel, n, lead=1, x="*bf16", w="*bf16", dw=False, offset=0.0, cast_before=True, recompute=False
+) -> AotCase:
+    forward = kernel in (_fwd_kernel, _fwd_wide_kernel)
+    launch = row_launch(n, FWD_TILES if forward else BWD_TILES)
+    steps = ("i32",) * lead
+    signature = {"x_ptr": x, "rstd_ptr": "*fp32", "rows": "i32", "sizes": steps[1:], "x_strides": steps}
+    constexprs = {"N": n, "OFFSET": offset, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    if forward:
+        signature |= {"y_ptr": x, "y_strides": steps, "eps": "fp32"}
+        constexprs |= {"CAST_BEFORE": cast_before, "RECOMPUTE": recompute}
+    else:
+        signature |= {"dy_ptr": x, "dx_ptr": x, "dy_strides": steps, "dx_strides": steps}
+        (signature if dw else constexprs)["dw_ptr"] = "*fp32" if dw else None
+    (signature if w else constexprs)["w_ptr"] = w
+    return AotCase(kernel, signature, constexprs, launch.num_warps, note=note, unaligned=("rows",))
+
+
+AOT_CASES = (
+    _aot_case("Llama-3.1-8B", _fwd_kernel, 4096),
+    _aot_case("Llama-3.1-8B, y again", _fwd_kernel, 4096, recompute=True),
+    _aot_case("Gemma-2-2B, T4", _fwd_kernel, 2304, x="*fp16", w="*fp16", offset=1.0, cast_before=False),
+    _aot_case("Qwen3, heads of a transposed view", _fwd_kernel, 128, lead=3),
+    _aot_case("Llama-3.1-405B", _fwd_kernel, 16384, w="*fp32"),
+    _aot_case("wider than a block", _fwd_wide_kernel, 32768),
+    _aot_case("Llama-3.1-8B, LoRA", _bwd_kernel, 4096),
+    _aot_case("Llama-3.1-8B, full fine-tuning", _bwd_kernel, 4096, dw=True),
+    _aot_case("Llama-3.1-70B, full, fp32", _bwd_kernel, 8192, x="*fp32", w="*fp32", dw=True),
+    _aot_case("Qwen3, heads of a transposed view, full", _bwd_kernel, 128, lead=3, dw=True),
+    _aot_case("Llama-3.1-405B, full", _bwd_wide_kernel, 16384, w="*fp32", dw=True),
+)

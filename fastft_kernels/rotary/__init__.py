@@ -1,0 +1,4 @@
+"""Rotary position embedding.
+
+rope  rotates queries and keys, halves or neighbouring pairs
+"""

@@ -1,0 +1,93 @@
+"""Which implementation runs, and how it becomes one torch operator.
+
+A kernel file writes its launchers as plain functions and registers each with `op`: under the name `fastft::<name>` the
+dispatcher then knows it, with a fake implementation, so that it runs under FakeTensorMode,
+`torch.compile(fullgraph=True)` and dispatch modes that count. One operator is one launch (or the torch reference of one
+launch): never hide a matrix product or a second launch in one. Operators have no autograd formula: they are called from
+`torch.autograd.Function`s only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastft_kernels.runtime.language import HAS_TRITON, InterpretedFunction, triton
+
+_LIBRARY = torch.library.Library("fastft", "DEF")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAUNCHERS: dict[str, Callable] = {}  # an operator's name -> its launcher, for those who ask what it allocates inside
+_plans = 0  # how many `planned_for_cuda` are open
+
+
+@triton.jit
+def _probe_kernel():
+    pass
+
+
+# With TRITON_INTERPRET=1 (read by Triton itself, when it is imported) kernels run on CPU tensors.
+INTERPRETED = HAS_TRITON and isinstance(_probe_kernel, InterpretedFunction)
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Does this tensor's operation run a Triton kernel (else the torch reference)?  float64 always takes the
+    reference."""
+    if not HAS_TRITON or x.dtype not in KERNEL_DTYPES:
+        return False
+    return x.is_cuda or x.is_xpu or (INTERPRETED and x.device.type == "cpu")
+
+
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds both floating-point dtypes (torch.promote_types, which is an operator, costs a
+    dispatch)."""
+    if a == b:
+        return a
+    return torch.float64 if torch.float64 in (a, b) else torch.float32
+
+
+def op(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Decorator: register a launcher as the operator `fastft::<schema>` and return the operator to call.
+
+    schema: "name(Tensor x, float eps) -> (Tensor, Tensor)"; fake: same arguments, returns empty tensors of the right
+    shape, dtype, stride."""
+    name = schema.split("(")[0]
+
+    def register(launcher: Callable) -> torch._ops.OpOverload:
+        _LIBRARY.define(schema)
+        LAUNCHERS[name] = launcher
+        _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastft::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.fastft, name).default
+
+    return register
+
+
+def on_device(x: torch.Tensor):
+    """Context in which a Triton launch goes to the device of x (a kernel launches on the *current* device)."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def planned_for_cuda() -> Iterator[None]:
+    """Inside, CPU tensors stand for tensors of a CUDA device: for fake tensors, whose backward torch cannot run on
+    "cuda" without a driver."""
+    global _plans
+    _plans += 1
+    try:
+        yield
+    finally:
+        _plans -= 1
+
+
+def goes_to_cuda(x: torch.Tensor) -> bool:
+    """Is x on a CUDA device, or planned for one?"""
+    return x.is_cuda or _plans > 0
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the references compute in: float64 stays (it is the reference), everything else accumulates in
+    float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

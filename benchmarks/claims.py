@@ -174,7 +174,10 @@ def shown(x: float) -> str:
 
 def markdown(r: Row) -> str:
     """The row as a line of a Markdown table: the README's consists of such lines."""
-    return f"| {r.what} | {shown(r.peft)} | {shown(r.trl)} | {shown(r.fastft)} ({r.policy}) | {r.claim} | {r.ratio:.2f} | {'yes' if r.met else 'no'} |"
+    return (
+        f"| {r.what} | {shown(r.peft)} | {shown(r.trl)} | {shown(r.fastft)} ({r.policy}) | {r.claim} | {r.ratio:.2f} | "
+        f"{'yes' if r.met else 'no'} |"
+    )
 
 
 HEADER = [

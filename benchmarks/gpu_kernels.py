@@ -20,7 +20,6 @@ from fastft.tools.bench.timing import ColdTimer, Roof, Times
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
-from fastft_kernels.lora_mlp import lora_mlp
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.mlp.glu import glu
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
@@ -91,11 +90,6 @@ def _projection(t: Tensors, name: str) -> Projection:
     return Projection(t[f"W{name}"], adapters=(Adapter(t[f"A{name}"], t[f"B{name}"], 2.0),))
 
 
-def _mlp_eager(t: Tensors):
-    h = F.silu(_adapted(t["x"], t, "gate")) * _adapted(t["x"], t, "up")
-    return (_adapted(h, t, "down"),)
-
-
 def _logprob_eager(t: Tensors):
     z = (t["h"] @ t["head"].t()).float()
     return (z.gather(-1, t["target"][:, None])[:, 0] - z.logsumexp(-1),)
@@ -127,10 +121,6 @@ def _qkv(s: Size) -> dict[str, tuple[int, int]]:
         "k": (s.hidden, s.kv_heads * s.head_dim),
         "v": (s.hidden, s.kv_heads * s.head_dim),
     }
-
-
-def _mlp(s: Size) -> dict[str, tuple[int, int]]:
-    return {"gate": (s.hidden, s.intermediate), "up": (s.hidden, s.intermediate), "down": (s.intermediate, s.hidden)}
 
 
 def _rope_shapes(s: Size) -> dict[str, tuple[int, ...]]:
@@ -185,14 +175,6 @@ CASES = (
         lambda t: lora_linear(t["x"], [_projection(t, n) for n in "qkv"]),
         lambda t: tuple(_adapted(t["x"], t, n) for n in "qkv"),
         lambda s, b: _lora_work(s, b, _qkv(s)),
-    ),
-    Case(
-        "lora_mlp",
-        lambda s: _lora_shapes(s, _mlp(s), s.tokens),
-        ("x", *(f"{m}{n}" for n in ("gate", "up", "down") for m in "AB")),
-        lambda t: (lora_mlp(t["x"], *(_projection(t, n) for n in ("gate", "up", "down"))),),
-        _mlp_eager,
-        lambda s, b: _lora_work(s, b, _mlp(s)),
     ),
     Case(
         "linear_logprob, frozen head",

@@ -34,7 +34,10 @@ def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+    return (
+        f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}, "
+        f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+    )
 
 
 def _git(*words: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Hugging Face models fine-tune faster and in less GPU memory, with proof on your machine that nothing else changed.",
+    help="Hugging Face models fine-tune faster and in less GPU memory, proven on your machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

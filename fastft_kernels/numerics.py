@@ -40,7 +40,8 @@ class Verdict:
         where = f"{self.name}: " if self.name else ""
         return (
             f"{where}{'pass' if self.ok else 'FAIL'} max {self.error:.3e} (eager {self.eager_error:.3e}) "
-            f"rms {self.rms:.3e} (eager {self.eager_rms:.3e}) ulp {self.ulp:.1e}{' ' + self.reason if self.reason else ''}"
+            f"rms {self.rms:.3e} (eager {self.eager_rms:.3e}) ulp "
+            f"{self.ulp:.1e}{' ' + self.reason if self.reason else ''}"
         )
 
 

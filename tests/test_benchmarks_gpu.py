@@ -243,7 +243,8 @@ class Worker(gpu.Worker):
 
     def __init__(self, code, rows, log):
         self.section, self.rows, self.log = "s", rows, log.open("a")
-        start = f"import sys, json, os, time; sys.path.insert(0, '.'); go = json.loads(sys.stdin.readline()); rows = open({str(rows)!r}, 'a')\n"
+        start = "import sys, json, os, time; sys.path.insert(0, '.'); go = json.loads(sys.stdin.readline())\n"
+        start += f"rows = open({str(rows)!r}, 'a')\n"
         write = "def write(line): rows.write(json.dumps(line) + '\\n'); rows.flush()\n"
         self.process = subprocess.Popen(
             [sys.executable, "-c", start + write + code],
@@ -315,7 +316,11 @@ def test_a_figure_that_is_no_number_is_left_out(sheet):
     assert "| a | ok |  |  | 2 | text | yes |  |" in markdown(rows)
 
 
-XDIST = "[gw0] [ 50%] PASSED tests/kernels/test_a.py::test_x[bf16] \n[gw1] [100%] FAILED tests/kernels/test_a.py::test_y[bf16] \nFAILED tests/kernels/test_a.py::test_y[bf16] - x\n"
+XDIST = (
+    "[gw0] [ 50%] PASSED tests/kernels/test_a.py::test_x[bf16] \n"
+    "[gw1] [100%] FAILED tests/kernels/test_a.py::test_y[bf16] \n"
+    "FAILED tests/kernels/test_a.py::test_y[bf16] - x\n"
+)
 PLAIN = "tests/kernels/test_a.py::test_x[bf16] PASSED [ 50%]\ntests/kernels/test_a.py::test_y SKIPPED (no) [100%]\n"
 
 

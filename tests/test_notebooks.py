@@ -68,8 +68,10 @@ def test_01_quickstart(execute, folder):
 
 
 def test_02_qlora(execute):
-    ask = """dict(stock=stock_losses, fast=fast_losses, measured=[stock_memory.bytes, fast_memory.bytes], predicted=[*predicted.values()],
-    difference=difference.item(), four_bit=model.is_loaded_in_4bit if 'model' in globals() else plain.is_loaded_in_4bit)"""
+    ask = """dict(stock=stock_losses, fast=fast_losses, 
+    measured=[stock_memory.bytes, fast_memory.bytes], predicted=[*predicted.values()],
+    difference=difference.item(),
+    four_bit=model.is_loaded_in_4bit if 'model' in globals() else plain.is_loaded_in_4bit)"""
     notebook, found = execute("02_qlora_t4", "chat", ask, MAX_LENGTH=48)
     curves_agree(found)
     memory_is_less_than_stocks(found)
@@ -78,7 +80,8 @@ def test_02_qlora(execute):
 
 
 def test_03_dpo(execute):
-    ask = """dict(stock=[e['loss'] for e in stock_log], fast=[e['loss'] for e in fast_log], measured=[stock_memory.bytes, fast_memory.bytes])"""
+    ask = """dict(stock=[e['loss'] for e in stock_log], fast=[e['loss'] for e in fast_log],
+    measured=[stock_memory.bytes, fast_memory.bytes])"""
     notebook, found = execute("03_dpo", "preferences", ask, MAX_LENGTH=200)
     curves_agree(found)
     memory_is_less_than_stocks(found)
@@ -86,7 +89,8 @@ def test_03_dpo(execute):
 
 
 def test_04_grpo(execute):
-    ask = """dict(stock=[e['reward'] for e in stock_log], fast=[e['reward'] for e in fast_log], measured=[stock_memory.bytes, fast_memory.bytes],
+    ask = """dict(stock=[e['reward'] for e in stock_log], fast=[e['reward'] for e in fast_log],
+    measured=[stock_memory.bytes, fast_memory.bytes],
     losses=[e['loss'] for e in stock_log])"""
     notebook, found = execute("04_grpo", "prompts", ask, ANSWERS=4, NEW_TOKENS=8, TARGET=12)
     curves_agree(found)
@@ -96,8 +100,10 @@ def test_04_grpo(execute):
 
 
 def test_05_prove_it(execute):
-    ask = """dict(stock=stock_losses, fast=fast_losses, planted=sorted({line.group.split(':')[0] for line in planted.failed if line.level == 'module'}),
-    pairs=[(m.bytes, x.peak.total) for ms, xs in ((stock_memory, [p.lines[-1] for p in predicted]), (fast_memory, [p.chosen for p in predicted]))
+    ask = """dict(stock=stock_losses, fast=fast_losses,
+    planted=sorted({line.group.split(':')[0] for line in planted.failed if line.level == 'module'}),
+    pairs=[(m.bytes, x.peak.total) for ms, xs in ((stock_memory, [p.lines[-1] for p in predicted]),
+                               (fast_memory, [p.chosen for p in predicted]))
            for m, x in zip(ms, xs)])"""
     notebook, found = execute("05_prove_it_on_your_gpu", "chat", ask, LENGTHS=[24, 48])
     curves_agree(found)

@@ -13,7 +13,7 @@ warnings.simplefilter("ignore")
 FIRST = {first!r}
 if FIRST == "fastft":
     import fastft
-    assert not any(m.split(".")[0] in ("torch", "transformers", "peft", "trl") for m in sys.modules), "importing fastft imports others"
+    assert not any(m.split(".")[0] in ("torch", "transformers", "peft", "trl") for m in sys.modules), "imports others"
 import torch, transformers, peft, trl, accelerate, bitsandbytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTTrainer, DPOTrainer, GRPOTrainer
@@ -39,7 +39,8 @@ def snapshot():
 
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1)
     m = AutoModelForCausalLM.from_config(config)
     return peft.get_peft_model(m, peft.LoraConfig(r=2, target_modules="all-linear"))
 

@@ -81,8 +81,10 @@ class Attempt:
             return False
         self.leaves = None
         warnings.warn(
-            f"fastft: out of memory in the first step ({str(error).splitlines()[0] if str(error) else 'no details'}); the activation policy is "
-            f"lowered to {lowered!r}, for later steps too, and the step is run again from its start with the same random state",
+            f"fastft: out of memory in the first step ({str(error).splitlines()[0] if str(error) else 'no details'}); "
+            "the activation policy is "
+            f"lowered to {lowered!r}, for later steps too, and the step is run again from its start with the same "
+            "random state",
             stacklevel=3,
         )
         return True

@@ -138,7 +138,8 @@ def _matrix(base: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     if (off := _off(backward, forward)) > rounding:
         return (
             forward,
-            f"its 4-bit weight stands for one matrix in bitsandbytes' forward and for another in its backward: {off:.2g} off",
+            "its 4-bit weight stands for one matrix in bitsandbytes' forward and for another in its backward: "
+            f"{off:.2g} off",
         )
     if (off := _off(ours, forward)) > rounding:
         return forward, f"its 4-bit weight stands for another matrix in bitsandbytes than in fastft: {off:.2g} off"

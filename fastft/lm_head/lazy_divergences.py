@@ -247,7 +247,8 @@ def _check_constants(node: Node) -> None:
         for t, version in node.meaning.constants:
             if _version(t) != version:
                 raise RuntimeError(
-                    f"lazy logits: a tensor of shape {tuple(t.shape)} was modified in place after {node.func.__name__} was called with it; "
+                    f"lazy logits: a tensor of shape {tuple(t.shape)} was modified in place after {node.func.__name__} "
+                    "was called with it; "
                     "clone it first, or use the result before"
                 )
         for n in node.before:

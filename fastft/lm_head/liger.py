@@ -25,7 +25,8 @@ def refuse(modules: Iterable[nn.Module], remedy: str) -> None:
         bound = module.__dict__.get("forward")
         if bound is not None and _is_ligers(bound):
             raise LigerError(
-                f"use_liger_kernel: Liger's kernels stand on this model ({bound.__qualname__}), where fastft's cannot run; {remedy}"
+                f"use_liger_kernel: Liger's kernels stand on this model ({bound.__qualname__}), where fastft's cannot "
+                f"run; {remedy}"
             )
 
 

@@ -70,7 +70,8 @@ class Family:
     def check(self) -> None:
         if not self.unchanged():
             raise RuntimeError(
-                "lazy logits: the head's weight or its input was modified in place since the forward; read `logits` before the optimizer's step"
+                "lazy logits: the head's weight or its input was modified in place since the forward; read `logits` "
+                "before the optimizer's step"
             )
 
     def count(self, why: str) -> None:

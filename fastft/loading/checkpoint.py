@@ -89,7 +89,8 @@ def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> Model
         )
     if has((LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return ModelNotFoundError(
-            f"{who} is neither a folder here nor in the local cache, and the Hub was not reached: check the name or the network"
+            f"{who} is neither a folder here nor in the local cache, and the Hub was not reached: check the name or "
+            "the network"
         )
     return ModelNotFoundError(
         f"{who} is neither a folder here nor a repository on the Hub that you can read: check the spelling; "
@@ -123,6 +124,7 @@ def check_length(wanted: int | None, config: Any) -> None:
     has = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(has, int) and wanted > has:
         raise SequenceLengthError(
-            f"max_seq_length={wanted}, but this model has {has} positions: train on at most {has} tokens, or extend it knowingly "
+            f"max_seq_length={wanted}, but this model has {has} positions: train on at most {has} tokens, or extend it "
+            "knowingly "
             f"(pass max_position_embeddings={wanted}, with rope_parameters that scale where the model needs them)"
         )

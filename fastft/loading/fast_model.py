@@ -92,14 +92,16 @@ class FastModel:
         default_lora = isinstance(peft_config, str)
         if default_lora and peft_config != "lora":
             raise AdapterError(
-                f"peft_config={peft_config!r}: pass a PEFT config such as LoraConfig(...), or None for the bare model, or nothing"
+                f"peft_config={peft_config!r}: pass a PEFT config such as LoraConfig(...), or None for the bare model, "
+                "or nothing"
             )
         where = placement(device_map)
         device = first_device(where)
         adapter = adapter_config(name, kwargs)
         if adapter is not None and peft_config is not None and not default_lora:
             raise AdapterError(
-                f"{name} is an adapter already, and peft_config was given too: leave peft_config out to go on training it, "
+                f"{name} is an adapter already, and peft_config was given too: leave peft_config out to go on training "
+                "it, "
                 f"or load its base, {adapter.base_model_name_or_path!r}, with your peft_config"
             )
 

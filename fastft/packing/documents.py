@@ -138,11 +138,15 @@ class DocumentMask(torch.Tensor):
                         else DocumentMask.of(Documents(mask.documents.lengths, moved.device, used=mask.documents.used))
                     )
         raise MaskReadError(
-            f"a packed row's mask is read by {owner or name or func}: packing needs attention on transformers' attention interface"
+            f"a packed row's mask is read by {owner or name or func}: packing needs attention on transformers' "
+            "attention interface"
         )
 
     def __deepcopy__(self, memo) -> DocumentMask:
         return self
 
     def __repr__(self) -> str:
-        return f"SegmentMask({len(self.documents.lengths)} documents, {self.documents.tokens} tokens, {self.documents.device})"
+        return (
+            f"DocumentMask({len(self.documents.lengths)} documents, {self.documents.tokens} tokens, "
+            f"{self.documents.device})"
+        )

@@ -93,7 +93,8 @@ class ForwardFrame:
             or any(a != b for a, b in zip(now[1:], self.state[1:]))
         ):
             raise RereadError(
-                "logits of a batch that ran without its padding: want the parameters, buffers and inputs of that forward, got changed ones; "
+                "logits of a batch that ran without its padding: want the parameters, buffers and inputs of that "
+                "forward, got changed ones; "
                 "read `logits` before the optimizer's step, or patch with unpad=False"
             )
         training = [(m, m.training) for m in module.modules()]

@@ -156,7 +156,10 @@ class Packing:
         """Why something that leaves the forward may be looked at where it is padded; empty where it cannot."""
         base = self.base()
         if frame is None or base is None or base is self.owner():
-            return "its hidden states leave the model, and may be looked at where they are padded (a backbone entered by itself, or a forward called past its hooks)"
+            return (
+                "its hidden states leave the model, and may be looked at where they are padded (a backbone entered by "
+                "itself, or a forward called past its hooks)"
+            )
         if frame.given is None:
             return "the names of its arguments cannot be told"
         labels, frame.by_token = frame.labels, False
@@ -179,7 +182,10 @@ class Packing:
         return ""
 
     def was_read(self) -> None:
-        self.padded_now = "logits were read after a batch ran without its padding, which cost a second forward: from then on the padded one runs"
+        self.padded_now = (
+            "logits were read after a batch ran without its padding, which cost a second forward: from then on the "
+            "padded one runs"
+        )
 
     def leave(self, frame: ForwardFrame, output):
         """What the caller is given; None: as it is."""
@@ -272,12 +278,14 @@ class Packing:
         lines += [f"{kind} rows run as in stock: {p.reason}" for kind, p in self.proofs.items() if not p.ok]
         if c["packed"]:
             lines.append(
-                f"{c['packed']} packed rows ({c['packed documents']} documents, {c['packed tokens']} tokens) ran without a mask"
+                f"{c['packed']} packed rows ({c['packed documents']} documents, {c['packed tokens']} tokens) ran "
+                "without a mask"
             )
         if c["unpadded"]:
             share = c["real tokens"] / c["padded tokens"]
             lines.append(
-                f"{c['unpadded']} padded batches ran unpadded: {c['real tokens']} of {c['padded tokens']} tokens ({share:.0%})"
+                f"{c['unpadded']} padded batches ran unpadded: {c['real tokens']} of {c['padded tokens']} tokens "
+                f"({share:.0%})"
             )
         return lines
 

@@ -91,7 +91,8 @@ def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
 def _no_memory(e: BaseException, new: bool) -> str:
     there = "the model is stock again" if new else "what was patched before stays patched"
     return (
-        f"patch: no memory was left for the proofs, which run on small copies where the model is ({str(e).splitlines()[0][:200]}); {there}: free "
+        "patch: no memory was left for the proofs, which run on small copies where the model is "
+        f"({str(e).splitlines()[0][:200]}); {there}: free "
         "some and patch again, or patch before the model is moved to the device"
     )
 
@@ -145,11 +146,13 @@ def devices_note(model: nn.Module) -> list[str]:
         return []
     places = sorted(where - {"meta"}) + ["offloaded"] * hooked
     lines = [
-        f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time where its weight is fetched"
+        f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time "
+        "where its weight is fetched"
     ]
     if hooked and (lost := sum(p.requires_grad and p.device.type == "meta" for p in model.parameters())):
         lines.append(
-            f"{lost} of the parameters that are to learn are offloaded, where a gradient has no place to go (stock's backward leaves it out, or "
+            f"{lost} of the parameters that are to learn are offloaded, where a gradient has no place to go (stock's "
+            "backward leaves it out, or "
             "fails): keep their layers on a device by another device_map, load in 4 bits, or train no adapter there"
         )
     return lines

@@ -213,7 +213,8 @@ def install(module: nn.Module, kind: str, mixin: type, state: object) -> None:
     outermost)."""
     if hasattr(mixin, "ORDER"):
         raise TypeError(
-            f"install: want the order of {mixin.__name__} by the decorator `order`: an attribute would be every swapped module's"
+            f"install: want the order of {mixin.__name__} by the decorator `order`: an attribute would be every "
+            "swapped module's"
         )
     slot = slot_of(module)
     if slot is None:

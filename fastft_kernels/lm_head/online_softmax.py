@@ -284,7 +284,8 @@ def _fold_fake(logits, bias, target, state, start, scale, softcap, inv_t, dtype,
 
 
 @op(
-    "online_softmax_fold(Tensor logits, Tensor? bias, Tensor target, Tensor? state, int start, float scale, float? softcap, "
+    "online_softmax_fold(Tensor logits, Tensor? bias, Tensor target, Tensor? state, int start, float scale, float? "
+    "softcap, "
     "float inv_t, ScalarType? dtype, int[] optional) -> (Tensor, Tensor, Tensor)",
     _fold_fake,
 )
@@ -336,7 +337,8 @@ def _dlogits_fake(logits, bias, target, coef, start, scale, softcap, inv_t, z_te
 
 
 @op(
-    "online_softmax_dlogits(Tensor logits, Tensor? bias, Tensor target, Tensor coef, int start, float scale, float? softcap, "
+    "online_softmax_dlogits(Tensor logits, Tensor? bias, Tensor target, Tensor coef, int start, float scale, float? "
+    "softcap, "
     "float inv_t, bool z_term, ScalarType dtype) -> Tensor",
     _dlogits_fake,
 )
@@ -395,7 +397,8 @@ def _jacobian_fake(acc, weight, target, alpha, beta, dtype):
 
 
 @op(
-    "online_softmax_jacobian(Tensor acc, Tensor weight, Tensor target, Tensor alpha, Tensor beta, ScalarType dtype) -> Tensor",
+    "online_softmax_jacobian(Tensor acc, Tensor weight, Tensor target, Tensor alpha, Tensor beta, ScalarType dtype) -> "
+    "Tensor",
     _jacobian_fake,
 )
 def jacobian(acc, weight, target, alpha, beta, dtype):

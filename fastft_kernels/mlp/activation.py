@@ -329,12 +329,6 @@ def activation(x: torch.Tensor, activation: str = "silu", *, alpha: float | None
     return _Activation.apply(x, act, alpha)
 
 
-def activation_recompute(x: torch.Tensor, activation: str = "silu", *, alpha: float | None = None) -> torch.Tensor:
-    """The forward's y, bit for bit, without autograd (for a backward that has x and needs y again)."""
-    with torch.no_grad():
-        return _fwd(x, *resolve(activation, alpha))
-
-
 _FP = {"cols": "i32", "alpha": "fp32"}
 AOT_CASES = tuple(
     AotCase(

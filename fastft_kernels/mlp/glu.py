@@ -249,7 +249,8 @@ def _launch_bwd(dh, gate, up, form: _GluSettings, want_gate: bool, want_up: bool
 
 
 @op(
-    "glu_bwd(Tensor dh, Tensor gate, Tensor up, str act, float alpha, float? limit, float offset, bool want_gate, bool want_up)"
+    "glu_bwd(Tensor dh, Tensor gate, Tensor up, str act, float alpha, float? limit, float offset, bool want_gate, bool "
+    "want_up)"
     " -> (Tensor, Tensor)",
     lambda dh, gate, up, act, alpha, limit, offset, want_gate, want_up: (_like(gate, want_gate), _like(up, want_up)),
 )

@@ -185,7 +185,8 @@ def _fwd_fake(x, gate, weight, eps, act, alpha, gate_first, groups, out_dtype):
 
 
 @op(
-    "gated_rms_norm_fwd(Tensor x, Tensor gate, Tensor weight, float eps, str act, float alpha, bool gate_first, int groups,"
+    "gated_rms_norm_fwd(Tensor x, Tensor gate, Tensor weight, float eps, str act, float alpha, bool gate_first, int "
+    "groups,"
     " ScalarType out_dtype) -> (Tensor, Tensor)",
     _fwd_fake,
 )
@@ -232,7 +233,8 @@ def _bwd_fake(dy, x, gate, weight, rstd, act, alpha, gate_first, groups, need_dx
 
 
 @op(
-    "gated_rms_norm_bwd(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str act, float alpha, bool gate_first, int groups,"
+    "gated_rms_norm_bwd(Tensor dy, Tensor x, Tensor gate, Tensor weight, Tensor rstd, str act, float alpha, bool "
+    "gate_first, int groups,"
     " bool need_dx, bool need_dg, bool need_dw) -> (Tensor dx, Tensor dg, Tensor dw)",
     _bwd_fake,
 )
@@ -337,7 +339,8 @@ def gated_rms_norm(
         raise TypeError(f"gated_rms_norm: want floating dtypes, got {x.dtype}, {gate.dtype}, {weight.dtype}")
     if x.dim() == 0 or gate.shape != x.shape or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"gated_rms_norm: want x and gate [..., N], weight [N], got {list(x.shape)}, {list(gate.shape)}, {list(weight.shape)}"
+            f"gated_rms_norm: want x and gate [..., N], weight [N], got {list(x.shape)}, {list(gate.shape)}, "
+            f"{list(weight.shape)}"
         )
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"gated_rms_norm: want groups that divide {x.shape[-1]}, got {groups}")

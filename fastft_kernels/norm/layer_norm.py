@@ -353,7 +353,8 @@ def _recompute_fake(x, mean, rstd, weight, bias, out_dtype):
 
 
 @op(
-    "layer_norm_recompute(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    "layer_norm_recompute(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, ScalarType out_dtype) -> "
+    "Tensor",
     _recompute_fake,
 )
 def _recompute(x, mean, rstd, weight, bias, out_dtype):
@@ -372,7 +373,8 @@ def _bwd_fake(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
 
 
 @op(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, bool need_dx, bool need_dw, bool need_db)"
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, bool need_dx, bool need_dw, bool "
+    "need_db)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     _bwd_fake,
 )

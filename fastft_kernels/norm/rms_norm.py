@@ -306,7 +306,8 @@ def _fwd_fake(x, weight, eps, offset, cast_before, out_dtype):
 
 
 @op(
-    "rms_norm_fwd(Tensor x, Tensor? weight, float eps, float offset, bool cast_before, ScalarType out_dtype) -> (Tensor, Tensor)",
+    "rms_norm_fwd(Tensor x, Tensor? weight, float eps, float offset, bool cast_before, ScalarType out_dtype) -> "
+    "(Tensor, Tensor)",
     _fwd_fake,
 )
 def _fwd(x, weight, eps, offset, cast_before, out_dtype):
@@ -325,7 +326,8 @@ def _recompute_fake(x, rstd, weight, offset, cast_before, out_dtype):
 
 
 @op(
-    "rms_norm_recompute(Tensor x, Tensor rstd, Tensor? weight, float offset, bool cast_before, ScalarType out_dtype) -> Tensor",
+    "rms_norm_recompute(Tensor x, Tensor rstd, Tensor? weight, float offset, bool cast_before, ScalarType out_dtype) "
+    "-> Tensor",
     _recompute_fake,
 )
 def _recompute(x, rstd, weight, offset, cast_before, out_dtype):

@@ -465,7 +465,8 @@ _SETTINGS = "Tensor cos, Tensor sin, str layout, int? axis, float sign, bool tra
 
 
 @op(
-    f"rope(Tensor q, Tensor k, {_SETTINGS}, ScalarType? q_dtype, ScalarType? k_dtype, int[]? q_order, int[]? k_order) -> (Tensor, Tensor)",
+    f"rope(Tensor q, Tensor k, {_SETTINGS}, ScalarType? q_dtype, ScalarType? k_dtype, int[]? q_order, int[]? k_order) "
+    "-> (Tensor, Tensor)",
     lambda q, k, cos, sin, layout, axis, sign, transposed, q_dtype, k_dtype, q_order, k_order: (
         _empty(q, q_dtype, q_order),
         _empty(k, k_dtype, k_order),

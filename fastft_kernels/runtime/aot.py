@@ -67,7 +67,6 @@ class AotCase:
                 marked divisible by 16, as the JIT marks it, and its loads are vectorised. i1 and floats are never
                 marked.
     archs       the architectures it runs on (a kernel with a bfloat16 product, say, is not launched on sm_75)
-    min_mma     at least so many matrix instructions: 1 says that tensor cores must be used
     """
 
     kernel: Any
@@ -79,7 +78,6 @@ class AotCase:
     note: str = ""
     unaligned: frozenset[str] | tuple[str, ...] = ()
     archs: tuple[str, ...] = ARCHS
-    min_mma: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""For the tests of lora_linear and lora_mlp: PEFT's own LoRA layers as the eager baseline, the formula in fp64 as the
+"""For the tests of lora_linear: PEFT's own LoRA layers as the eager baseline, the formula in fp64 as the
 reference."""
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
-from fastft_kernels.lora_mlp import lora_mlp
 from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
 from fastft_kernels.numerics import compare
 from fastft_kernels.recompute.recomputation import Recomputation, attach, recomputation_of
@@ -37,16 +36,8 @@ def dropping(x, w, bias, a, b, w2):
     return lora_linear(x, [Projection(w, bias, two), Projection(w2)])
 
 
-def mlp_dropping(x, w, bias, a, b, w2):
-    drops = Projection(w, bias, (Adapter(a, b, 1.5, dropout=0.4),))
-    return lora_mlp(
-        x, drops, Projection(w2), Projection(w2.mT, None, (Adapter(b.mT, a.mT, 0.7, dropout=0.3),)), limit=1.0
-    )
-
-
 MORE = {
     "dropout": (seeded(dropping), CASES["lora_linear"][1]),
-    "mlp with dropout": (seeded(mlp_dropping), CASES["lora_mlp"][1]),
     "entropy": (
         lambda h, w, b: tuple(linear_logprob(h, w, picked(h), b, outputs=("log_probs", "entropy"), softcap=3.0)[:2]),
         CASES["logsumexp"][1],
@@ -91,7 +82,6 @@ def stock_linear(x, w, bias, a, b):
 
 STOCK = {
     "logsumexp": lambda h, w, b: F.linear(h, w, b).logsumexp(-1),
-    "lora_mlp": lambda x, w, bias, a, b, w2: F.linear(F.silu(stock_linear(x, w, bias, a, b)) * F.linear(x, w2), w2.mT),
 }
 
 
@@ -138,9 +128,6 @@ def normed(x, weight):
 
 CONSUMERS = {
     "group": lambda y, w, a, b: lora_linear(y, [adapted(w, None, a, b)], recomputation=recomputation_of(y))[0],
-    "mlp": lambda y, w, a, b: lora_mlp(
-        y, adapted(w, None, a, b), Projection(w), Projection(w.mT), recomputation=recomputation_of(y)
-    ),
     "head": lambda y, w, a, b: linear_logprob(y, w, picked(y)).log_probs,
     "loss": lambda y, w, a, b: linear_cross_entropy(y.flatten(0, 1), w, picked(y).flatten()),
     "loss of a slice": lambda y, w, a, b: linear_cross_entropy(y[:, 1:], w, picked(y)[:, 1:]),

@@ -11,7 +11,6 @@ from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 from fastft_kernels.lm_head.linear_logsumexp import linear_logsumexp
 from fastft_kernels.lora.lora_linear import Adapter, Projection, lora_linear
-from fastft_kernels.lora_mlp import lora_mlp
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.mlp.glu import glu
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
@@ -63,10 +62,6 @@ def two(x, w, bias, a, b, w2):
     return lora_linear(x, [adapted(w, bias, a, b), Projection(w2)])
 
 
-def mlp(x, w, bias, a, b, w2):
-    return lora_mlp(x, adapted(w, bias, a, b), Projection(w2), Projection(w2.mT))
-
-
 X, V, W, B = (*ROWS, WIDTH), (WIDTH,), (VOCAB, WIDTH), (VOCAB,)
 LORA = (X, W, B, (4, WIDTH), (VOCAB, 4), W)
 CASES = {
@@ -89,7 +84,6 @@ CASES = {
     "smoothed": (lambda h, w: linear_cross_entropy(h, w, targets(h), label_smoothing=0.1, tile=(4, 16)), (X, W)),
     "logsumexp": (lambda h, w, b: linear_logsumexp(h, w, b, tile=(4, 16)), (X, W, B)),
     "lora_linear": (two, LORA),
-    "lora_mlp": (mlp, LORA),
 }
 
 

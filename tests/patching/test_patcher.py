@@ -34,7 +34,8 @@ from tests.norm import test_norms
 
 NO_ROOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 NO_ROOM_ON_THE_HOST = RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:125] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    "[enforce fail at alloc_cpu.cpp:125] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 "
+    "bytes"
 )
 
 

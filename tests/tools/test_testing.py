@@ -13,7 +13,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fastft.testing import assert_parity, parity
 
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 IDS = torch.arange(10)[None] * 5
 
 @pytest.fixture

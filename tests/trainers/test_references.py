@@ -10,7 +10,8 @@ from tests.trainers.rollouts import Wide
 
 STEPS = 20
 MARKED = (
-    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% for m in messages %}{{ m['role'] }}: "
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
 )
 

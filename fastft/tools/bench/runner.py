@@ -258,7 +258,8 @@ def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
         notes.append(f"judged by losses and gradients against stock in {about['truth']}")
     if about["device"].endswith("threads"):
         notes.append(
-            "peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; reserved memory is a GPU's"
+            "peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; "
+            "reserved memory is a GPU's"
         )
     if "no limit" in about:
         notes.append(f"% of limit: {about['no limit']}")

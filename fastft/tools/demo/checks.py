@@ -60,7 +60,8 @@ def check_curves(
     return DemoCheck(
         "loss curves agree",
         verdict.ok,
-        f"largest error against {against} {verdict.error:.1e}, {noise} {verdict.eager_error:.1e} {verdict.reason}".strip(),
+        f"largest error against {against} {verdict.error:.1e}, {noise} {verdict.eager_error:.1e} "
+        f"{verdict.reason}".strip(),
     )
 
 

@@ -41,7 +41,10 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        return f"### Instruction\nDocument this Python callable.\n\n### Signature\n{self.name}{self.signature}\n\n### Docstring\n"
+        return (
+            f"### Instruction\nDocument this Python callable.\n\n### Signature\n{self.name}{self.signature}\n\n### "
+            "Docstring\n"
+        )
 
 
 def _modules() -> Iterator[ModuleType]:

@@ -64,7 +64,8 @@ def demo(options: DemoOptions, console: Console | None = None) -> int:
     (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
     ok = all(c["ok"] for c in figures["checks"])
     console.print(
-        f"{'all of it held' if ok else 'NOT all of it held'}; {figures['seconds']:.0f} s; figures, plot, adapter: {out}/"
+        f"{'all of it held' if ok else 'NOT all of it held'}; {figures['seconds']:.0f} s; figures, plot, adapter: "
+        f"{out}/"
     )
     return 0 if ok else 1
 
@@ -80,7 +81,8 @@ def _prepare(options: DemoOptions, console: Console) -> DemoSettings:
     train_pairs, held_pairs = corpus.split(pairs, options.held_out, options.seed)
     if options.dataset is None:
         console.print(
-            f"training set: {len(train_pairs)} signatures with docstrings of the standard library, {len(held_pairs)} held out"
+            f"training set: {len(train_pairs)} signatures with docstrings of the standard library, {len(held_pairs)} "
+            "held out"
         )
         parts = corpus.as_dataset(train_pairs), corpus.as_dataset(held_pairs)
     else:

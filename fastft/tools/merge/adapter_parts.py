@@ -182,7 +182,8 @@ def read_adapter(folder: Path) -> Adapter:
             name = _plain(name)
             if name in adapter.whole and not torch.equal(adapter.whole[name], t):
                 raise AdapterError(
-                    f"merge: want one tensor for {name!r}, got two that differ: save the adapter anew with save_pretrained"
+                    f"merge: want one tensor for {name!r}, got two that differ: save the adapter anew with "
+                    "save_pretrained"
                 )
             adapter.whole[name] = t
     for module, found in parts.items():
@@ -203,7 +204,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "adapter_model.bin").is_file():
         return torch.load(folder / "adapter_model.bin", weights_only=True)
     raise AdapterError(
-        f"merge: want adapter_model.safetensors in {str(folder)!r}, which has none: save the adapter with save_pretrained"
+        f"merge: want adapter_model.safetensors in {str(folder)!r}, which has none: save the adapter with "
+        "save_pretrained"
     )
 
 
@@ -221,7 +223,8 @@ def _config(folder: Path) -> LoraConfig:
             raise AdapterError(f"merge: the adapter has {name}={_short(value)}, which is not known here: {BY_PEFT}")
     if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise AdapterError(
-            f"merge: the adapter has init_lora_weights={start!r}, which changed the base's weights too, so it does not fit the base as it is saved: "
+            f"merge: the adapter has init_lora_weights={start!r}, which changed the base's weights too, so it does not "
+            "fit the base as it is saved: "
             "save it with path_initial_model_for_weight_conversion=, or " + BY_PEFT
         )
     if raw.get("use_qalora"):
@@ -243,7 +246,8 @@ def _add(adapter: Adapter, module: str, found: dict[str, torch.Tensor]) -> None:
         index = _token_indices(config, module)
         if len(index) != rows.shape[0]:
             raise AdapterError(
-                f"merge: {module!r} has {rows.shape[0]} trained tokens, its config names {len(index)}: save it anew with save_pretrained"
+                f"merge: {module!r} has {rows.shape[0]} trained tokens, its config names {len(index)}: save it anew "
+                "with save_pretrained"
             )
         adapter.tokens[module] = torch.tensor(index), rows
     A, B, transposed = found.get(".lora_A.weight"), found.get(".lora_B.weight"), config.fan_in_fan_out
@@ -255,11 +259,13 @@ def _add(adapter: Adapter, module: str, found: dict[str, torch.Tensor]) -> None:
     if A is None or B is None or A.dim() != 2 or B.dim() != 2 or is_odd_dora:
         got = ", ".join(f"{k.removeprefix('.')} {tuple(v.shape)}" for k, v in found.items())
         raise AdapterError(
-            f"merge: want lora_A [r, in] and lora_B [out, r] of a linear layer or an embedding for {module!r}, got {got}: {BY_PEFT}"
+            f"merge: want lora_A [r, in] and lora_B [out, r] of a linear layer or an embedding for {module!r}, got "
+            f"{got}: {BY_PEFT}"
         )
     if config.use_dora and magnitude is None:
         raise AdapterError(
-            f"merge: the adapter has use_dora=True, but no lora_magnitude_vector for {module!r}: save it anew with save_pretrained"
+            f"merge: the adapter has use_dora=True, but no lora_magnitude_vector for {module!r}: save it anew with "
+            "save_pretrained"
         )
     if magnitude is not None:
         magnitude = magnitude.reshape(-1)
@@ -302,7 +308,10 @@ def misfits(adapter: Adapter, shapes: dict[str, tuple[int, ...] | None], quantis
         if name not in shapes:
             yield f"no {name!r}, which the adapter saves whole (modules_to_save, a saved embedding or a trained bias)"
         elif shapes[name] is not None and shapes[name] != tuple(t.shape):
-            yield f"{name} is {shapes[name]}, the adapter's {tuple(t.shape)}: resize the base's embeddings first, and save it"
+            yield (
+                f"{name} is {shapes[name]}, the adapter's {tuple(t.shape)}: resize the base's embeddings first, and "
+                "save it"
+            )
         elif name in quantised:
             yield f"{name} in 4 bits, and the adapter saves it whole"
     for module, (index, rows) in adapter.tokens.items():
@@ -310,4 +319,7 @@ def misfits(adapter: Adapter, shapes: dict[str, tuple[int, ...] | None], quantis
         if f"{module}.weight" not in shapes:
             yield f"no weight for {module!r}, of which the adapter trained single tokens"
         elif shape is not None and (shape[1:] != tuple(rows.shape[1:]) or int(index.max()) >= shape[0]):
-            yield f"{module}.weight is {shape}, the adapter trained {tuple(rows.shape)} of its rows, up to {int(index.max())}: it is another base"
+            yield (
+                f"{module}.weight is {shape}, the adapter trained {tuple(rows.shape)} of its rows, up to "
+                f"{int(index.max())}: it is another base"
+            )

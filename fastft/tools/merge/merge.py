@@ -54,7 +54,8 @@ class Check:
 
     def __str__(self) -> str:
         return (
-            f"merged against base + adapter: {self.error:.2e} of the largest logit; rounding to {self.dtype} alone: {self.rounding:.2e}; "
+            f"merged against base + adapter: {self.error:.2e} of the largest logit; rounding to {self.dtype} alone: "
+            f"{self.rounding:.2e}; "
             f"without the adapter it would be {self.adapter:.2e}"
         )
 
@@ -174,7 +175,8 @@ def make_plan(source: Path, adapter: Adapter) -> Plan:
         n.endswith((".SCB", ".qweight", ".weight_scale_inv")) for n in shapes
     ):
         raise AdapterError(
-            f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: {BY_PEFT}"
+            f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: "
+            f"{BY_PEFT}"
         )
     plan = Plan(adapter, files)
     if config.get("model_type") and (tied := _tied_embeddings(source)) is not None:
@@ -209,7 +211,8 @@ def _untie(plan: Plan, into: str, out: str, shapes: dict[str, tuple[int, ...] | 
     plan.drop = {names[1]}
     if adapter.config.ensure_weight_tying:
         raise AdapterError(
-            f"merge: the adapter has ensure_weight_tying=True on {into!r} or {out!r}, which the base ties; not known here: {BY_PEFT}"
+            f"merge: the adapter has ensure_weight_tying=True on {into!r} or {out!r}, which the base ties; not known "
+            f"here: {BY_PEFT}"
         )
     apart = [m for m in (into, out) if m in adapter.deltas or (adapter.is_saved(m) and f"{m}.weight" in adapter.whole)]
     if adapter.tokens.keys() & {into, out}:
@@ -220,7 +223,8 @@ def _untie(plan: Plan, into: str, out: str, shapes: dict[str, tuple[int, ...] | 
             or (rows is not None and not all(map(torch.equal, rows, adapter.tokens[into])))
         ):
             raise AdapterError(
-                f"merge: the adapter trains single tokens of {into!r} and {out!r}, which the base ties, apart from each other: {BY_PEFT}"
+                f"merge: the adapter trains single tokens of {into!r} and {out!r}, which the base ties, apart from "
+                f"each other: {BY_PEFT}"
             )
     shared = next(
         (adapter.whole[n] for m, n in zip((into, out), names) if n in adapter.whole and not adapter.is_saved(m)), None

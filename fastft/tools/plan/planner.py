@@ -124,7 +124,8 @@ class _Work:
             first = lines.pop(asked.mode)
         elif asked.mode in ("full", "trainer"):
             raise PlanError(
-                f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under 'auto'"
+                f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under "
+                "'auto'"
             )
         elif asked.mode == "layers":
             n = min(asked.layers or 0, depth)

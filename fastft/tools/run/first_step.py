@@ -210,7 +210,8 @@ class PatchOnFirstStep:
             self.show(root)
         except Exception as e:
             self.complain(
-                f"{type(root).__name__} is patched, but its report raised {type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}"
+                f"{type(root).__name__} is patched, but its report raised {type(e).__name__}: "
+                f"{(str(e).splitlines() or [''])[0][:300]}"
             )
 
     def _rest(self, live: list[nn.Module]) -> None:

@@ -213,7 +213,8 @@ def _stock_tail(base: nn.Module, batch: dict, hidden: torch.Tensor, notes: list[
         return tail_of(base, batch, hidden, exact=True), tail_of(base, batch, hidden)
     except (torch.OutOfMemoryError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
         notes.append(
-            f"from the last layer to the loss: not verified ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no details'})"
+            f"from the last layer to the loss: not verified ({type(e).__name__}: "
+            f"{str(e).splitlines()[0] if str(e) else 'no details'})"
         )
         return None
 

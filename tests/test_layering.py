@@ -5,6 +5,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,42 @@ def test_a_change_is_seen():
         "torch.nn.modules.linear:Linear.fast",
         "seed",
     ]
+
+
+BOTH_ORDERS = """
+import importlib, fastft_kernels
+first = sys.argv[1] == "function first"
+names = [n for n in fastft_kernels.__all__]
+functions = {n: getattr(fastft_kernels, n) for n in names} if first else {}
+for n in names:
+    importlib.import_module(f"fastft_kernels.{fastft_kernels._WHERE[n]}")
+assert all(callable(getattr(fastft_kernels, n)) for n in names)
+assert all(getattr(fastft_kernels, n) is f for n, f in functions.items())
+"""
+
+
+@pytest.mark.parametrize("order", ["function first", "module first"])
+def test_public_functions_are_functions_whatever_was_imported_before(order):
+    subprocess.run([sys.executable, "-c", "import sys" + BOTH_ORDERS, order], check=True)
+
+
+def test_no_class_name_twice():
+    names = Counter(
+        (node.name, path.parts[0])
+        for path in (p.relative_to(ROOT) for p in SOURCES)
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    twice = [n for n, count in Counter(name for name, _ in names.elements()).items() if count > 1]
+    assert not twice
+
+
+@pytest.mark.parametrize("package", ["fastft", "fastft_kernels"])
+def test_files_and_folders_stay_small(package):
+    most = {"fastft": 400, "fastft_kernels": 500}[package]
+    lines = {
+        str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES if p.is_relative_to(ROOT / package)
+    }
+    assert not {p: n for p, n in lines.items() if n > most}
+    folders = Counter(str(Path(p).parent) for p in lines if not p.endswith("__init__.py"))
+    assert not {f: n for f, n in folders.items() if n > 12}

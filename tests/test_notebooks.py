@@ -68,7 +68,7 @@ def test_01_quickstart(execute, folder):
 
 
 def test_02_qlora(execute):
-    ask = """dict(stock=stock_losses, fast=fast_losses, 
+    ask = """dict(stock=stock_losses, fast=fast_losses,
     measured=[stock_memory.bytes, fast_memory.bytes], predicted=[*predicted.values()],
     difference=difference.item(),
     four_bit=model.is_loaded_in_4bit if 'model' in globals() else plain.is_loaded_in_4bit)"""

@@ -41,7 +41,7 @@ import fastft
 from benchmarks.fake import FORMULAS, Live, layer_cost
 from fastft.linear.groups import HOLDER
 from fastft.linear.projection import describe
-from fastft.patching.swap import slot_of
+from fastft.swapping.swap import slot_of
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 from fastft_kernels.lora.lora_linear import pack

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from fastft.patching.rebind import rebind
+from fastft.swapping.rebind import rebind
 from fastft.tools.plan.fake import to_fake
 
 Patch = Callable[[nn.Module], nn.Module]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.sheet import Figures, Red, Sheet
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft.tools.bench.timing import ColdTimer, Roof, Times
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob

@@ -36,7 +36,7 @@ from benchmarks.gpu_models import (
     with_trl_head,
 )
 from benchmarks.sheet import Figures, Red, Sheet
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft.tools.bench.limits import ModelShape, limit_seconds
 from fastft.tools.bench.timing import Roof, Times, synchronize
 from fastft.tools.gate import gate

@@ -32,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from torch import nn
 
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import compare
 
 KINDS = ("norm", "rotary", "mlp", "linear group", "head")
@@ -296,8 +296,8 @@ def check(key: str, builder) -> dict:
 def present(model: nn.Module) -> dict[str, int]:
     """How many modules have what each kind looks for, by other means than the recognisers': names, as this is a
     table."""
-    from fastft.patching.rebind import global_calls
     from fastft.rotary.rotary import is_rotary
+    from fastft.swapping.rebind import global_calls
 
     count: dict[str, int] = defaultdict(int)
     for module in model.modules():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastft.patching.clone import clone
+from fastft.proving.clone import clone
 from fastft.tools.verify.runner import judge
 
 if TYPE_CHECKING:

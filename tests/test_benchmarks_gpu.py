@@ -86,7 +86,7 @@ def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
     monkeypatch.setattr(
         norms, "rms_norm_with_rstd", lambda x, *a, **k: (real(x, *a, **k)[0] * 1.05, real(x, *a, **k)[1])
     )
-    monkeypatch.setattr("fastft.patching.proof_cache.CACHE", _Believed())
+    monkeypatch.setattr("fastft.proving.proof_cache.CACHE", _Believed())
     monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
     gpu_steps.section(sheet, True, CPU, ROOF)
     states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0]}
@@ -101,7 +101,7 @@ class _Believed(dict):
         return True
 
     def __getitem__(self, key):
-        from fastft.patching.prove import Proof
+        from fastft.proving.prove import Proof
 
         return Proof(True, 0.0, 0.0, "bfloat16")
 

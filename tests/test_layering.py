@@ -15,6 +15,8 @@ ORDER = [
     "fastft_kernels",
     "fastft.errors",
     "fastft.parsing",
+    "fastft.swapping",
+    "fastft.proving",
     "fastft.patching",
     "fastft.norm",
     "fastft.rotary",

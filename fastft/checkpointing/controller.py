@@ -27,7 +27,7 @@ from fastft.checkpointing.memory_meter import Meter
 from fastft.checkpointing.policy import Policy
 from fastft.checkpointing.retry import Attempt, can_be_guarded
 from fastft.checkpointing.stack_forward import Forward, asked_for
-from fastft.patching.stock_only import transformed
+from fastft.swapping.stock_only import transformed
 
 LOWER = {"auto": "lean", "lean": "offload"}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastft.patching.swap import stock_class
+from fastft.swapping.swap import stock_class
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

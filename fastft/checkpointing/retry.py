@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
 from fastft.checkpointing.layer_stack import Stack
 from fastft.checkpointing.stack_forward import Forward
-from fastft.patching.relief import GIVERS
-from fastft.patching.stock_only import transformed
+from fastft.swapping.release_memory import GIVERS
+from fastft.swapping.stock_only import transformed
 
 
 class _Step(torch.autograd.Function):

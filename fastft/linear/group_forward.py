@@ -26,8 +26,8 @@ from fastft.linear.projection import (
     trains,
     would_repack,
 )
-from fastft.patching.stock_only import stands_aside
-from fastft.patching.swap import KEY, is_fast, order
+from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.swap import KEY, is_fast, order
 from fastft_kernels.lora.lora_linear import Projection, lora_linear
 from fastft_kernels.recompute.recomputation import recomputation_of
 from fastft_kernels.runtime.dispatch import wider

@@ -18,9 +18,9 @@ from torch import nn
 
 from fastft.linear.projection import base_of, base_weight, is_dense
 from fastft.linear.small_layers import Siblings, device_of, group_key, small_layers
-from fastft.patching.clone import clone
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import Proof, agree, cast_parameters, outputs_and_gradients, prove
+from fastft.proving.clone import clone
+from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, prove
+from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 
 __all__ = ["dense_in_float64", "group_key", "prove_group", "stock_matrices"]

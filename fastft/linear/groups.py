@@ -24,12 +24,12 @@ from fastft.linear.group_proof import group_key, prove_group
 from fastft.linear.projection import is_quantised_otherwise, is_unit, refusal
 from fastft.linear.small_layers import device_of
 from fastft.patching.kind import Candidate, Context
-from fastft.patching.out_of_memory import is_out_of_memory
 from fastft.patching.patcher import Outcome, Record, record_of
-from fastft.patching.proof_cache import proof_of
-from fastft.patching.prove import Proof, undisturbed
-from fastft.patching.stock_only import transformed
-from fastft.patching.swap import KEY, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
+from fastft.proving.proof_cache import proof_of
+from fastft.proving.prove import Proof, undisturbed
+from fastft.swapping.out_of_memory import is_out_of_memory
+from fastft.swapping.stock_only import transformed
+from fastft.swapping.swap import KEY, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
 
 HOLDER = "linear group holder"
 

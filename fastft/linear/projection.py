@@ -17,7 +17,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastft.patching.swap import stock_class
+from fastft.swapping.swap import stock_class
 from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
 

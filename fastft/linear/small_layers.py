@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from fastft.linear.projection import LORA_LAYERS, base_of, is_dense
-from fastft.patching.swap import KEY, stock_class
+from fastft.swapping.swap import KEY, stock_class
 from fastft_kernels.quant.nf4 import TILE
 
 N_IN, N_OUT = 64, 40  # of dense bases

@@ -18,10 +18,10 @@ from torch import nn
 from fastft.lm_head.lazy_logits import defer
 from fastft.lm_head.trl_head import bind as bind_trl_head
 from fastft.patching.kind import Candidate, Context, device_of
-from fastft.patching.proof_sizes import head_sizes
-from fastft.patching.prove import Proof, prove
-from fastft.patching.stock_only import transformed
-from fastft.patching.swap import KEY, install, order, stock_class
+from fastft.proving.proof_sizes import head_sizes
+from fastft.proving.prove import Proof, prove
+from fastft.swapping.stock_only import transformed
+from fastft.swapping.swap import KEY, install, order, stock_class
 from fastft_kernels.lm_head import tiles as head_tiles
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob

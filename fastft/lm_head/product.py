@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from fastft.patching.relief import with_room
+from fastft.swapping.release_memory import with_room
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 from fastft_kernels.lm_head.linear_logsumexp import linear_logsumexp

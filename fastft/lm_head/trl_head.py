@@ -22,12 +22,12 @@ from torch import nn
 
 from fastft.lm_head.liger import one_of_each_class, refuse
 from fastft.lm_head.trl_head_proof import OUTPUTS, prove
-from fastft.patching.fingerprint import IdentityKey
-from fastft.patching.proof_cache import known_proof, proof_of
-from fastft.patching.proof_sizes import head_sizes
-from fastft.patching.prove import Proof, undisturbed
-from fastft.patching.rebind import over_globals
-from fastft.patching.relief import with_room
+from fastft.proving.fingerprint import IdentityKey
+from fastft.proving.proof_cache import known_proof, proof_of
+from fastft.proving.proof_sizes import head_sizes
+from fastft.proving.prove import Proof, undisturbed
+from fastft.swapping.rebind import over_globals
+from fastft.swapping.release_memory import with_room
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 
 KIND = "fused head"

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastft.patching.float64 import float64_reference
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import Proof
+from fastft.proving.float64 import float64_reference
+from fastft.proving.prove import Proof
+from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from fastft.mlp.activations import FastActivation, activation_of, is_leaf, prove_activation
-from fastft.patching.fingerprint import fingerprint
-from fastft.patching.float64 import float64_reference
 from fastft.patching.kind import Candidate, Context, device_of
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.proof_sizes import elementwise_rows
-from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.stock_only import stands_aside
-from fastft.patching.swap import KEY, install, is_fast, new_instance, order, stock_class
-from fastft.patching.unchanged import ModuleSnapshot
+from fastft.proving.fingerprint import fingerprint
+from fastft.proving.float64 import float64_reference
+from fastft.proving.proof_sizes import elementwise_rows
+from fastft.proving.prove import FORMULA_EPS, Proof, prove
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.swap import KEY, install, is_fast, new_instance, order, stock_class
+from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.mlp.glu import glu, glu_recompute
 from fastft_kernels.recompute.recomputation import Recomputation, attach, recomputation_of

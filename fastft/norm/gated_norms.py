@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastft.patching.float64 import float64_reference
 from fastft.patching.kind import Context
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.proof_sizes import FEW, norm_rows
-from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.stock_only import stands_aside
-from fastft.patching.swap import KEY, install, order, stock_class
-from fastft.patching.unchanged import ModuleSnapshot
+from fastft.proving.float64 import float64_reference
+from fastft.proving.proof_sizes import FEW, norm_rows
+from fastft.proving.prove import FORMULA_EPS, Proof, prove
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.swap import KEY, install, order, stock_class
+from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
 from fastft_kernels.numerics import compare
 from fastft_kernels.runtime.dispatch import wider

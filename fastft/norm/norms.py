@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from fastft.norm.gated_norms import install_gated, prove_gated, recognise_gated, two_inputs
-from fastft.patching.fingerprint import fingerprint
-from fastft.patching.float64 import float64_reference
 from fastft.patching.kind import Candidate, Context, device_of
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.proof_sizes import FEW, norm_rows
-from fastft.patching.prove import FORMULA_EPS, Proof, prove
-from fastft.patching.stock_only import stands_aside
-from fastft.patching.swap import KEY, install, new_instance, order, stock_class
-from fastft.patching.unchanged import ModuleSnapshot
+from fastft.proving.fingerprint import fingerprint
+from fastft.proving.float64 import float64_reference
+from fastft.proving.proof_sizes import FEW, norm_rows
+from fastft.proving.prove import FORMULA_EPS, Proof, prove
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.swap import KEY, install, new_instance, order, stock_class
+from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
 from fastft_kernels.numerics import compare

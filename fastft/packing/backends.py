@@ -20,8 +20,8 @@ import torch
 
 from fastft.packing.attention import AttentionSettings, by_document
 from fastft.packing.documents import Documents
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import undisturbed
+from fastft.proving.prove import undisturbed
+from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, AttentionSettings], torch.Tensor]

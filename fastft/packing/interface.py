@@ -19,8 +19,8 @@ from transformers.utils.generic import GeneralInterface
 from fastft.packing.attention import settings_of
 from fastft.packing.backends import run
 from fastft.packing.documents import DocumentMask
-from fastft.patching.rebind import innermost, rebind
-from fastft.patching.swap import install, is_fast, obstacle, order, order_of, slot_of, stock_class
+from fastft.swapping.rebind import innermost, rebind
+from fastft.swapping.swap import install, is_fast, obstacle, order, order_of, slot_of, stock_class
 
 KIND = "packed attention"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"

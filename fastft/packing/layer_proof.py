@@ -19,11 +19,11 @@ from torch import nn
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.interface import attentions, teach
-from fastft.patching.clone import clone
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
-from fastft.patching.rebind import innermost
-from fastft.patching.swap import KEY, slot_of, stock_class
+from fastft.proving.clone import clone
+from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.rebind import innermost
+from fastft.swapping.swap import KEY, slot_of, stock_class
 
 RANK, ROWS, WINDOW = 8, 64, 5
 LIMIT = 2**30  # bytes that a copy may take in float64

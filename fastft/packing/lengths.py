@@ -14,9 +14,9 @@ from torch import nn
 
 from fastft.packing.batch import Unpadded
 from fastft.packing.layer_proof import bare
-from fastft.patching.clone import clone
-from fastft.patching.prove import undisturbed
-from fastft.patching.swap import stock_class
+from fastft.proving.clone import clone
+from fastft.proving.prove import undisturbed
+from fastft.swapping.swap import stock_class
 
 ENDS = tuple(2**n for n in range(3, 25))  # last positions that are tried
 

@@ -18,9 +18,9 @@ from fastft.packing.batch import Unpadded
 from fastft.packing.entrance import named
 from fastft.packing.interface import attentions, teach
 from fastft.packing.layer_proof import ROWS, padded_batch, small_copy
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
-from fastft.patching.swap import stock_class
+from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.swap import stock_class
 
 _PROOFS: dict[Hashable, Proof] = {}
 

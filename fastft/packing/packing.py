@@ -34,11 +34,11 @@ from fastft.packing.interface import KIND, attentions, teach
 from fastft.packing.layer_proof import head_of, proof_of
 from fastft.packing.lengths import Lengths
 from fastft.packing.model_proof import whole_proof
-from fastft.patching.out_of_memory import is_out_of_memory
 from fastft.patching.patcher import record_of
-from fastft.patching.prove import Proof
 from fastft.patching.report import Row
-from fastft.patching.swap import is_fast, stock_class, uninstall
+from fastft.proving.prove import Proof
+from fastft.swapping.out_of_memory import is_out_of_memory
+from fastft.swapping.swap import is_fast, stock_class, uninstall
 
 PAYS = 0.02  # of a batch that is padding: less is not worth its gather
 _KNOWN = frozenset(

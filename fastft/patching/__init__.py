@@ -1,1 +1,7 @@
-"""The mechanism: observe, recognise, prove, swap, report. Knows modules and tensors, no kind of module and no model."""
+"""Patching one model. Knows modules and tensors, no kind of module and no model.
+
+observe  one forward of the stock model on the meta device: what each module was given
+kind     what a kind of module is to the patcher: a recogniser, and the candidates it answers with
+patcher  recognise, prove and swap over all modules of a model, and the exact undo
+report   what runs where, and why
+"""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastft.patching.observe import Observation
-from fastft.patching.prove import Proof
+from fastft.proving.prove import Proof
 
 
 @dataclass

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastft.patching.rebind import global_calls, rebind
-from fastft.patching.swap import Fast, as_stock, install, obstacle, order, uninstall
+from fastft.swapping.rebind import global_calls, rebind
+from fastft.swapping.swap import Fast, as_stock, install, obstacle, order, uninstall
 
 TOKENS = (2, 8)
 REAL_RUN_LIMIT = (

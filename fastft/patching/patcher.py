@@ -12,11 +12,11 @@ from torch import nn
 
 from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
-from fastft.patching.out_of_memory import PatchMemoryError, is_out_of_memory
-from fastft.patching.proof_cache import proof_of
-from fastft.patching.prove import Proof
 from fastft.patching.report import PatchReport, Row
-from fastft.patching.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft.proving.proof_cache import proof_of
+from fastft.proving.prove import Proof
+from fastft.swapping.out_of_memory import PatchMemoryError, is_out_of_memory
+from fastft.swapping.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
 
 RECORD = "_fastft_record"
 

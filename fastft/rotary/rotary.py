@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fastft.patching.fingerprint import IdentityKey
-from fastft.patching.float64 import float64_reference
 from fastft.patching.kind import Candidate, Context, device_of
 from fastft.patching.observe import FunctionCall
-from fastft.patching.out_of_memory import not_for_want_of_memory
-from fastft.patching.prove import Proof, prove
-from fastft.patching.rebind import global_calls, kept_current, rebind
-from fastft.patching.stock_only import transformed
-from fastft.patching.swap import counts_itself, install, order, stock_class
+from fastft.proving.fingerprint import IdentityKey
+from fastft.proving.float64 import float64_reference
+from fastft.proving.prove import Proof, prove
+from fastft.swapping.out_of_memory import not_for_want_of_memory
+from fastft.swapping.rebind import global_calls, kept_current, rebind
+from fastft.swapping.stock_only import transformed
+from fastft.swapping.swap import counts_itself, install, order, stock_class
 from fastft_kernels.rotary.rope import LAYOUTS, rope, rope_single
 from fastft_kernels.runtime.dispatch import wider
 

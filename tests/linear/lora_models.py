@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
 from fastft.linear.group_proof import dense_in_float64
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import Verdict, compare
 
 VOCAB, HIDDEN, LAYERS = 48, 32, 2
@@ -259,7 +259,7 @@ def same_bits(a: Results, b: Results) -> None:
 
 def groups_of(model: nn.Module) -> list:
     from fastft.linear.groups import HOLDER
-    from fastft.patching.swap import slot_of
+    from fastft.swapping.swap import slot_of
 
     slots = [slot_of(m) for m in model.modules()]
     return [g for s in slots if s is not None and HOLDER in s.parts for g, _ in s.state(HOLDER).groups]

@@ -17,7 +17,7 @@ from fastft.linear.group_proof import prove_group, stock_matrices
 from fastft.linear.groups import _swap_siblings
 from fastft.linear.projection import base_weight, describe
 from fastft.linear.small_layers import Siblings, outputs_4bit, small_layers
-from fastft.patching import proof_cache as proofs
+from fastft.proving import proof_cache as proofs
 from fastft_kernels.lora import dropout
 from fastft_kernels.lora import group as _lora_group
 from fastft_kernels.lora.lora_linear import lora_linear

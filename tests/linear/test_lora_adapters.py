@@ -210,7 +210,7 @@ def test_adapters_come_and_go_after_patching(base, tmp_path):
 
 def _in_double(model, step):
     """`step` in float64, where adapters that join are float32 at first."""
-    from fastft.patching.float64 import float64_reference
+    from fastft.proving.float64 import float64_reference
 
     def widen(module, args):
         for p in model.parameters():

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
 import fastft
-from fastft.patching.swap import Fast, slot_of
+from fastft.swapping.swap import Fast, slot_of
 from tests.linear.lora_models import ALL, drawn, judge, llama, run, tokens
 
 N_SEQUENCES, LENGTH = 12, 8

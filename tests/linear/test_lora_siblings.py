@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastft
 from fastft.linear.group_forward import KIND
-from fastft.patching.swap import is_fast
+from fastft.swapping.swap import is_fast
 from tests.linear.lora_models import (
     adapted,
     both,

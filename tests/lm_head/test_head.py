@@ -17,8 +17,8 @@ import fastft
 from fastft.lm_head.head import KIND
 from fastft.lm_head.lazy_logits import LazyLogits
 from fastft.lm_head.lazy_tensor import LazyTensor
-from fastft.patching.float64 import float64_reference
-from fastft.patching.swap import is_fast, stock_class
+from fastft.proving.float64 import float64_reference
+from fastft.swapping.swap import is_fast, stock_class
 from fastft_kernels.numerics import compare
 
 SIZES = dict(

@@ -19,7 +19,7 @@ from fastft.lm_head import lazy_divergences as lazy_rowwise
 from fastft.lm_head.lazy_logits import LazyLogits, defer
 from fastft.lm_head.lazy_rows import LazyRows
 from fastft.lm_head.lazy_tensor import LazyTensor
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import compare
 from fastft_kernels.recompute.recomputation import Recomputation, attach
 

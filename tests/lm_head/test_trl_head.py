@@ -13,9 +13,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 import fastft
 from fastft.lm_head import trl_head
-from fastft.patching import proof_cache as proofs
-from fastft.patching.float64 import float64_reference
-from fastft.patching.prove import Proof
+from fastft.proving import proof_cache as proofs
+from fastft.proving.float64 import float64_reference
+from fastft.proving.prove import Proof
 from fastft_kernels.numerics import compare
 
 SIZES = dict(

@@ -15,7 +15,7 @@ from fastft.experts.experts import Experts
 from fastft.mlp.mlp import MLPs
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import Call, Observation
-from fastft.patching.swap import is_fast
+from fastft.swapping.swap import is_fast
 from fastft_kernels.numerics import compare
 
 WIDTH, INNER = 16, 24

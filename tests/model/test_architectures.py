@@ -9,7 +9,7 @@ import torch
 import fastft
 from benchmarks import tiny
 from benchmarks.models import doubled, generates, in_float64, judge, one_way, run, run_all, with_lora
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import compare
 
 FAMILIES = tiny.MODEL_TYPES[:14]

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 import fastft
 from fastft.patching.patcher import record_of
-from fastft.patching.swap import is_fast, slot_of
+from fastft.swapping.swap import is_fast, slot_of
 from tests.linear.lora_models import (
     BASES,
     adapted,

@@ -8,7 +8,7 @@ from torch import nn
 from fastft.norm.norms import Norms
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import Call, Observation
-from fastft.patching.swap import slot_of
+from fastft.swapping.swap import slot_of
 
 WIDTH = 16
 

@@ -94,7 +94,7 @@ def test_other_batches_are_stock_bit_for_bit():
     fastft.patch(ours)
     unpacked = fastft.patch(pm.build("full"))
     from fastft.packing.packing import release
-    from fastft.patching.swap import uninstall
+    from fastft.swapping.swap import uninstall
 
     release(unpacked, unpacked)
     for m in unpacked.modules():

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import fastft
 from fastft.packing.entrance import RereadError
 from fastft.packing.packing import packing_of
-from fastft.patching.prove import agree
+from fastft.proving.prove import agree
 from tests.linear.lora_models import gradients, in_float64, judge, run
 from tests.packing import packing_models as pm
 

@@ -12,11 +12,11 @@ import fastft
 from fastft.errors import FastftError
 from fastft.linear import groups as linears
 from fastft.linear.group_forward import Call
-from fastft.patching import proof_cache as proofs
-from fastft.patching import prove as prove_module
 from fastft.patching.kind import Candidate
-from fastft.patching.prove import prove
-from fastft.patching.swap import is_fast
+from fastft.proving import proof_cache as proofs
+from fastft.proving import prove as prove_module
+from fastft.proving.prove import prove
+from fastft.swapping.swap import is_fast
 from tests.linear.lora_models import (
     adapted,
     dense,

@@ -7,8 +7,8 @@ from torch import nn
 
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import FunctionCall, Observation
-from fastft.patching.swap import functions_of, slot_of
 from fastft.rotary.rotary import Rotary, is_rotary, make_fast
+from fastft.swapping.swap import functions_of, slot_of
 
 HEADS, TOKENS, WIDTH = 2, 5, 8
 

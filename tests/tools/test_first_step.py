@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from fastft.patching.patcher import record_of
-from fastft.patching.swap import is_fast
+from fastft.swapping.swap import is_fast
 from fastft.tools.run.first_step import OwnHook, PatchOnFirstStep
 from fastft.tools.run.runner import run_patched
 from tests.trainers import harness as h

@@ -6,7 +6,7 @@ import time
 import torch
 from transformers import LlamaConfig
 
-from fastft.patching import proof_cache as proofs
+from fastft.proving import proof_cache as proofs
 from fastft.tools.report import report_from_config
 
 LAYERS = 32

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import fastft
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import Verdict, compare
 
 WORDS = [

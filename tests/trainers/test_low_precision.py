@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 import fastft
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import compare
 from tests.trainers import harness as h
 

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 import fastft
 from fastft.errors import LigerError
-from fastft.patching.swap import is_fast
+from fastft.swapping.swap import is_fast
 from tests.trainers import harness as h
 
 

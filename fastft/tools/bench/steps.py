@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft.tools.bench.cells import lengths_in, make_trainer
 from fastft.tools.bench.spec import Spec
 from fastft.tools.bench.stacks import STACK_SETTINGS, attention, device

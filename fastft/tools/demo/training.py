@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft.tools.tokenizer import load_tokenizer
 
 

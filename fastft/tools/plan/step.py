@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fastft.errors import PlanError
 from fastft.lm_head import trl_head
 from fastft.patching.patcher import innermost
-from fastft.patching.rebind import over_globals
+from fastft.swapping.rebind import over_globals
 
 LOSSES = ("trl", "model")
 TOKEN_TILE, COLUMN_TILE = 4096, 32768  # of TRL's fused head

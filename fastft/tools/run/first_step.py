@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastft.patching.stock_only import transformed
+from fastft.swapping.stock_only import transformed
 
 WRAPPERS = {
     "DistributedDataParallel": "module",

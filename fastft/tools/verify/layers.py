@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastft.patching.float64 import float64_reference
+from fastft.proving.float64 import float64_reference
 from fastft.tools.verify.modules import in_float64
 
 Tail = dict[str, torch.Tensor]

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastft.linear.group_proof import dense_in_float64
-from fastft.patching.clone import clone
-from fastft.patching.float64 import float64_reference
-from fastft.patching.prove import cast_parameters
-from fastft.patching.swap import KEY
+from fastft.proving.clone import clone
+from fastft.proving.float64 import float64_reference
+from fastft.proving.prove import cast_parameters
+from fastft.swapping.swap import KEY
 
 
 @contextlib.contextmanager

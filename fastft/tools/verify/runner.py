@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastft.api import patch, report, unpatch
-from fastft.patching.clone import clone
-from fastft.patching.float64 import float64_reference
 from fastft.patching.patcher import innermost, record_of
+from fastft.proving.clone import clone
+from fastft.proving.float64 import float64_reference
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
 from fastft.tools.verify.modules import as_stock, in_float64, reference, results, tensors_in

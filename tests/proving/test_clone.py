@@ -6,7 +6,7 @@ import types
 import torch
 from torch import nn
 
-from fastft.patching.clone import clone
+from fastft.proving.clone import clone
 
 
 def doubled(module: nn.Module) -> nn.Module:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastft.patching.float64 import float64_reference
-from fastft.patching.prove import prove
+from fastft.proving.float64 import float64_reference
+from fastft.proving.prove import prove
 
 
 class Upcasting(nn.Module):

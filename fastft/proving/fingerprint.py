@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from fastft.patching.swap import KEY, plain_class
+from fastft.swapping.swap import KEY, plain_class
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)

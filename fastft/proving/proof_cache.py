@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fastft.patching.prove import Proof
+from fastft.proving.prove import Proof
 
 CACHE: dict[Hashable, Proof] = {}
 

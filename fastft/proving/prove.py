@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastft.patching.clone import clone
-from fastft.patching.float64 import float64_reference
-from fastft.patching.out_of_memory import not_for_want_of_memory
+from fastft.proving.clone import clone
+from fastft.proving.float64 import float64_reference
+from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 from fastft_kernels.recompute.recomputation import recomputation_of
 

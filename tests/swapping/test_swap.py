@@ -8,8 +8,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from fastft.patching.rebind import global_calls, rebind
-from fastft.patching.swap import KEY, Fast, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
+from fastft.swapping.rebind import global_calls, rebind
+from fastft.swapping.swap import KEY, Fast, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
 
 
 @order(10)

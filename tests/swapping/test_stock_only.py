@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastft.patching.stock_only import transformed
+from fastft.swapping.stock_only import transformed
 
 
 class Asks(nn.Module):

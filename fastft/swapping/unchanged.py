@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastft.patching.swap import KEY, slot_of, stock_class
+from fastft.swapping.swap import KEY, slot_of, stock_class
 
 _OWN = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward", "layer_idx", "_is_hf_initialized"}
 _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))

@@ -13,7 +13,7 @@ import types
 
 from torch import nn
 
-from fastft.patching.swap import KEY, new_instance
+from fastft.swapping.swap import KEY, new_instance
 
 
 def clone(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:

@@ -15,8 +15,8 @@ from fastft.checkpointing.policy import Policy, parse
 from fastft.kinds import kinds
 from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
-from fastft.packing.packing import attach, packing_of
-from fastft.packing.packing import release as release_packing
+from fastft.packing.hooks import attach, packing_of
+from fastft.packing.hooks import release as release_packing
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 

@@ -10,8 +10,8 @@ def kinds() -> tuple[Kind, ...]:
     from fastft.experts.experts import Experts
     from fastft.linear.groups import LinearGroups
     from fastft.lm_head.head import Heads
-    from fastft.mlp.mlp import MLPs
-    from fastft.norm.norms import Norms
+    from fastft.mlp.recogniser import MLPs
+    from fastft.norm.recogniser import Norms
     from fastft.rotary.rotary import Rotary
 
     return (Norms(), Rotary(), MLPs(), LinearGroups(), Experts(), Heads())

@@ -1,4 +1,4 @@
-"""Kernels with hand-derived backward passes. Depends on torch and, where it exists, Triton; knows nothing of transformers.
+"""Kernels with hand-derived backward passes, on torch and, where it exists, Triton. Knows nothing of transformers.
 
     runtime/    how kernels are launched, and compiled ahead of time
     norm/  rotary/  mlp/  lora/  lm_head/    the operations, by the part of a model that uses them

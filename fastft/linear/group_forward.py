@@ -73,7 +73,7 @@ def _adapters_are(module: nn.Module) -> tuple:
 
 
 @dataclass
-class Call:
+class HolderCall:
     """One call of a holder, as one group of its sees it: the results that wait for a member, and the tensor object they
     belong to."""
 
@@ -121,7 +121,7 @@ class LinearGroup:
         return [m for r in self.refs if (m := r()) is not None]
 
     @property
-    def call(self) -> Call | None:
+    def call(self) -> HolderCall | None:
         return getattr(self.now, "call", None)
 
     def take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:

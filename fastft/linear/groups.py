@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastft.linear.group_forward import KIND, Call, FastLinear, LinearGroup
+from fastft.linear.group_forward import KIND, FastLinear, HolderCall, LinearGroup
 from fastft.linear.group_proof import group_key, prove_group
 from fastft.linear.projection import is_quantised_otherwise, is_unit, refusal
 from fastft.linear.small_layers import device_of
@@ -98,7 +98,7 @@ class HolderGroups:
         locals_ = [group.now for group, _ in self.groups]
         before = [getattr(now, "call", None) for now in locals_]
         for now in locals_:
-            now.call = Call()
+            now.call = HolderCall()
         try:
             yield
         finally:
@@ -223,7 +223,7 @@ def _candidate(group: LinearGroup) -> Candidate:
 
 def _swap_siblings(layers: list[nn.Module]) -> None:
     group = LinearGroup.of(layers)
-    group.now.call = Call()
+    group.now.call = HolderCall()
     for layer in layers:
         install(layer, KIND, FastLinear, group)
 

@@ -96,10 +96,6 @@ def _products(node: Node) -> list[Product]:
     return [n.meaning[0] for n in _leaves(node)]
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# recorded
-
-
 def elementwise(func: Callable, operands: int = 2) -> Callable:
     """func(x, y) or func(x), the same at every element. Divergences begin with a logarithm of probabilities."""
 
@@ -200,10 +196,6 @@ def select(args, kwargs):
     n = int(mask.sum())
     kept = DivergenceTerms((n,), mask=mask, constants=((mask, _version(mask)),))
     return _record(kept, (n, x.shape[-1]), x.dtype, (T.__getitem__, args, kwargs))
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# computed
 
 
 def total(func: Callable) -> Callable:
@@ -385,21 +377,8 @@ class _ByToken(torch.autograd.Function):
 def answers() -> dict[Callable, Callable]:
     """By function, what records or computes it."""
     n = torch.nn.functional
-    two = (
-        T.add,
-        T.__add__,
-        T.__radd__,
-        torch.add,
-        T.sub,
-        T.__sub__,
-        T.__rsub__,
-        torch.sub,
-        T.mul,
-        T.__mul__,
-        T.__rmul__,
-        torch.mul,
-    )
-    two += (T.div, T.__truediv__, torch.div)
+    two = (T.add, T.__add__, T.__radd__, torch.add, T.sub, T.__sub__, T.__rsub__, torch.sub)
+    two += (T.mul, T.__mul__, T.__rmul__, torch.mul, T.div, T.__truediv__, torch.div)
     one = (T.exp, torch.exp, T.neg, T.__neg__, torch.neg)
     table = {f: elementwise(f) for f in two} | {f: elementwise(f, 1) for f in one}
     table |= {n.kl_div: kl_div(n.kl_div), torch.stack: stack(torch.stack), T.__getitem__: select}

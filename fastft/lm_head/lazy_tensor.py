@@ -134,9 +134,6 @@ class Node:
         """Does the value exist, or that of a node it is made from (which may have been written to since)?"""
         return (self.made and not (self.spare and self.family.unchanged())) or any(n.settled() for n in self.before)
 
-    # ------------------------------------------------------------------------------------------------------------- who
-    # watches
-
     def watched(self) -> bool:
         """Does somebody watch the gradient of this lazy tensor, or of one that it is made from?"""
         with torch._C.DisableTorchFunctionSubclass():
@@ -181,9 +178,6 @@ class Node:
                     node.spare = (
                         node.made
                     )  # a checkpoint that runs its part again in this backward finds what it found before
-
-    # ------------------------------------------------------------------------------------------------------------- what
-    # is made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
         """in_place: someone is about to write, so views must be stock's views."""

@@ -12,9 +12,7 @@ that a caller enters himself stays padded."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -22,15 +20,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from transformers.utils import ModelOutput
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastft.checkpointing.layer_stack import stacks
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
-from fastft.packing.entrance import ActiveForwards, ForwardFrame, named, protect, random_state
-from fastft.packing.interface import KIND, attentions, teach
+from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
+from fastft.packing.interface import KIND
 from fastft.packing.layer_proof import head_of, proof_of
 from fastft.packing.lengths import Lengths
 from fastft.packing.model_proof import whole_proof
@@ -38,7 +33,7 @@ from fastft.patching.patcher import record_of
 from fastft.patching.report import Row
 from fastft.proving.prove import Proof
 from fastft.swapping.out_of_memory import is_out_of_memory
-from fastft.swapping.swap import is_fast, stock_class, uninstall
+from fastft.swapping.swap import is_fast, stock_class
 
 PAYS = 0.02  # of a batch that is padding: less is not worth its gather
 _KNOWN = frozenset(
@@ -354,173 +349,3 @@ def _dropout(module: nn.Module, kind: str, attentions: list[nn.Module]) -> str:
 
 def _drops(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
-
-
-class _Hook:
-    """What all hooks share: a copy serves the copy of the model; a pickled model is a stock model, and needs the
-    standard library."""
-
-    def __init__(self, packing: Packing):
-        self.packing = packing
-
-    def __deepcopy__(self, memo):
-        new = memo[id(self)] = type(self)(copy.deepcopy(self.packing, memo))
-        return new
-
-    def __reduce__(self):
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class OwnerPreHook(_Hook):
-    """Forward pre-hook of the owner."""
-
-    def __init__(self, packing: Packing):
-        super().__init__(packing)
-        self.here = threading.local()
-
-    @property
-    def running(self) -> list[Unpadded | None]:
-        """Of this thread's forwards."""
-        if not hasattr(self.here, "rows"):
-            self.here.rows = []
-        return self.here.rows
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
-        if torch.compiler.is_compiling() or module is not self.packing.owner():  # a replica of DataParallel
-            return None
-        self.running.append(None)
-        if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-            return None  # how rows are padded or packed is a question to values
-        given = named(module, args, kwargs)
-        plan = None if given is None else self.packing.plan(module, given)
-        if plan is None or given is None:
-            return None
-        if isinstance(plan, Unpadded):
-            self.running[-1] = plan
-            plan = plan.arguments(given)
-        return (), plan
-
-
-class OwnerPostHook(_Hook):
-    """Forward hook of the owner, called after an exception too."""
-
-    def __init__(self, packing: Packing, look: OwnerPreHook | None = None):
-        super().__init__(packing)
-        self.look = look
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        if (
-            torch.compiler.is_compiling()
-            or self.look is None
-            or not self.look.running
-            or module is not self.packing.owner()
-        ):
-            return None
-        rows = self.look.running.pop()
-        if rows is not None and isinstance(output, ModelOutput):
-            output["last_hidden_state"] = rows.pad(output["last_hidden_state"])
-        return None
-
-    def __deepcopy__(self, memo):
-        new = memo[id(self)] = OwnerPostHook(copy.deepcopy(self.packing, memo), copy.deepcopy(self.look, memo))
-        return new
-
-
-class EntrancePreHook(_Hook):
-    """Forward pre-hook of a module through which a forward enters."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or (base := self.packing.base()) is None:
-            return
-        random = [] if self.packing.padded_now or not base.training else random_state(_device(base))
-        self.packing.underway.frames.append(
-            ForwardFrame(weakref.ref(module), args, kwargs, named(module, args, kwargs, base), random)
-        )
-
-
-class EntrancePostHook(_Hook):
-    """Forward hook of such a module, called after an exception too."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        frames = self.packing.underway.frames
-        if torch.compiler.is_compiling() or not frames or frames[-1].module() is not module:
-            return None
-        frame = frames.pop()
-        return None if output is None else self.packing.leave(frame, output)
-
-
-def _device(base: nn.Module) -> torch.device:
-    return next((p.device for p in base.parameters()), torch.device("cpu"))
-
-
-def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Packing | None:
-    """Put the hooks on `base` (the innermost transformers model) and on the ways into it, in place of those that stand
-    there; None for a model without layers."""
-    before = packing_of(base)
-    release(model, base)
-    found = stacks(base)
-    owner = max(found, key=lambda s: s.share).owner() if found else None
-    if owner is None or not hasattr(owner, "config"):
-        return None
-    packing = Packing(weakref.ref(base), weakref.ref(owner), unpad)
-    if before is not None:
-        packing.unpad = before.unpad if unpad is None else unpad
-        packing.counts, packing.used, packing.proofs = before.counts, before.used, before.proofs
-    packing.implementation = owner.config._attn_implementation or ""
-    packing.why_not = _prepare(packing, owner)
-    look = OwnerPreHook(packing)
-    owner.register_forward_pre_hook(look, with_kwargs=True)
-    owner.register_forward_hook(OwnerPostHook(packing, look), with_kwargs=True, always_call=True)
-    for module in _entrances(model, base):
-        if module is owner:
-            continue
-        module.register_forward_pre_hook(EntrancePreHook(packing), with_kwargs=True)
-        module.register_forward_hook(EntrancePostHook(packing), with_kwargs=True, always_call=True)
-    return packing
-
-
-def _prepare(packing: Packing, owner: nn.Module) -> str:
-    """Teach the attentions; or why not."""
-    name, cls = packing.implementation, type(owner)
-    if name != "sdpa" and not (name == "eager" and not getattr(cls, "_supports_sdpa", True)):
-        return f"the attention implementation is {name or 'unknown'}, which was chosen and stays"
-    found = list(attentions(owner))
-    if not found:
-        return "its attention is not on transformers' attention interface"
-    for module in found:
-        uninstall(module, KIND)  # of a patch before: it goes over the swaps that are there now
-        if why := teach(module):
-            return why
-    packing.attentions = [weakref.ref(m) for m in found]
-    return ""
-
-
-def _entrances(model: nn.Module, base: nn.Module) -> list[nn.Module]:
-    tuner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
-    return [m for m in dict.fromkeys((model, tuner, base)) if isinstance(m, nn.Module)]
-
-
-def packing_of(base: nn.Module) -> Packing | None:
-    return next((hook.packing for _, _, hook in _hooks(base) if isinstance(hook, OwnerPreHook)), None)
-
-
-def release(model: nn.Module, base: nn.Module) -> None:
-    """The exact undo of `attach`, but for the attentions' classes, which `undo` restores with all others."""
-    for root in {id(model): model, id(base): base}.values():
-        for module, key, _ in list(_hooks(root)):
-            for table in (
-                module._forward_pre_hooks,
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                table.pop(key, None)
-
-
-def _hooks(root: nn.Module) -> Iterator[tuple[nn.Module, int, _Hook]]:
-    for module in root.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
-                if isinstance(hook, _Hook):
-                    yield module, key, hook

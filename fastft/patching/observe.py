@@ -14,7 +14,6 @@ signature and configuration."""
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,10 +24,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
 from fastft.swapping.rebind import global_calls, rebind
 from fastft.swapping.swap import Fast, as_stock, install, obstacle, order, uninstall
 
-TOKENS = (2, 8)
 REAL_RUN_LIMIT = (
     1 << 30
 )  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
@@ -45,7 +44,7 @@ STAND_INS = 8  # classes of modules that may be stood in for before the observat
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module. Tensors are fakes (or tiny); `inputs` are the tensors among the positional, then keyword,
     arguments."""
 
@@ -71,7 +70,7 @@ class Observation:
     """calls: by module, in order. functions: by (module, global name), the calls of the free functions that were asked
     for."""
 
-    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    calls: dict[nn.Module, list[ModuleCall]] = field(default_factory=dict)
     functions: dict[tuple[nn.Module, str], list[FunctionCall]] = field(default_factory=dict)
     error: str = ""
     real: bool = False
@@ -83,7 +82,7 @@ class Observation:
         self.calls.clear()
         self.functions.clear()
 
-    def of(self, module: nn.Module) -> list[Call]:
+    def of(self, module: nn.Module) -> list[ModuleCall]:
         return self.calls.get(module, [])
 
     def input_dtype(self, module: nn.Module) -> torch.dtype | None:
@@ -231,12 +230,12 @@ def _stand_in(model: nn.Module, failing: set[type], stack: ExitStack) -> set[nn.
 def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> list:
     """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was
     raised."""
-    running: list[tuple[nn.Module, Call]] = []
+    running: list[tuple[nn.Module, ModuleCall]] = []
     counter = itertools.count()
 
     def before(module, args, kwargs):
         tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        call = Call(next(counter), running[-1][0] if running else None, tensors, None, len(args), tuple(kwargs))
+        call = ModuleCall(next(counter), running[-1][0] if running else None, tensors, None, len(args), tuple(kwargs))
         seen.calls.setdefault(module, []).append(call)
         running.append((module, call))
 
@@ -289,62 +288,6 @@ def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable
             continue
         install(module, "observe", type("Listening", (), {"forward": forward}), None)
         stack.callback(uninstall, module, "observe")
-
-
-def _text_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    forward = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocab = getattr(text, "vocab_size", None) or 16
-    ids = torch.arange(TOKENS[0] * TOKENS[1], device=device).remainder(max(1, min(vocab - 1, 97))).view(TOKENS)
-    out = {}
-    if "input_ids" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values()):
-        out["input_ids"] = ids
-    if "decoder_input_ids" in forward:
-        out["decoder_input_ids"] = ids
-    if "use_cache" in forward:
-        out["use_cache"] = False
-    return out
-
-
-def _first(config, *names: str, default: int) -> int:
-    found = next((v for n in names if (v := getattr(config, n, None))), default)
-    return int(found[-1] if isinstance(found, (tuple, list)) else found)
-
-
-def _tower_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    """For a module that takes images or sound: pixel_values of the size it was built for, flattened patches with their
-    grid, or mel features. Raises TypeError where the signature shows none of these."""
-    forward = inspect.signature(model.forward).parameters
-    config, names = getattr(model, "config", None), list(forward)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    draw = lambda *shape: torch.zeros(shape, device=device).add_(0.1).to(dtype)
-    channels, patch = (
-        _first(config, "num_channels", "in_channels", "in_chans", default=3),
-        _first(config, "patch_size", default=14),
-    )
-    grid = next((n for n in names if n.endswith("grid_thw")), None)
-    if grid is not None:
-        side = 2 * _first(config, "spatial_merge_size", "merge_size", default=2)
-        flat = channels * _first(config, "temporal_patch_size", default=1) * patch * patch
-        return {
-            names[0]: draw(side * side, flat),
-            grid: torch.tensor([[1, side, side]], device="cpu" if device.type == "meta" else device),
-        }
-    if "pixel_values" in names:
-        side = _first(config, "image_size", default=4 * patch)
-        return {"pixel_values": draw(1, channels, side, side)}
-    if "input_features" in names:
-        return {
-            "input_features": draw(
-                1, _first(config, "num_mel_bins", default=80), 2 * _first(config, "max_source_positions", default=16)
-            )
-        }
-    raise TypeError(f"its inputs are {names[:3]}")
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tuple[Observation, list[nn.Module]]:
@@ -422,9 +365,9 @@ def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: Fa
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
-        seen = _best(model, _text_inputs, wanted)
+        seen = _best(model, text_inputs, wanted)
         for tower in _unreached_towers(model, seen):
-            part = _best(tower, _tower_inputs, wanted)
+            part = _best(tower, tower_inputs, wanted)
             if part.error:
                 continue  # its modules stay unobserved: recognisers say what that means for them
             for module, calls in part.calls.items():

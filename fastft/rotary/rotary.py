@@ -22,7 +22,8 @@ from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.rebind import global_calls, kept_current, rebind
 from fastft.swapping.stock_only import transformed
 from fastft.swapping.swap import counts_itself, install, order, stock_class
-from fastft_kernels.rotary.rope import LAYOUTS, rope, rope_single
+from fastft_kernels.rotary.rope import rope, rope_single
+from fastft_kernels.rotary.rope_kernels import LAYOUTS
 from fastft_kernels.runtime.dispatch import wider
 
 KIND = "rotary"

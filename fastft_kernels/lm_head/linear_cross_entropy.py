@@ -64,7 +64,7 @@ RESIDENT_BYTES = 384 << 20
 WEIGHT_GRADIENT_BYTES = 1 << 30
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """What one call does. total: return the sum of the losses; need: which of hidden, weight, bias get a gradient."""
 
     head: HeadTensors
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     compact: bool
 
 
-def _losses(s: Stats, state: torch.Tensor, plan: Plan, vocab: int) -> torch.Tensor:
+def _losses(s: Stats, state: torch.Tensor, plan: TilePlan, vocab: int) -> torch.Tensor:
     loss = -s.log_p
     if plan.smoothing:
         loss = loss * (1 - plan.smoothing) - plan.smoothing * ((state[osm.SUM] / vocab - s.top) - s.log_sum)
@@ -85,7 +85,7 @@ def _losses(s: Stats, state: torch.Tensor, plan: Plan, vocab: int) -> torch.Tens
     return loss
 
 
-def _dz(s: Stats, plan: Plan, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _dz(s: Stats, plan: TilePlan, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(a, dz_t) by row."""
     a, dz_t = torch.ones_like(s.w), -s.w
     if plan.z_loss:
@@ -94,7 +94,7 @@ def _dz(s: Stats, plan: Plan, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return a, dz_t + (plan.smoothing - plan.smoothing / vocab) if plan.smoothing else dz_t
 
 
-def _coefficients(s: Stats, plan: Plan, vocab: int, g: torch.Tensor | None) -> torch.Tensor:
+def _coefficients(s: Stats, plan: TilePlan, vocab: int, g: torch.Tensor | None) -> torch.Tensor:
     """(6, n) of `dlogits`, times g by row."""
     zero = torch.zeros_like(s.w)
     a, dz_t = _dz(s, plan, vocab)
@@ -102,13 +102,13 @@ def _coefficients(s: Stats, plan: Plan, vocab: int, g: torch.Tensor | None) -> t
     return torch.cat((torch.stack((s.top, s.log_sum)), rows if g is None else rows * g))
 
 
-def _row_size(s: Stats, plan: Plan) -> torch.Tensor:
+def _row_size(s: Stats, plan: TilePlan) -> torch.Tensor:
     """Size of a row of dz: J is kept divided by it (float16 does not keep 1e-8)."""
     size = s.w + (2 * plan.z_loss) * (s.top + s.log_sum).abs() if plan.z_loss else s.w
     return torch.where(size == 0, 1.0, size)
 
 
-def _resident(h, weight, bias, target, plan: Plan):
+def _resident(h, weight, bias, target, plan: TilePlan):
     """(losses (n,), J or None, its row scales or None, dW or None, db or None) of the sum of the losses; dW and db in
     float32."""
     head, (need_h, need_w, need_b) = plan.head, plan.need
@@ -151,7 +151,7 @@ def _resident(h, weight, bias, target, plan: Plan):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, plan: Plan, source: Recomputation | None):
+    def forward(ctx, hidden, weight, bias, target, plan: TilePlan, source: Recomputation | None):
         rows = select_rows(target, plan.compact)
         h, t = take(hidden, rows), take(target, rows)
         ignored, vocab = t < 0, weight.shape[0]
@@ -298,7 +298,7 @@ def linear_cross_entropy(
         cap = max(RESIDENT_BYTES // (4 * weight.shape[0]) // 128 * 128, 128)
         token_tile = even_tile(h.shape[0], min(cap, TOKEN_TILE), 128)
     head = HeadTensors(float(scale), softcap, 1.0 / temperature, (token_tile, vocab_tile))
-    plan = Plan(head, label_smoothing, z_loss, mode, total, need, resolve_compact(compact, flat))
+    plan = TilePlan(head, label_smoothing, z_loss, mode, total, need, resolve_compact(compact, flat))
     loss = _LinearCrossEntropy.apply(h, weight, bias, flat, plan, head_formula.source_of(hidden))
     if reduction == "none":
         loss = loss.reshape(target.shape)

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from fastft_kernels.norm.rms_norm_kernels import bwd_kernel, bwd_wide_kernel, fwd_kernel, fwd_wide_kernel
 from fastft_kernels.runtime import higher_order
-from fastft_kernels.runtime.aot import AotCase
 from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
-from fastft_kernels.runtime.language import tl, triton
-from fastft_kernels.runtime.precise import column_sum, row_mean, row_mean_of_product, row_rstd
 from fastft_kernels.runtime.rows import (
     BWD_TILES,
     FWD_TILES,
@@ -27,7 +25,6 @@ from fastft_kernels.runtime.rows import (
     empty_rows_like,
     in_rows_layout,
     row_launch,
-    row_start,
 )
 
 # --- reference
@@ -70,196 +67,6 @@ def _out_dtype(x, weight, cast, out_dtype):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _scaled(n, w, x_dtype, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr):
-    """c(n) (offset + w), with the row [BLOCK_N] or nothing for w."""
-    if CAST_BEFORE:
-        n = n.to(x_dtype).to(tl.float32)
-    if w is not None:
-        n = n * (OFFSET + w.to(tl.float32))[None, :]
-    return n
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _fwd_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    rstd_ptr,
-    rows,
-    sizes,
-    x_strides,
-    y_strides,
-    eps,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]
-    x = tl.load(x_ptr + row_start(row, sizes, x_strides)[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    if RECOMPUTE:
-        r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    else:
-        r = row_rstd(x, eps, N, x_ptr.dtype.element_ty == tl.float32)
-        tl.store(rstd_ptr + row, r, mask=row < rows)
-    w = None
-    if w_ptr is not None:
-        w = tl.load(w_ptr + col, mask=col < N, other=0.0)
-    y = _scaled(x * r[:, None], w, x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE)
-    y_at = y_ptr + row_start(row, sizes, y_strides)[:, None] + col[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _fwd_wide_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    rstd_ptr,
-    rows,
-    sizes,
-    x_strides,
-    y_strides,
-    eps,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One row (BLOCK_M = 1) in blocks of BLOCK_N columns: a pass for r, a pass for y."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [1]
-    x_at = x_ptr + row_start(row, sizes, x_strides)[:, None]
-    y_at = y_ptr + row_start(row, sizes, y_strides)[:, None]
-    if RECOMPUTE:
-        r = tl.load(rstd_ptr + row)
-    else:
-        squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, N, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)[None, :]
-            x = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32)
-            squares += x * x
-        r = tl.div_rn(1.0, tl.sqrt_rn(row_mean(squares, N, x_ptr.dtype.element_ty == tl.float32) + eps))
-        tl.store(rstd_ptr + row, r)
-    for start in range(0, N, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
-        x = tl.load(x_at + col[None, :], mask=(col < N)[None, :], other=0.0).to(tl.float32)
-        w = None
-        if w_ptr is not None:
-            w = tl.load(w_ptr + col, mask=col < N, other=0.0)
-        y = _scaled(x * r[:, None], w, x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE)
-        tl.store(y_at + col[None, :], y.to(y_ptr.dtype.element_ty), mask=(col < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    w_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dw_ptr,
-    rows,
-    sizes,
-    dy_strides,
-    x_strides,
-    dx_strides,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Each program takes every P-th block of rows. dx_ptr or dw_ptr is None where that gradient is not wanted."""
-    col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    if w_ptr is not None:
-        u = OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-    if dw_ptr is not None:
-        dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]
-        dy_at = dy_ptr + row_start(row, sizes, dy_strides)[:, None] + col[None, :]
-        dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row_start(row, sizes, x_strides)[:, None] + col[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-        n = x * r
-        if dw_ptr is not None:
-            dw += dy * n
-        if dx_ptr is not None:
-            g = dy
-            if w_ptr is not None:
-                g = dy * u[None, :]
-            dx = r * (g - n * row_mean_of_product(g, n, N, x_ptr.dtype.element_ty == tl.float32)[:, None])
-            dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None] + col[None, :]
-            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if dw_ptr is not None:
-        tl.store(
-            dw_ptr + tl.program_id(0).to(tl.int64) * N + col,
-            column_sum(dw, x_ptr.dtype.element_ty == tl.float32),
-            mask=col < N,
-        )
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _bwd_wide_kernel(
-    dy_ptr,
-    x_ptr,
-    w_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dw_ptr,
-    rows,
-    sizes,
-    dy_strides,
-    x_strides,
-    dx_strides,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The same, one row (BLOCK_M = 1) at a time in blocks of BLOCK_N columns: a pass for mean(g n), a pass for the
-    gradients. The program's own line of dw stays in memory, where the L2 cache holds it; its first row begins from
-    zero."""
-    for first in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = first + tl.arange(0, BLOCK_M)  # [1]
-        dy_at = dy_ptr + row_start(row, sizes, dy_strides)[:, None]
-        x_at = x_ptr + row_start(row, sizes, x_strides)[:, None]
-        r = tl.load(rstd_ptr + row)[:, None]
-        if dx_ptr is not None:
-            products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for start in range(0, N, BLOCK_N):
-                col = start + tl.arange(0, BLOCK_N)[None, :]
-                g = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
-                if w_ptr is not None:
-                    g *= OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-                products += g * (tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r)
-            mean = row_mean(products, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
-            dx_at = dx_ptr + row_start(row, sizes, dx_strides)[:, None]
-        for start in range(0, N, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)[None, :]
-            dy = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
-            n = tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) * r
-            if dw_ptr is not None:
-                dw_at = dw_ptr + tl.program_id(0).to(tl.int64) * N + col
-                so_far = tl.where(first < tl.num_programs(0), 0.0, tl.load(dw_at, mask=col < N, other=0.0))
-                tl.store(dw_at, so_far + dy * n, mask=col < N)
-            if dx_ptr is not None:
-                if w_ptr is not None:
-                    dy *= OFFSET + tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-                tl.store(dx_at + col, (r * (dy - n * mean)).to(dx_ptr.dtype.element_ty), mask=col < N)
-        if dw_ptr is not None:
-            tl.debug_barrier()  # the next row reads this line of dw again
-
-
 # --- launchers
 # ----------------------------------------------------------------------------------------------------------
 
@@ -275,7 +82,7 @@ def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute)
     if x.numel():
         (x, out), sizes, (x_strides, y_strides) = as_rows(x, y)
         launch = row_launch(n, FWD_TILES)
-        kernel = _fwd_wide_kernel if launch.wide else _fwd_kernel
+        kernel = fwd_wide_kernel if launch.wide else fwd_kernel
         with on_device(x):
             kernel[(launch.programs(rows),)](
                 x,
@@ -360,7 +167,7 @@ def _bwd(dy, x, rstd, weight, offset, need_dx, need_dw):
     weight = None if weight is None else weight.contiguous()
     if x.numel():
         (dy, x, out), sizes, (dy_strides, x_strides, dx_strides) = as_rows(dy, x, dx if need_dx else x)
-        kernel = _bwd_wide_kernel if launch.wide else _bwd_kernel
+        kernel = bwd_wide_kernel if launch.wide else bwd_kernel
         with on_device(x):
             kernel[(lines or launch.programs(rows),)](
                 dy,
@@ -511,36 +318,3 @@ def _check(name: str, x: torch.Tensor, weight: torch.Tensor | None, offset: floa
 
 # --- compilations that stand for real models
 # ------------------------------------------------------------------------------
-
-
-def _aot_case(
-    note, kernel, n, lead=1, x="*bf16", w="*bf16", dw=False, offset=0.0, cast_before=True, recompute=False
-) -> AotCase:
-    forward = kernel in (_fwd_kernel, _fwd_wide_kernel)
-    launch = row_launch(n, FWD_TILES if forward else BWD_TILES)
-    steps = ("i32",) * lead
-    signature = {"x_ptr": x, "rstd_ptr": "*fp32", "rows": "i32", "sizes": steps[1:], "x_strides": steps}
-    constexprs = {"N": n, "OFFSET": offset, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
-    if forward:
-        signature |= {"y_ptr": x, "y_strides": steps, "eps": "fp32"}
-        constexprs |= {"CAST_BEFORE": cast_before, "RECOMPUTE": recompute}
-    else:
-        signature |= {"dy_ptr": x, "dx_ptr": x, "dy_strides": steps, "dx_strides": steps}
-        (signature if dw else constexprs)["dw_ptr"] = "*fp32" if dw else None
-    (signature if w else constexprs)["w_ptr"] = w
-    return AotCase(kernel, signature, constexprs, launch.num_warps, note=note, unaligned=("rows",))
-
-
-AOT_CASES = (
-    _aot_case("Llama-3.1-8B", _fwd_kernel, 4096),
-    _aot_case("Llama-3.1-8B, y again", _fwd_kernel, 4096, recompute=True),
-    _aot_case("Gemma-2-2B, T4", _fwd_kernel, 2304, x="*fp16", w="*fp16", offset=1.0, cast_before=False),
-    _aot_case("Qwen3, heads of a transposed view", _fwd_kernel, 128, lead=3),
-    _aot_case("Llama-3.1-405B", _fwd_kernel, 16384, w="*fp32"),
-    _aot_case("wider than a block", _fwd_wide_kernel, 32768),
-    _aot_case("Llama-3.1-8B, LoRA", _bwd_kernel, 4096),
-    _aot_case("Llama-3.1-8B, full fine-tuning", _bwd_kernel, 4096, dw=True),
-    _aot_case("Llama-3.1-70B, full, fp32", _bwd_kernel, 8192, x="*fp32", w="*fp32", dw=True),
-    _aot_case("Qwen3, heads of a transposed view, full", _bwd_kernel, 128, lead=3, dw=True),
-    _aot_case("Llama-3.1-405B, full", _bwd_wide_kernel, 16384, w="*fp32", dw=True),
-)

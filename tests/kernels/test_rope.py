@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastft_kernels.numerics import compare
-from fastft_kernels.rotary.rope import LAYOUTS, rope, rope_single
+from fastft_kernels.rotary.rope import rope, rope_single
+from fastft_kernels.rotary.rope_kernels import LAYOUTS
 from fastft_kernels.runtime.dispatch import INTERPRETED
 
 from .examples import examples

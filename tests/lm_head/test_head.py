@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastft
 from fastft.lm_head.head import KIND
-from fastft.lm_head.lazy_logits import LazyLogits
+from fastft.lm_head.lazy_logits_type import LazyLogits
 from fastft.lm_head.lazy_tensor import LazyTensor
 from fastft.proving.float64 import float64_reference
 from fastft.swapping.swap import is_fast, stock_class

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 
-from fastft.lm_head.lazy_logits import LazyLogits, defer
+from fastft.lm_head.lazy_logits import defer
+from fastft.lm_head.lazy_logits_type import LazyLogits
 from fastft.proving.float64 import float64_reference
 from tests.lm_head.test_lazy_logits import LABELS, MASKED, B, H, L, Sizes, V, draw, whole
 

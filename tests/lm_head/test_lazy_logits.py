@@ -16,7 +16,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from fastft.lm_head import lazy_divergences as lazy_rowwise
-from fastft.lm_head.lazy_logits import LazyLogits, defer
+from fastft.lm_head.lazy_logits import defer
+from fastft.lm_head.lazy_logits_type import LazyLogits
 from fastft.lm_head.lazy_rows import LazyRows
 from fastft.lm_head.lazy_tensor import LazyTensor
 from fastft.proving.float64 import float64_reference

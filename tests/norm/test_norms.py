@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastft.norm.norms import Norms
+from fastft.norm.recogniser import Norms
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import Call, Observation
 from fastft.swapping.swap import slot_of

@@ -93,7 +93,7 @@ def test_other_batches_are_stock_bit_for_bit():
     stock, ours = pm.build("full"), pm.build("full")
     fastft.patch(ours)
     unpacked = fastft.patch(pm.build("full"))
-    from fastft.packing.packing import release
+    from fastft.packing.hooks import release
     from fastft.swapping.swap import uninstall
 
     release(unpacked, unpacked)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastft
 from fastft.packing.entrance import RereadError
-from fastft.packing.packing import packing_of
+from fastft.packing.hooks import packing_of
 from fastft.proving.prove import agree
 from tests.linear.lora_models import gradients, in_float64, judge, run
 from tests.packing import packing_models as pm

@@ -119,7 +119,7 @@ class Delta:
 
 
 @dataclass
-class Adapter:
+class AdapterWeights:
     """whole: tensors by the name of the base's that they replace. tokens: (row numbers, rows) by module."""
 
     config: LoraConfig
@@ -155,7 +155,7 @@ class Adapter:
         return t
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> AdapterWeights:
     """AdapterError, in one line with the part's name, for what is no LoRA adapter and for every part of one that is not
     known here."""
     if not (folder / "adapter_config.json").is_file():
@@ -166,7 +166,7 @@ def read_adapter(folder: Path) -> Adapter:
             else ""
         )
         raise AdapterError(f"merge: want an adapter's folder with adapter_config.json, got {str(folder)!r}{there}")
-    adapter = Adapter(_config(folder))
+    adapter = AdapterWeights(_config(folder))
     tensors = _tensors(folder)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, t in tensors.items():
@@ -239,7 +239,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _add(adapter: Adapter, module: str, found: dict[str, torch.Tensor]) -> None:
+def _add(adapter: AdapterWeights, module: str, found: dict[str, torch.Tensor]) -> None:
     config, magnitude = adapter.config, found.get(".lora_magnitude_vector", found.get(".lora_magnitude_vector.weight"))
     rows = found.get(".token_adapter.trainable_tokens_delta")
     if rows is not None:
@@ -294,7 +294,7 @@ def _scaling(config: LoraConfig, module: str, r: int) -> float:
     return alpha / (r**0.5 if config.use_rslora else r)
 
 
-def misfits(adapter: Adapter, shapes: dict[str, tuple[int, ...] | None], quantised: set[str]) -> Iterator[str]:
+def misfits(adapter: AdapterWeights, shapes: dict[str, tuple[int, ...] | None], quantised: set[str]) -> Iterator[str]:
     """What of the adapter the base, whose tensors have these shapes (None: not known before it is expanded), cannot
     take."""
     for module, delta in adapter.deltas.items():

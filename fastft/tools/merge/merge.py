@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from fastft.errors import AdapterError, FastftError, ModelNotFoundError
-from fastft.tools.merge.adapter_parts import BY_PEFT, Adapter, misfits, read_adapter
+from fastft.tools.merge.adapter_parts import BY_PEFT, AdapterWeights, misfits, read_adapter
 from fastft.tools.shard_writer import ShardWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -141,12 +141,12 @@ def merge(
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """What is written: every tensor of the base, changed where the adapter changes it; and where the base ties its
     output embedding to its input embedding and the adapter changes one of them, both. `head`: (name of the output's
     weight, name of the tensor it begins from)."""
 
-    adapter: Adapter
+    adapter: AdapterWeights
     files: list[Path]
     head: tuple[str, str] | None = None
     drop: set[str] = field(default_factory=set)  # the base's own copy of a tied head
@@ -156,7 +156,7 @@ class Plan:
         return self.head is not None
 
 
-def make_plan(source: Path, adapter: Adapter) -> Plan:
+def make_plan(source: Path, adapter: AdapterWeights) -> MergePlan:
     """From names and shapes alone. AdapterError, in one line, for what the base cannot take."""
     files, shapes, quantised = shards(source), {}, set()
     if not (source / "config.json").is_file():
@@ -178,7 +178,7 @@ def make_plan(source: Path, adapter: Adapter) -> Plan:
             f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: "
             f"{BY_PEFT}"
         )
-    plan = Plan(adapter, files)
+    plan = MergePlan(adapter, files)
     if config.get("model_type") and (tied := _tied_embeddings(source)) is not None:
         plan = _untie(plan, *tied, shapes)
     if wrong := next(misfits(adapter, shapes, quantised), None):
@@ -202,7 +202,7 @@ def _tied_embeddings(source: Path) -> tuple[str, str] | None:
     return (names[into], names[out]) if out is not None and into in names and out in names else None
 
 
-def _untie(plan: Plan, into: str, out: str, shapes: dict[str, tuple[int, ...] | None]) -> Plan:
+def _untie(plan: MergePlan, into: str, out: str, shapes: dict[str, tuple[int, ...] | None]) -> MergePlan:
     """As PEFT runs them: an adapter on one of two tied embeddings changes that one alone, and so does a copy of
     modules_to_save; trained tokens and embeddings that were only saved along change the tensor that both share."""
     adapter, names = plan.adapter, (f"{into}.weight", f"{out}.weight")
@@ -243,7 +243,7 @@ def _untie(plan: Plan, into: str, out: str, shapes: dict[str, tuple[int, ...] | 
     return plan
 
 
-def _write(to: Path, plan: Plan, dtype: torch.dtype) -> None:
+def _write(to: Path, plan: MergePlan, dtype: torch.dtype) -> None:
     weight_map, total = {}, 0
     for path in plan.files:
         with safe_open(path, "pt") as f:
@@ -282,7 +282,7 @@ def _write_configs(source: Path, adapter: Path, to: Path, dtype: torch.dtype, is
     (to / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def check_merge(base: Path, adapter: Path, merged: Path, dtype: torch.dtype, parts: Adapter) -> Check:
+def check_merge(base: Path, adapter: Path, merged: Path, dtype: torch.dtype, parts: AdapterWeights) -> Check:
     """Logits in float32 on a few random tokens, trained ones among them: the merged folder, reloaded in plain
     transformers, beside base + adapter in plain PEFT."""
     from peft import PeftModel

@@ -2,6 +2,7 @@
 
 policy           what the user asks for
 split            how many layers must be recomputed for a step to fit
+policy_state     what is in force, and what was measured
 controller       the policy at work on one model
 stack_forward    one training forward of a stack of layers
 layer_stack      the layers that can be recomputed, and the module that calls them

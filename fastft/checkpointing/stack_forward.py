@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,10 +13,8 @@ from fastft.checkpointing.layer_runs import CheckpointFunction, is_plain, lean
 from fastft.checkpointing.layer_stack import Stack, kind_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
+from fastft.checkpointing.policy_state import Controller
 from fastft.checkpointing.split import Split, choose
-
-if TYPE_CHECKING:
-    from fastft.checkpointing.controller import Controller
 
 WORKSPACE = 2**29  # bytes for the head's tiles and other buffers that do not grow with the batch
 HEAD_BYTES = 8  # for each value of the hidden states: the head's float32 row Jacobian and the gradient that it becomes

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -233,9 +234,7 @@ def kernels_of(module: ModuleType) -> list[str]:
 
 def kernel_modules() -> Iterator[ModuleType]:
     """Every module of this package that defines a kernel (the probe of `dispatch`, an empty kernel, aside)."""
-    import fastft_kernels
-
-    for info in pkgutil.walk_packages(fastft_kernels.__path__, "fastft_kernels."):
+    for info in pkgutil.walk_packages([str(Path(__file__).parent.parent)], "fastft_kernels."):
         module = importlib.import_module(info.name)
         if set(kernels_of(module)) - {"_probe_kernel"}:
             yield module

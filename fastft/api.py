@@ -17,6 +17,7 @@ from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
 from fastft.packing.hooks import attach, packing_of
 from fastft.packing.hooks import release as release_packing
+from fastft.patching.moved import unwatch_moves, watch_moves
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 
@@ -65,6 +66,7 @@ def patch(
         trl_head.watch(model, base)
         trl_head.bind(base)
     attach(model, base, unpad)
+    watch_moves(model, kinds)
     if policy is not None or controller_of(base) is None:
         control(base, policy or Policy())
     if strict:
@@ -83,6 +85,7 @@ def unpatch(model: Model) -> Model:
     trl_head.unwatch(model, base)
     release(base)
     release_packing(model, base)
+    unwatch_moves(model)
     undo(model)
     return model
 

@@ -162,6 +162,7 @@ def holder_mixin(cls: type) -> type:
 
 class LinearGroups:
     name = KIND
+    parts = (KIND, HOLDER)
 
     def __init__(self):
         self._groups: dict[nn.Module, tuple[nn.Module | None, LinearGroup, tuple[str, ...]]] | None = None

@@ -51,7 +51,9 @@ class OwnerPreHook(_Hook):
             self.here.rows = []
         return self.here.rows
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict | None = None):
+        if kwargs is None:  # taken off while torch was calling the hooks: by a patch inside another one
+            return None
         if torch.compiler.is_compiling() or module is not self.packing.owner():  # a replica of DataParallel
             return None
         self.running.append(None)
@@ -95,8 +97,8 @@ class OwnerPostHook(_Hook):
 class EntrancePreHook(_Hook):
     """Forward pre-hook of a module through which a forward enters."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or (base := self.packing.base()) is None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None or torch.compiler.is_compiling() or (base := self.packing.base()) is None:
             return
         random = [] if self.packing.padded_now or not base.training else random_state(_device(base))
         self.packing.underway.frames.append(

@@ -49,7 +49,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 class Kind(Protocol):
-    """`wants(fn)`, where a kind has it, asks the observation to record that free function's calls."""
+    """`wants(fn)`, where a kind has it, asks the observation to record that free function's calls; `parts`, where it
+    installs under more names than its own, are these."""
 
     name: str
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable
 
 import torch
 from torch import nn
 
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
-from fastft.packing.interface import attentions, teach
+from fastft.packing.interface import KIND, attentions, teach
 from fastft.proving.clone import clone
+from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.rebind import innermost
@@ -33,7 +33,6 @@ MASKS = frozenset(
 )  # others depend on lengths unseen here
 PADDED = ((0, 16), (0, 9), (5, 16), (4, 11), (15, 16))  # first and last + 1 real position of each row
 PACKED = (1, 7, 9, 12, 1, 7)
-_PROOFS: dict[Hashable, Proof] = {}
 
 
 class _LowRankLinear(nn.Module):
@@ -232,23 +231,20 @@ def _mask_makers(owner: nn.Module) -> set[str]:
     return {n for n in names(innermost(stock_class(owner).forward).__code__) if n.startswith("create_") and "mask" in n}
 
 
-def proof_of(owner: nn.Module, kind: str) -> Proof:
+def layer_proof(owner: nn.Module, kind: str) -> Proof:
     """kind: "packed" or "padded". One proof for each configuration, in the process."""
     others = sorted(_mask_makers(owner) - MASKS)
     if others:
         return Proof(False, reason=f"its masks come from {', '.join(others)}")
-    config = owner.config
+    config, first = owner.config, next(owner.parameters())
     classes = tuple(stock_class(m) for m in owner.modules() if not hasattr(m, "base_layer"))
     key = (
         kind,
         classes,
         config.to_json_string(use_diff=False),
         config._attn_implementation,
-        next(owner.parameters()).device,
     )
-    if key not in _PROOFS:
-        _PROOFS[key] = _prove(owner, kind)
-    return _PROOFS[key]
+    return proof_of(KIND, (*key, first.dtype), first.device, lambda: _prove(owner, kind))
 
 
 def _prove(owner: nn.Module, kind: str) -> Proof:

@@ -9,20 +9,18 @@ its one position from the real ones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 
 import torch
 from torch import nn
 
 from fastft.packing.batch import Unpadded
 from fastft.packing.entrance import named
-from fastft.packing.interface import attentions, teach
+from fastft.packing.interface import KIND, attentions, teach
 from fastft.packing.layer_proof import ROWS, padded_batch, small_copy
+from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.swap import stock_class
-
-_PROOFS: dict[Hashable, Proof] = {}
 
 
 class _Whole(nn.Module):
@@ -62,14 +60,13 @@ class _Whole(nn.Module):
         output["last_hidden_state"] = self.padding.pad(output["last_hidden_state"])
 
 
-def whole_proof(base: nn.Module, owner: nn.Module, kind: str) -> Proof:
+def model_proof(base: nn.Module, owner: nn.Module, kind: str) -> Proof:
     """kind: "labels" or "pooled". One proof for each configuration, in the process."""
     path = next((n for n, m in base.named_modules() if m is owner), "")
     classes = tuple(stock_class(m) for m in base.modules() if not hasattr(m, "base_layer"))
-    key = kind, path, classes, base.config.to_json_string(use_diff=False), next(base.parameters()).device
-    if key not in _PROOFS:
-        _PROOFS[key] = _prove(base, path, kind)
-    return _PROOFS[key]
+    first = next(base.parameters())
+    key = kind, path, classes, base.config.to_json_string(use_diff=False), first.dtype
+    return proof_of(KIND, key, first.device, lambda: _prove(base, path, kind))
 
 
 def _prove(base: nn.Module, path: str, kind: str) -> Proof:

@@ -3,7 +3,7 @@
 Two hooks stand on the module that calls the layers. The first looks at a batch. A row of several documents (its
 position ids restart) goes on with a `DocumentMask`; a padded batch is gathered into such a row. The second scatters the
 last hidden state back to [B, S, H], zeros at the padding. Everything between works token by token, or is attention,
-which knows documents by then; `structure.proof_of` has shown that for this model at the first such batch. Any other
+which knows documents by then; `layer_proof` has shown that for this model at the first such batch. Any other
 batch passes untouched: stock's path, bit for bit. What could have gone this way and did not is counted with the reason.
 
 Two more hooks, on the modules through which a forward enters, see its labels and what it returns (`entrance`): an
@@ -26,9 +26,9 @@ from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
 from fastft.packing.interface import KIND
-from fastft.packing.layer_proof import head_of, proof_of
+from fastft.packing.layer_proof import head_of, layer_proof
 from fastft.packing.lengths import Lengths
-from fastft.packing.model_proof import whole_proof
+from fastft.packing.model_proof import model_proof
 from fastft.patching.patcher import record_of
 from fastft.patching.report import Row
 from fastft.proving.prove import Proof
@@ -76,6 +76,7 @@ class Packing:
     counts: Counter = field(default_factory=Counter)
     used: dict[str, str] = field(default_factory=dict)  # kernels, and why no faster ones
     proofs: dict[str, Proof] = field(default_factory=dict)
+    proven: tuple[torch.device, torch.dtype] | None = None  # for whom: the owner's first parameter
     underway: ActiveForwards = field(default_factory=ActiveForwards)
     padded_now: str = ""
     lengths: Lengths = field(default_factory=Lengths)
@@ -238,13 +239,17 @@ class Packing:
         return "" if proof.ok else proof.reason
 
     def _proof(self, module: nn.Module, kind: str) -> Proof:
+        first = next(module.parameters())
+        if self.proven != (first.device, first.dtype):  # moved or cast since
+            self.proofs.clear()
+            self.proven = first.device, first.dtype
         if kind not in self.proofs:
             try:
                 base = self.base()
                 self.proofs[kind] = (
-                    proof_of(module, kind)
+                    layer_proof(module, kind)
                     if kind in ("packed", "padded") or base is None
-                    else whole_proof(base, module, kind)
+                    else model_proof(base, module, kind)
                 )
             except Exception as e:
                 if not is_out_of_memory(e):

@@ -80,7 +80,7 @@ def test_two_commands_each_set_up_a_fresh_machine():
         assert command.startswith("pip install torch==")
         assert "pip install -e" in command
     assert run.endswith("&& fastft demo")
-    assert test.endswith("&& python -m pytest")
+    assert test.endswith("&& python -m pytest -n 2")
 
 
 def test_ci_runs_the_readmes_test_command_as_it_stands():

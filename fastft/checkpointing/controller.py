@@ -177,6 +177,7 @@ def _unguard(owner: nn.Module) -> None:
 
 
 def controller_of(base: nn.Module) -> Controller | None:
+    """The controller of a patched model; None where it has none."""
     return next((hook.controller for _, _, hook in _hooks(base) if isinstance(hook, BeginForward)), None)
 
 

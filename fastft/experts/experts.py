@@ -26,6 +26,8 @@ def experts_of(module: nn.Module) -> int:
 
 
 class Experts:
+    """Recognises experts in the 3-D layout, which stay stock."""
+
     name = KIND
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:

@@ -161,6 +161,8 @@ def holder_mixin(cls: type) -> type:
 
 
 class LinearGroups:
+    """Recognises linear layers that are given the same tensor object, and those with adapters."""
+
     name = KIND
     parts = (KIND, HOLDER)
 

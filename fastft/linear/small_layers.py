@@ -40,6 +40,7 @@ class Siblings(nn.Module):
 
 
 def group_key(members: Sequence[nn.Module]) -> Hashable:
+    """What the proof of a group of these members depends on."""
     return tuple(map(_member_key, members))
 
 

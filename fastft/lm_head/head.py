@@ -139,6 +139,8 @@ class _Losses(nn.Module):
 
 
 class Heads:
+    """Recognises the output embedding."""
+
     name = KIND
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:

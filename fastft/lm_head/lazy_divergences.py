@@ -113,6 +113,8 @@ def elementwise(func: Callable, operands: int = 2) -> Callable:
 
 
 def kl_div(func: Callable) -> Callable:
+    """torch's `kl_div` without a reduction."""
+
     def record(args, kwargs):
         names = ("input", "target", "size_average", "reduce", "reduction", "log_target")
         given = {n: argument(args, kwargs, i, n) for i, n in enumerate(names)}
@@ -144,6 +146,8 @@ def _elementwise(func, args, kwargs, operands):
 
 
 def stack(func: Callable) -> Callable:
+    """Two distributions side by side, for the logsumexp over both that a mixture needs."""
+
     def record(args, kwargs):
         parts, dim = argument(args, kwargs, 0, "tensors"), argument(args, kwargs, 1, "dim", 0)
         if dim != 0 or set(kwargs) - {"tensors", "dim"} or not isinstance(parts, (list, tuple)):

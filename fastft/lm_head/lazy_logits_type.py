@@ -151,6 +151,7 @@ def _detach(func):
 
 
 def clone(args, kwargs):
+    """A copy of lazy logits is as lazy as they are."""
     x = args[0]
     if not isinstance(x, LazyLogits):
         return NotImplemented
@@ -175,6 +176,7 @@ def _same_rows(x: LazyLogits, hidden: torch.Tensor, call: tuple) -> LazyLogits:
 
 
 def getitem(args, kwargs):
+    """A selection of positions keeps the logits lazy; one of vocabulary entries does not."""
     x, index = args
     if not isinstance(x, LazyLogits):
         return NotImplemented
@@ -232,6 +234,7 @@ def _reshape(func):
 
 
 def as_it_is(args, kwargs):
+    """What changes nothing (`contiguous`, a cast to the same dtype) returns its argument."""
     return args[0] if isinstance(args[0], LazyLogits) else NotImplemented
 
 

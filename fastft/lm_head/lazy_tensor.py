@@ -392,8 +392,10 @@ def _lazy(x) -> list[LazyTensor]:
 
 
 def is_last(dim: int, x: torch.Tensor) -> bool:
+    """Does `dim` name the last dimension of x?"""
     return dim in (-1, x.dim() - 1)
 
 
 def argument(args: tuple, kwargs: dict, i: int, name: str, default=None):
+    """The argument at position i, or by its name, of a call."""
     return args[i] if len(args) > i else kwargs.get(name, default)

@@ -36,4 +36,5 @@ def _is_ligers(bound: object) -> bool:
 
 
 def one_of_each_class(base: nn.Module) -> tuple[weakref.ref, ...]:
+    """One module of each class in `base`, held weakly."""
     return tuple(weakref.ref(m) for m in {type(m): m for m in base.modules()}.values())

@@ -27,6 +27,7 @@ NO_INDEX_IGNORED = -(1 << 62)
 
 
 def autocast_state(device: torch.device) -> tuple[str, bool, torch.dtype]:
+    """(device type, is autocast on, its dtype) where a tensor on `device` would be computed now."""
     return device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 

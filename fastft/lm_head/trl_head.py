@@ -194,6 +194,7 @@ def watch(model: nn.Module, base: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module, base: nn.Module) -> None:
+    """The exact undo of `watch`."""
     for root in (model, base):
         for module in root.modules():
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Watch)]:

@@ -34,6 +34,7 @@ def _task_of(model: Any) -> str | None:
 
 
 def attach_adapter(model: Any, peft_config: Any, revision: str | None) -> nn.Module:
+    """A new adapter by `peft_config` on the model. Raises TargetModulesError, AdapterError."""
     from peft import get_peft_model
 
     if getattr(peft_config, "task_type", None) is None:
@@ -75,6 +76,7 @@ def _shown(targets: Any) -> str:
 
 
 def load_adapter(base: Any, name: str, kwargs: dict, is_trainable: bool) -> nn.Module:
+    """The adapter that is saved at `name`, on `base`. Raises AdapterError."""
     from peft import PeftModel
 
     places = {k: kwargs[k] for k in (*HUB_KEYS, "revision", "subfolder") if k in kwargs}

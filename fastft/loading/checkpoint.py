@@ -39,6 +39,7 @@ def adapter_config(name: str, kwargs: dict) -> Any:
 
 
 def base_of_adapter(adapter: Any, name: str, kwargs: dict) -> tuple[str, dict]:
+    """(name of the adapter's base model, keyword arguments to load it). Raises AdapterError."""
     if not adapter.base_model_name_or_path:
         raise AdapterError(
             f"the adapter at {name} names no base: set base_model_name_or_path in its adapter_config.json"
@@ -48,6 +49,7 @@ def base_of_adapter(adapter: Any, name: str, kwargs: dict) -> tuple[str, dict]:
 
 
 def load_config(name: str, kwargs: dict, adapter_at: str | None) -> Any:
+    """The configuration at `name`. Raises ModelNotFoundError."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(kwargs.get("config"), PreTrainedConfig):
@@ -66,6 +68,7 @@ def load_config(name: str, kwargs: dict, adapter_at: str | None) -> Any:
 
 
 def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> ModelNotFoundError:
+    """The error for a checkpoint that is not there, with what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -117,6 +120,7 @@ def model_class(config: Any, task: str | None, kwargs: dict) -> Any:
 
 
 def check_length(wanted: int | None, config: Any) -> None:
+    """Raises SequenceLengthError where `wanted` tokens are more than the model has positions for."""
     if wanted is None:
         return
     if not isinstance(wanted, int) or wanted < 1:

@@ -14,6 +14,7 @@ from fastft.parsing import parse_dtype
 
 
 def placement(device_map: Any) -> Any:
+    """The device map to load with: the user's, or one accelerator where there is one."""
     if not (isinstance(device_map, str) and device_map == "current"):
         return device_map
     if not torch.cuda.is_available():
@@ -40,6 +41,7 @@ def first_device(where: Any) -> torch.device:
 
 
 def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Can `device` compute in `dtype`?"""
     if dtype == torch.float64:
         return device.type != "mps"
     if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.is_available():
@@ -85,6 +87,7 @@ def _describe(device: torch.device) -> str:
 def quantization_config(
     in_4bit: bool, in_8bit: bool, dtype: Any, config: Any, device: torch.device, kwargs: dict
 ) -> Any:
+    """bitsandbytes' configuration for the precision asked for; None for none."""
     if not (in_4bit or in_8bit):
         return None
     flag = "load_in_4bit=True" if in_4bit else "load_in_8bit=True"

@@ -47,6 +47,7 @@ class FastActivation:
 
 
 def is_leaf(module: nn.Module) -> bool:
+    """A module without parameters and children."""
     return not (
         any(module._modules.values())
         or any(True for _ in module.parameters(False))
@@ -73,6 +74,7 @@ def activation_of(module: nn.Module, names: Sequence[str]) -> str | None:
 
 
 def prove_activation(module: nn.Module, act: str, dtype: torch.dtype, device: torch.device) -> Proof:
+    """The stock activation module beside the kernel `act`, on rows of several blocks."""
     rows = elementwise_rows(WIDTH, device)
     inputs = lambda g, scale: [(torch.randn(rows, WIDTH, generator=g, dtype=torch.float64) * scale).to(device)]
     return prove(

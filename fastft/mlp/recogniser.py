@@ -149,6 +149,8 @@ def _shapes(module: nn.Module, calls: list) -> list[Shape]:
 
 
 class MLPs:
+    """Recognises MLPs, and activations inside other modules."""
+
     name = KIND
 
     def __init__(self):

@@ -90,6 +90,7 @@ class FastGatedNorm:
 
 
 def install_gated(module: nn.Module, f: GatedFormula) -> None:
+    """Swap a norm with a gate for `FastGatedNorm`."""
     install(module, KIND, FastGatedNorm, (f, ModuleSnapshot(module, but=(f.eps,))))
 
 
@@ -202,6 +203,7 @@ def prove_gated(
     device: torch.device,
     reset: Callable[[nn.Module], None],
 ) -> Proof:
+    """The stock norm with a gate beside the kernel."""
     width = getattr(stock, f.weight).numel()
     rows = lambda scale: norm_rows(width, device) if scale == 1.0 else FEW
     draw = lambda g, scale: (

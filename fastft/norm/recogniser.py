@@ -179,6 +179,8 @@ def _draw_parameters(module: nn.Module) -> None:
 
 
 class Norms:
+    """Recognises RMSNorm in its variants, LayerNorm, and norms with a gate."""
+
     name = KIND
 
     def __init__(self):

@@ -94,6 +94,8 @@ def settings_of(
 def by_document(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, form: AttentionSettings
 ) -> torch.Tensor:
+    """Attention of each token within its document. q, k, v: [1, heads, tokens, head_dim]; returns [1, tokens, heads,
+    head_dim]."""
     order = documents.order
     q, k, v = (t[0] if order is None else t[0].index_select(1, order[0]) for t in (q, k, v))
     parts, at = [], 0

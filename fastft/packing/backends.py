@@ -44,6 +44,7 @@ class AttentionInputs:
 def varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, form: AttentionSettings
 ) -> torch.Tensor:
+    """torch's variable-length attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
@@ -57,6 +58,7 @@ def varlen(
 def flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, form: AttentionSettings
 ) -> torch.Tensor:
+    """The flash-attention package's variable-length attention."""
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
     longest, ends = max(documents.lengths), documents.offsets
     window = (-1 if form.window is None else form.window - 1, 0)
@@ -81,6 +83,7 @@ def flash(
 def flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, form: AttentionSettings
 ) -> torch.Tensor:
+    """torch's FlexAttention, compiled, under a document mask."""
     return flex_with(_compiled(), q, k, v, documents, form)
 
 
@@ -174,6 +177,7 @@ def why_not(name: str, place: AttentionInputs, form: AttentionSettings) -> str:
 
 
 def place_of(q: torch.Tensor, v: torch.Tensor) -> AttentionInputs:
+    """What the choice of a backend depends on, of these queries and values."""
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
     return AttentionInputs(q.device.type, capability, q.dtype, q.shape[-1], v.shape[-1])
 

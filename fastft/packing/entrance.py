@@ -135,6 +135,7 @@ def _state(module: nn.Module, inputs) -> list:
 
 
 def random_state(device: torch.device) -> list[tuple[torch.device, torch.Tensor]]:
+    """(device, state of its random generator) of the CPU and of `device`."""
     found = [(torch.device("cpu"), torch.get_rng_state())]
     if device.type not in ("cpu", "meta"):
         found.append((device, torch.get_device_module(device).get_rng_state(device)))

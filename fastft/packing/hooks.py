@@ -169,6 +169,7 @@ def _entrances(model: nn.Module, base: nn.Module) -> list[nn.Module]:
 
 
 def packing_of(base: nn.Module) -> Packing | None:
+    """The packing of a patched model; None where it has none."""
     return next((hook.packing for _, _, hook in _hooks(base) if isinstance(hook, OwnerPreHook)), None)
 
 

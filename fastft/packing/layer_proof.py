@@ -211,6 +211,7 @@ def _packed_batch(device: torch.device) -> tuple[list[dict], None, dict]:
 
 
 def padded_batch(pad_id: int | None, device: torch.device) -> tuple[list[dict], Unpadded, dict]:
+    """A batch padded on both sides, how it is unpadded, and what more a proof asks of it."""
     mask = torch.zeros(len(PADDED), PADDED[0][1], dtype=torch.long)
     for i, (a, b) in enumerate(PADDED):
         mask[i, a:b] = 1

@@ -11,6 +11,7 @@ TOKENS = (2, 8)
 
 
 def text_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """A few token ids with a mask, by the model's configuration."""
     forward = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -27,6 +27,8 @@ class StrictError(RuntimeError):
 
 @dataclass
 class Outcome:
+    """What became of one module under one kind: the kernel that it runs, or the reason why it is stock."""
+
     kind: str
     group: str
     name: str
@@ -67,6 +69,7 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def record_of(model: nn.Module) -> Record | None:
+    """The record of a patched model; None for a stock one."""
     return innermost(model).__dict__.get(RECORD)
 
 
@@ -168,6 +171,7 @@ def undo(model: nn.Module) -> None:
 
 
 def build_report(model: nn.Module) -> PatchReport:
+    """The report of a patched model. Raises ValueError for a stock one."""
     base = innermost(model)
     record = record_of(model)
     if record is None:
@@ -247,6 +251,7 @@ def fallbacks_of(model: nn.Module) -> Callable[[], dict[str, int]]:
 
 
 def strict_check(report: PatchReport, kinds: Iterable[str] | None = None) -> None:
+    """Raises StrictError where modules of `kinds` (None: of any) stay stock."""
     left = [r for r in report.stock if kinds is None or r.kind in kinds]
     if left:
         lines = "\n".join(f"  {r.kind}: {r.count} x {r.group} (such as {r.example}): {r.reason}" for r in left)

@@ -71,6 +71,8 @@ class PatchReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = lambda rows: sum(r.count for r in rows)
         title = f"fastft: {self.model}: {count(self.swapped)} modules swapped, {count(self.stock)} stock"
+        if devices := sorted({r.device for r in self.rows if r.device}):
+            title += f"; proven on {', '.join(devices)}"
         table = Table(title=title, title_justify="left")
         table.add_column("kind")
         table.add_column("group", overflow="fold")
@@ -78,6 +80,7 @@ class PatchReport:
         table.add_column("kernel", overflow="fold")
         table.add_column("error", justify="right")
         table.add_column("stock error", justify="right")
+        table.add_column("proven at", overflow="fold")
         table.add_column("dtype / reason", overflow="fold", ratio=1)
         number = lambda x: f"{x:.1e}" if math.isfinite(x) else ""
         for r in self.rows:
@@ -90,6 +93,7 @@ class PatchReport:
                 r.kernel or "stock",
                 number(r.error),
                 number(r.stock_error),
+                r.sizes,
                 Text(why),
                 style=style,
             )

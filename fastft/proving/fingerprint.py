@@ -39,6 +39,7 @@ def _value(v: object) -> Hashable:
 
 
 def attributes(module: nn.Module, ignore: frozenset[str] = frozenset()) -> tuple[tuple[str, Hashable], ...]:
+    """(name, value) of a module's own scalar attributes, but for those in `ignore`."""
     return tuple(
         sorted(
             ((k, _value(v)) for k, v in module.__dict__.items() if k not in _MODULE_INTERNALS and k not in ignore),

@@ -55,6 +55,7 @@ class Variant:
 
 
 def is_rotary(fn: Callable) -> bool:
+    """Does a free function look like one that rotates queries and keys (by its parameters' names)?"""
     try:
         names = inspect.signature(fn).parameters
     except (TypeError, ValueError):
@@ -150,6 +151,8 @@ class RotaryMixin:
 
 
 class Rotary:
+    """Recognises the free function by which an attention rotates queries and keys."""
+
     name = KIND
     wants = staticmethod(is_rotary)
 

@@ -15,6 +15,7 @@ import torch
 
 
 def innermost(fn: Callable) -> Callable:
+    """The function inside decorators that keep it as `__wrapped__`."""
     while hasattr(fn, "__wrapped__"):
         fn = fn.__wrapped__
     return fn

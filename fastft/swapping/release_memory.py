@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 
 
 class MemoryReleaser(Protocol):
+    """Who can free memory."""
+
     def give(self, error: torch.OutOfMemoryError) -> bool:
         """Free what can be computed again; False where there is nothing."""
         ...

@@ -43,6 +43,7 @@ def order(n: int) -> Callable[[type], type]:
 
 
 def order_of(mixin: type) -> int:
+    """A mixin's place among those of one instance: lower ones run first."""
     return next((_ORDERS[c] for c in mixin.__mro__ if c in _ORDERS), 0)
 
 
@@ -52,6 +53,7 @@ def counts_itself(mixin: type, functions: tuple[Callable, ...]) -> None:
 
 
 def functions_of(mixin: type) -> tuple[Callable, ...]:
+    """The rebound free functions of a mixin, which count their fallbacks themselves."""
     return _FUNCTIONS.get(mixin, ())
 
 
@@ -151,15 +153,18 @@ def _dynamic(stock: type, mixins: tuple[type, ...]) -> type:
 
 
 def slot_of(module: nn.Module) -> Slot | None:
+    """What an instance carries while it is swapped; None for a stock one."""
     return module.__dict__.get(KEY)
 
 
 def is_fast(module: nn.Module, kind: str) -> bool:
+    """Is this instance swapped under `kind`?"""
     slot = slot_of(module)
     return slot is not None and kind in slot.parts
 
 
 def stock_class(module: nn.Module) -> type:
+    """The class that the instance has without swaps."""
     slot = slot_of(module)
     return slot.stock if slot is not None else type(module)
 

@@ -64,6 +64,8 @@ def logits(hidden, weight, bias, head: HeadTensors) -> torch.Tensor:
 
 
 def logsumexp(hidden, weight, bias, head: HeadTensors) -> torch.Tensor:
+    """log-sum-exp of the transformed logits in plain PyTorch, differentiable twice. hidden [n, H], weight [V, H];
+    returns [n]."""
     return logits(hidden, weight, bias, head).logsumexp(-1)
 
 

@@ -87,6 +87,7 @@ def is_real(x: torch.Tensor) -> bool:
 
 
 def spans(n: int, size: int) -> list[tuple[int, int]]:
+    """(start, end) of tiles of at most `size` that cover n."""
     return [(a, min(a + size, n)) for a in range(0, n, size)]
 
 
@@ -161,6 +162,7 @@ def fold_tokens(hidden, weight, bias, target, head: HeadTensors, optional: list[
 
 
 def statistics(state: torch.Tensor) -> Stats:
+    """Statistics of the target's probability from the online softmax's final state."""
     m, z_t = state[osm.M], state[osm.ZT]
     log_a = state[osm.A].log()
     d = (m - z_t) + log_a  # in this order: m and z_t are large and alike
@@ -287,6 +289,7 @@ def gradient_tiles(
 
 
 def part_of(x: torch.Tensor | None, a: int, b: int) -> torch.Tensor | None:
+    """x[a:b], or None."""
     return None if x is None else x[a:b]
 
 
@@ -324,6 +327,7 @@ def select_rows(target: torch.Tensor, compact: bool) -> torch.Tensor | None:
 
 
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows named, or all."""
     return x if rows is None else x[rows]
 
 
@@ -351,6 +355,7 @@ def check_inputs(name: str, hidden, weight, target, bias) -> None:
 
 
 def check_tile(name: str, tile: tuple[int, int] | None) -> None:
+    """Raises ValueError for a tile that is not (tokens, vocabulary entries) of at least one each."""
     if tile is not None and not (tile[0] >= 1 and 1 <= tile[1] <= VOCAB_TILE):
         raise ValueError(f"{name}: want a tile of (1 or more tokens, 1 to {VOCAB_TILE} columns), got {tile}")
 
@@ -366,4 +371,5 @@ def flat_target(name: str, target: torch.Tensor, vocab: int, ignore_index: int) 
 
 
 def resolve_compact(compact: bool | None, target: torch.Tensor) -> bool:
+    """Whether ignored rows are left out: as asked, or where there are some."""
     return is_real(target) and (target.device.type == "cpu" if compact is None else compact)

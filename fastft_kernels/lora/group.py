@@ -42,6 +42,8 @@ class AdapterSlot(NamedTuple):
 
 
 class ProjectionSlot(NamedTuple):
+    """Where the tensors of one projection lie among those of its group."""
+
     layout: WeightLayout
     weight: int  # index of the first of n_weight tensors
     n_weight: int

@@ -41,6 +41,7 @@ def fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Whole rows: y and, where asked, 1/rms. One program for BLOCK_M rows."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]

@@ -100,6 +100,7 @@ def row_rstd(x, eps, N: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def column_sum(x, WIDE: tl.constexpr):
+    """Sum over the first axis in a fixed order."""
     if WIDE:
         total = tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
     else:
@@ -118,6 +119,7 @@ def unit_reciprocal(d):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)), precise in float32."""
     e = exp(-tl.abs(x))  # never overflows
     y = unit_reciprocal(1.0 + e)
     return tl.where(x < 0.0, e * y, y)

@@ -64,7 +64,8 @@ matrix = group_proof._matrix
 group_proof._matrix = lambda base, dtype: (matrix(base, dtype)[0], "")
 
 model = llama(vocab_size=32000, layers=1, hidden_size=64, intermediate_size=96, max_position_embeddings=512)
-model = {"lora": lambda: adapted(model, dropout=0.1), "nf4": lambda: adapted(quantised(model)), "full": lambda: model}[sys.argv[1]]()
+ways = {"lora": lambda: adapted(model, dropout=0.1), "nf4": lambda: adapted(quantised(model)), "full": lambda: model}
+model = ways[sys.argv[1]]()
 fastft.patch(model.train())
 phase = "step"
 ids = torch.randint(3, 32000, (2, 150))

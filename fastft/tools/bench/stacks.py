@@ -51,12 +51,14 @@ STACK_SETTINGS = {
 
 
 def check_peer(stack: str) -> None:
+    """Raises MissingPeer where the library of `stack` is not installed."""
     package = NEEDS.get(stack)
     if package is not None and importlib.util.find_spec(package) is None:
         raise MissingPeer(f"{package} is not installed")
 
 
 def device() -> torch.device:
+    """The device that is measured."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -33,6 +33,7 @@ class Times:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

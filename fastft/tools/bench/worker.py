@@ -20,6 +20,7 @@ from fastft.tools.bench.spec import DRAWS, Spec
 
 
 def main(argv: list[str]) -> int:
+    """One stack, measured in a process of its own; what it finds goes to standard output as JSON."""
     spec, rows = Spec.read(Path(argv[0])), Path(argv[1])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if spec.stack == "unsloth" and importlib.util.find_spec("unsloth") is not None:
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> int:
 
 
 class Worker:
+    """One stack at work."""
+
     def __init__(self, spec: Spec, rows: Path):
         self.spec, self.rows, self.folder = spec, rows, Path(spec.folder)
         self.refused: dict[str, str] = {}  # gated cell -> why its speed is not to be shown

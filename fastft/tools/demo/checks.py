@@ -54,6 +54,7 @@ def judge_curves(
 def check_curves(
     fast: TrainingRun, stock: TrainingRun, reordered: TrainingRun, reference: TrainingRun | None
 ) -> DemoCheck:
+    """Both runs' losses, step by step, judged against the float64 run."""
     verdict = judge_curves(fast, stock, reordered, reference)
     against = reference.name.removeprefix("stock in ") if reference is not None else "stock"
     noise = "stock's" if reference is not None else "reordered stock's"
@@ -66,6 +67,7 @@ def check_curves(
 
 
 def check_drop(before: float, after: float, least: float) -> DemoCheck:
+    """Did the held-out loss fall by at least `least`?"""
     drop = 1 - after / before
     return DemoCheck(
         "held-out loss drops",
@@ -75,10 +77,12 @@ def check_drop(before: float, after: float, least: float) -> DemoCheck:
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
+    """The parameters that train, by name."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def check_start(fast: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> DemoCheck:
+    """Do both runs start from the same bits?"""
     same = fast.keys() == stock.keys() and all(torch.equal(fast[k], stock[k]) for k in stock)
     return DemoCheck("adapter starts from stock's bits", bool(same) and len(stock) > 0, f"{len(stock)} tensors")
 

@@ -51,6 +51,7 @@ def train_tokenizer(texts: list[str], vocab: int):
 
 
 def build(size: DecoderSize, tokenizer) -> Any:
+    """A decoder of `size` with random weights, for the demo's tokenizer."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(

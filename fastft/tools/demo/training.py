@@ -78,6 +78,7 @@ class TrainingRun:
 
 
 def load_fast(job: DemoSettings):
+    """The demo's model through `FastModel`."""
     from fastft import FastModel
 
     torch.manual_seed(job.seed)
@@ -130,6 +131,7 @@ def make_trainer(
     on_step: Callable[[int], None] | None = None,
     timings: list[float] | None = None,
 ):
+    """TRL's SFTTrainer with the demo's settings."""
     from transformers import PrinterCallback, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -245,6 +247,7 @@ def train(
 
 
 def held_out_loss(job: DemoSettings, model) -> float:
+    """Mean loss over the held-out set."""
     return make_trainer(job, model, load_tokenizer(job.model)).evaluate()["eval_loss"]
 
 

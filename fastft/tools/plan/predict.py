@@ -64,6 +64,8 @@ class StepPeakMemory:
 
 @dataclass(frozen=True)
 class TracedStep:
+    """Bytes that live through a whole step, and what its phases allocate."""
+
     static: dict[str, int]
     phases: list[Phase]
 

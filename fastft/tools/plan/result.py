@@ -90,6 +90,7 @@ def parts(line: PlanLine) -> dict[str, float]:
 
 
 def label(line: PlanLine, layers: int) -> str:
+    """How a line of the plan is called."""
     how = line.policy
     if how.startswith("auto"):
         did = f"{line.recomputed} of {layers} layers recomputed" if line.recomputed else "nothing recomputed"
@@ -98,6 +99,7 @@ def label(line: PlanLine, layers: int) -> str:
 
 
 def render(plan: Plan) -> Iterator[Table | Text]:
+    """The plan as tables and lines of text."""
     where = (
         ""
         if plan.gpu is None

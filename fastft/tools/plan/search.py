@@ -60,6 +60,7 @@ def _of_phase(
 
 
 def varying(peak: StepPeakMemory) -> int:
+    """Bytes of a peak that depend on the batch."""
     return sum(peak.parts[k] for k in VARYING)
 
 

@@ -73,6 +73,7 @@ def _lifted(v, name: str, dtype: torch.dtype | None, leaves: dict[str, torch.Ten
 
 
 def tensors_in(out) -> Iterator[torch.Tensor]:
+    """Every floating-point tensor in a module's output."""
     if isinstance(out, torch.Tensor):
         yield out
     elif isinstance(out, dict):
@@ -83,6 +84,7 @@ def tensors_in(out) -> Iterator[torch.Tensor]:
 
 
 def reference(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the stock module in float64."""
     return {k: v.double() for k, v in results(in_float64(module), args, kwargs, torch.float64, True).items()}
 
 

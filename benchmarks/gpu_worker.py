@@ -17,9 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # what cuBLAS needs to promise the same bits twice; read when CUDA starts
+# what cuBLAS needs to promise the same bits twice; read when CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
@@ -95,9 +94,8 @@ def run_tests(files: tuple[str, ...], marked: str, seconds: float) -> Figures:
     run = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    timer = threading.Timer(
-        max(5.0, seconds), lambda: os.killpg(run.pid, signal.SIGKILL)
-    )  # its own session: only what it started
+    # its own session: only what it started
+    timer = threading.Timer(max(5.0, seconds), lambda: os.killpg(run.pid, signal.SIGKILL))
     timer.start()
     with run.stdout as output:
         for line in output:

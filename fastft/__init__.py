@@ -23,7 +23,18 @@ _WHERE = {
     "plan": "fastft.tools.plan.planner",
     "FastftError": "fastft.errors",
 }
-__all__ = list(_WHERE)
+__all__ = [
+    "FastModel",
+    "FastftError",
+    "PatchReport",
+    "StrictError",
+    "patch",
+    "patched",
+    "plan",
+    "report",
+    "unpatch",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from fastft.api import patch, patched, report, unpatch

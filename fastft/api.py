@@ -58,9 +58,8 @@ def patch(
     policy = None if activation_policy is None else parse(activation_policy)
     refuse(innermost(model).modules(), "set it to False, or train without fastft")
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(
-        devices=list(cuda)
-    ):  # the user's random stream stands where it stood: proofs draw from a copy
+    # the user's random stream stands where it stood: proofs draw from a copy
+    with torch.random.fork_rng(devices=list(cuda)):
         apply_kinds(model, kinds())
         base = innermost(model)
         trl_head.watch(model, base)

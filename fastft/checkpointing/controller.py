@@ -15,6 +15,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,7 +108,7 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
-def _input_embeddings(base: nn.Module) -> nn.Module | None:
+def _input_embeddings(base: Any) -> nn.Module | None:
     """None where a model has none, or does not say: transformers' own method then raises."""
     try:
         return base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
@@ -153,9 +154,8 @@ class RetryingForward:
             return call()
         learning = [p for p in owner.parameters() if p.requires_grad]
         theirs = [f for layer in begin.stack.alive() if (f := asked_for(layer)) is not None]
-        if not can_be_guarded(owner, learning, args, kwargs) or not all(
-            map(is_plain, theirs)
-        ):  # a reentrant one runs backwards of its own
+        # a reentrant one runs backwards of its own
+        if not can_be_guarded(owner, learning, args, kwargs) or not all(map(is_plain, theirs)):
             return call()
         if begin.is_shared(threading.get_ident()):
             return call()

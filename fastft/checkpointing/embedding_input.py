@@ -21,9 +21,8 @@ class Embedded:
     """A forward hook of an embedding module: remembers its last output, weakly, and what it came from."""
 
     def __init__(self) -> None:
-        self.mine = (
-            threading.local()
-        )  # .last: (the output and the module, weakly; ids; tensors and their versions), of this thread
+        # .last: (the output and the module, weakly; ids; tensors and their versions), of this thread
+        self.mine = threading.local()
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
         self.mine.last = None

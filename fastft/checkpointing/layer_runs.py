@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ from fastft.checkpointing.offload import HostTensor, Offloader
 from fastft_kernels.recompute.replay import again
 
 CheckpointFunction = Callable[..., object]
-_PLAIN = {"use_reentrant": False}
+_PLAIN: dict[str, Any] = {"use_reentrant": False}
 
 
 class CountedForward:

@@ -30,7 +30,7 @@ class Offloader:
     def __init__(self, device: torch.device):
         self.last: weakref.ref[HostTensor] | None = None
         self.backend = torch.get_device_module(device) if device.type in ("cuda", "xpu") else None
-        self.stream = None if self.backend is None else self.backend.Stream(device)
+        self.stream: Any = None if self.backend is None else self.backend.Stream(device)
 
     def park(self, x: torch.Tensor) -> HostTensor:
         """x on any device; its values are those at the time of the call."""

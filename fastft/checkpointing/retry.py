@@ -123,9 +123,8 @@ class Attempt:
                 return [None] * len(self.learning)
             outputs, upstream = [t for t, _ in wanted], [g for _, g in wanted]
             self.leaves = None
-            twice = (
-                torch.is_grad_enabled()
-            )  # gradients that are to be differentiated: the inner graph stands on the same parameters
+            # gradients that are to be differentiated: the inner graph stands on the same parameters
+            twice = torch.is_grad_enabled()
             keep = self.is_shared or twice
             return list(
                 torch.autograd.grad(

@@ -152,5 +152,5 @@ def asked_for(layer: nn.Module) -> CheckpointFunction | None:
 
 
 def _saved_tensors_are_hooked() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None

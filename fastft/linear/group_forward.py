@@ -18,6 +18,7 @@ from torch import nn
 
 from fastft.linear.projection import (
     Inexpressible,
+    Layer,
     base_of,
     compute_dtype_4bit,
     describe,
@@ -27,8 +28,9 @@ from fastft.linear.projection import (
     would_repack,
 )
 from fastft.swapping.stock_only import stands_aside
-from fastft.swapping.swap import KEY, is_fast, order
+from fastft.swapping.swap import KEY, Replacement, is_fast, order
 from fastft_kernels.lora.lora_linear import Projection, lora_linear
+from fastft_kernels.quant.weights import as_weight
 from fastft_kernels.recompute.recomputation import recomputation_of
 from fastft_kernels.runtime.dispatch import wider
 
@@ -38,7 +40,7 @@ OTHER_MODE = (
     "a member was called in another grad mode, autocast or saved-tensor hook than the first: it computed for itself"
 )
 OTHER_ADAPTERS = "adapters were switched between a group's members: one computed for itself"
-_hooks_on_saved = torch._C._autograd._top_saved_tensors_default_hooks
+_hooks_on_saved = getattr(torch._C, "_autograd")._top_saved_tensors_default_hooks  # noqa: B009
 
 
 class Mode(NamedTuple):
@@ -66,7 +68,7 @@ class Mode(NamedTuple):
         )
 
 
-def _adapters_are(module: nn.Module) -> tuple:
+def _adapters_are(module: Layer) -> tuple:
     """Which adapters of a member are on, and whether they drop out."""
     d = module.__dict__
     return d["training"], d.get("_disable_adapters"), d.get("_active_adapter"), bool(d.get("merged_adapters"))
@@ -86,7 +88,7 @@ class HolderCall:
         self.left.clear()
         self.x = None
 
-    def take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
+    def take(self, module: Layer, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
         """(what was left for this call, or why what was left is none)."""
         if self.x is not x or self.version != _version(x):
             self.clear()
@@ -108,23 +110,23 @@ class LinearGroup:
     innermost call of the holder. A member that is called outside one computes for itself, as nobody would clear away
     what it left."""
 
-    refs: list[Callable[[], nn.Module | None]]
+    refs: list[Callable[[], Layer | None]]
     now: threading.local = field(default_factory=threading.local)
     wasted: int = 0  # results in a row that their member could not take
 
     @classmethod
-    def of(cls, members: Sequence[nn.Module]) -> LinearGroup:
+    def of(cls, members: Sequence[Layer]) -> LinearGroup:
         return cls([weakref.ref(m) for m in members])
 
     @property
-    def members(self) -> list[nn.Module]:
+    def members(self) -> list[Layer]:
         return [m for r in self.refs if (m := r()) is not None]
 
     @property
     def call(self) -> HolderCall | None:
         return getattr(self.now, "call", None)
 
-    def take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
+    def take(self, module: Layer, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
         if (call := self.call) is None or call.x is None:
             return None, ""
         y, why = call.take(module, x)
@@ -134,13 +136,12 @@ class LinearGroup:
             self.wasted += 1
         return y, why
 
-    def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def compute(self, module: Layer, x: torch.Tensor) -> torch.Tensor | None:
         """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
         own = describe(module)
         if elsewhere(own, x):
-            raise Inexpressible(
-                f"a weight or an adapter is not on its input's device, {x.device}"
-            )  # stock's error is the answer
+            # stock's error is the answer
+            raise Inexpressible(f"a weight or an adapter is not on its input's device, {x.device}")
         if not trains(own) and not would_repack(module, x):
             return None
         run, settled = [(module, own)], dtypes(module, x, own)
@@ -160,7 +161,7 @@ class LinearGroup:
             call.x, call.version, call.mode = x, _version(x), Mode.now(x.device.type)
         return ys[0]
 
-    def _after(self, module: nn.Module) -> list[nn.Module]:
+    def _after(self, module: Layer) -> list[Layer]:
         """The members that will be called after `module` and run here: not those that stay stock, and none for a copy
         of a member."""
         members = self.members
@@ -178,7 +179,7 @@ def _nobody() -> None:
     return None
 
 
-def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, torch.dtype | None]:
+def dtypes(module: Layer, x: torch.Tensor, own: Projection) -> dict[str, torch.dtype | None]:
     """The dtypes in which stock would compute this: autocast's where it is on; a 4-bit base in its compute dtype,
     returned in the input's; adapters without autocast in their own, the widest of several. What is not named makes no
     difference to this module."""
@@ -186,19 +187,21 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     base = base_of(module)
     dense = is_dense(base)
-    if dense and not autocast and any(t is not None and t.dtype != x.dtype for t in (*own.weight.tensors(), own.bias)):
-        raise Inexpressible(
-            f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input"
-        )  # stock's error is the answer
+    if (
+        dense
+        and not autocast
+        and any(t is not None and t.dtype != x.dtype for t in (*as_weight(own.weight).tensors(), own.bias))
+    ):
+        # stock's error is the answer
+        raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")
     if dense or x.dtype == torch.float64:
         return {"compute_dtype": autocast if x.dtype != torch.float64 else None, "out_dtype": None}
     compute = compute_dtype_4bit(base, x)
-    found = {"compute_dtype": autocast or compute, "out_dtype": x.dtype}
+    found: dict[str, torch.dtype | None] = {"compute_dtype": autocast or compute, "out_dtype": x.dtype}
     if own.adapters:
         found["adapter_dtype"] = None if autocast else functools.reduce(wider, (a.A.dtype for a in own.adapters))
-        if (
-            torch.is_autocast_enabled()
-        ):  # PEFT asks about CUDA's, and then casts neither the adapters' input nor their output
+        # PEFT asks about CUDA's, and then casts neither the adapters' input nor their output
+        if torch.is_autocast_enabled():
             found["dropout_dtype"] = x.dtype
             if autocast and wider(autocast, x.dtype) != x.dtype:
                 raise Inexpressible(f"autocast to {autocast} and a {x.dtype} input")  # the sum is wider than either
@@ -208,7 +211,7 @@ def dtypes(module: nn.Module, x: torch.Tensor, own: Projection) -> dict[str, tor
 def elsewhere(p: Projection, x: torch.Tensor) -> bool:
     """Does anything that this multiplies x by lie on another device?"""
     device = x.device
-    return p.weight.tensors()[0].device != device or any(a.A.device != device for a in p.adapters)
+    return as_weight(p.weight).tensors()[0].device != device or any(a.A.device != device for a in p.adapters)
 
 
 def _version(x: torch.Tensor) -> int:
@@ -217,14 +220,14 @@ def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _instance_hooks(module: nn.Module) -> bool:
+def _instance_hooks(module: Layer) -> bool:
     """A hook may change the input, or (backward hooks) gives the module another tensor object: it then computes for
     itself."""
     return any(module.__dict__.get(h) for h in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 
 @order(40)
-class FastLinear:
+class FastLinear(Replacement):
     """Mixin of a group's members."""
 
     def forward(self, *args, **kwargs):

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastft.linear.projection import base_of, base_weight, is_dense
+from fastft.linear.projection import Layer, base_of, base_weight, is_dense
 from fastft.linear.small_layers import Siblings, device_of, group_key, small_layers
 from fastft.proving.clone import clone
 from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, prove
@@ -27,11 +27,11 @@ __all__ = ["dense_in_float64", "group_key", "prove_group", "stock_matrices"]
 
 ROWS = (3, 13)  # the input's leading sizes
 CHUNK = 1024  # rows of the identity at a time
-Cast = Callable[[nn.Module, torch.dtype], nn.Module]
-Swap = Callable[[nn.Module], object]
+Cast = Callable[[Layer, torch.dtype], Layer]
+Swap = Callable[[Layer], object]
 
 
-def prove_group(members: Sequence[nn.Module], group_swap) -> Proof:
+def prove_group(members: Sequence[Layer], group_swap) -> Proof:
     """group_swap(layers): makes the layers given, in the order of their calls, one group."""
     device = device_of(members)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -48,7 +48,7 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
             False, reason=f"quantised weights beside others of several dtypes: {', '.join(sorted(map(str, dense)))}"
         )
     dtype = (dense or [quantised[0].compute_dtype or torch.float32])[0]
-    matrices: dict[nn.Module, torch.Tensor] = {}
+    matrices: dict[Layer, torch.Tensor] = {}
     for base in quantised:
         matrices[base], reason = _matrix(base, dtype)
         if reason:
@@ -76,7 +76,7 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
     return proof
 
 
-def _freeze_bases(siblings: nn.Module) -> None:
+def _freeze_bases(siblings: Layer) -> None:
     """A dense layer that does not train runs the stock way, whose sum of the siblings' input gradients rounds each of
     them to autocast's
     dtype: it does so from the start where the proof compares runs with different parameters in training."""
@@ -85,12 +85,12 @@ def _freeze_bases(siblings: nn.Module) -> None:
             base_of(m).requires_grad_(False)
 
 
-def _width(base: nn.Module) -> int:
+def _width(base: Layer) -> int:
     return base.in_features if isinstance(base, nn.Linear) else base.nx
 
 
 def _ways(
-    stock: nn.Module, dtype: torch.dtype, dense: list, quantised: bool, device: torch.device
+    stock: Layer, dtype: torch.dtype, dense: list, quantised: bool, device: torch.device
 ) -> Iterator[tuple[torch.dtype, torch.dtype | None]]:
     """(the input's dtype, the dtype of autocast or None): as which the layers, each parameter in its own dtype, may
     run."""
@@ -111,7 +111,7 @@ def _ways(
 # what a 4-bit weight stands for
 
 
-def stock_matrices(base: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def stock_matrices(base: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrices [out, in], in `dtype`, by which a linear layer multiplies x in its forward and dy in its
     backward."""
     base, bias = clone(base).train(), base.bias
@@ -129,7 +129,7 @@ def stock_matrices(base: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, t
     return torch.cat(columns, 1), backward
 
 
-def _matrix(base: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+def _matrix(base: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     """(what the layer multiplies by, in float64; why the group function does not multiply by the same, or nothing)."""
     forward, backward = (m.double() for m in stock_matrices(base, dtype))
     ours = base_weight(base).dense(dtype).double()
@@ -154,9 +154,7 @@ def _off(a: torch.Tensor, b: torch.Tensor) -> float:
     return off if off == off else float("inf")
 
 
-def _cast(
-    module: nn.Module, dtype: torch.dtype, stock: nn.Module, matrices: dict[nn.Module, torch.Tensor]
-) -> nn.Module:
+def _cast(module: Layer, dtype: torch.dtype, stock: Layer, matrices: dict[Layer, torch.Tensor]) -> Layer:
     """As `cast_parameters`, but each parameter stays in its own dtype in any below float64, where a 4-bit layer is its
     matrix."""
     module = clone(module)
@@ -170,7 +168,7 @@ def _cast(
     return cast_parameters(module, dtype)
 
 
-def dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def dense_in_float64(module: Layer, dtype: torch.dtype) -> Layer:
     """As `cast_parameters`; a quantised base becomes, in float64, the dense layer of bitsandbytes' own dequantisation,
     and is itself in lower dtypes. For modules of any size, which `stock_matrices` is not."""
     module = clone(module)
@@ -187,13 +185,12 @@ def dense_in_float64(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return cast_parameters(module, dtype)
 
 
-def _is_quantised_layer(module: nn.Module) -> bool:
-    return hasattr(
-        module._parameters.get("weight"), "quant_state"
-    )  # a LoRA layer shows its base's weight as a property
+def _is_quantised_layer(module: Layer) -> bool:
+    # a LoRA layer shows its base's weight as a property
+    return hasattr(module._parameters.get("weight"), "quant_state")
 
 
-def _dense(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
+def _dense(layer: Layer, weight: torch.Tensor) -> Layer:
     """weight: float64; copied."""
     dense = nn.Linear(
         weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=torch.float64, device=weight.device
@@ -266,11 +263,11 @@ def _with_dropout(
     return None if verdict else Proof(False, verdict.error, verdict.eager_error, name, f"with dropout: {verdict}")
 
 
-def _dropouts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _dropouts(module: Layer) -> list[tuple[str, Layer]]:
     return [(n, m) for n, m in module.named_modules() if type(m) is nn.Dropout and m.p > 0]
 
 
-def _training(module: nn.Module) -> nn.Module | None:
+def _training(module: Layer) -> Layer | None:
     """The module with its dropouts on; None where it has none."""
     found = _dropouts(module)
     for _, drop in found:

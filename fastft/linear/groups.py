@@ -14,6 +14,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,18 @@ from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, undisturbed
 from fastft.swapping.out_of_memory import is_out_of_memory
 from fastft.swapping.stock_only import transformed
-from fastft.swapping.swap import KEY, install, is_fast, obstacle, order, slot_of, stock_class, uninstall
+from fastft.swapping.swap import (
+    KEY,
+    Replacement,
+    install,
+    is_fast,
+    obstacle,
+    order,
+    slot_of,
+    state_of,
+    stock_class,
+    uninstall,
+)
 
 HOLDER = "linear group holder"
 
@@ -118,14 +130,16 @@ def _proof_while_training(candidate: Candidate) -> Proof:
 
 
 def _below(holder: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = holder
     for part in path.split("."):
-        if (holder := holder._modules.get(part)) is None:
+        if found is None:
             return None
-    return holder
+        found = found._modules.get(part)
+    return found
 
 
 def _belongs(module: nn.Module, group: LinearGroup) -> bool:
-    return is_fast(module, KIND) and slot_of(module).state(KIND) is group
+    return is_fast(module, KIND) and state_of(module, KIND) is group
 
 
 def _release(module: nn.Module, group: LinearGroup) -> None:
@@ -135,7 +149,7 @@ def _release(module: nn.Module, group: LinearGroup) -> None:
 
 
 @order(5)
-class Holder:
+class Holder(Replacement):
     """Root of the per-class mixins of the modules that hold a group's members."""
 
 
@@ -147,16 +161,15 @@ def holder_mixin(cls: type) -> type:
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
-        if (
-            slot is None or torch.compiler.is_compiling() or transformed() or slot.owner() is not self
-        ):  # a replica's parts are no members
+        # a replica's parts are no members
+        if slot is None or torch.compiler.is_compiling() or transformed() or slot.owner() is not self:
             return super(mixin, self).forward(*args, **kwargs)
         held: HolderGroups = slot.state(HOLDER)
         held.adopt(self)
         with held.running():
             return super(mixin, self).forward(*args, **kwargs)
 
-    mixin = type("FastHolder", (Holder,), {"forward": forward})
+    mixin: Any = type("FastHolder", (Holder,), {"forward": forward})
     return mixin
 
 
@@ -174,7 +187,7 @@ class LinearGroups:
         """Before a patch looks at the model: what was replaced since the last one leaves its group."""
         for module in list(base.modules()):
             if is_fast(module, HOLDER):
-                slot_of(module).state(HOLDER).drop_changed(module)
+                state_of(module, HOLDER).drop_changed(module)
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         if self._groups is None:
@@ -194,15 +207,16 @@ class LinearGroups:
             install(m, KIND, FastLinear, group)
             if holder is None:
                 return
-            slot = slot_of(holder)
+            slot, record = slot_of(holder), record_of(context.model)
+            assert record is not None
             if slot is None or HOLDER not in slot.parts:
                 install(
                     holder,
                     HOLDER,
                     holder_mixin(stock_class(holder)),
-                    HolderGroups(record_of(context.model), context.names[holder]),
+                    HolderGroups(record, context.names[holder]),
                 )
-            held: HolderGroups = slot_of(holder).state(HOLDER)
+            held: HolderGroups = state_of(holder, HOLDER)
             if all(g is not group for g, _ in held.groups):
                 held.groups.append((group, paths))
 
@@ -241,7 +255,8 @@ def find_groups(
     """For every unit outside an output head and outside `inner`: the module that holds it, its group, and the members'
     names below the holder."""
     units = [m for m in context.names if is_unit(m)]
-    head = context.model.get_output_embeddings() if hasattr(context.model, "get_output_embeddings") else None
+    get = getattr(context.model, "get_output_embeddings", None)
+    head: Any = None if get is None else get()
     saved = getattr(head, "modules_to_save", None)
     heads = {head} if saved is None else set(head.modules())  # PEFT's copies of a head that trains, and the original
     units = [u for u in units if u not in inner and u not in heads and getattr(u, "base_layer", None) is not head]
@@ -279,7 +294,7 @@ def _add(found: dict, holder: nn.Module | None, members: list[nn.Module], names:
     """One group, or, where no module can hold it, groups of one."""
     fit = holder is not None and not isinstance(holder, PreTrainedModel) and not obstacle(holder)
     fit = fit and holder in names and all(names[m].startswith(names[holder]) for m in members)
-    if fit:
+    if fit and holder is not None:
         group = LinearGroup.of(members)
         for m in members:
             found[m] = (holder, group, _paths(holder, members, names))

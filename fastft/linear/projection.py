@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layer
@@ -21,6 +22,8 @@ from fastft.swapping.swap import stock_class
 from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
 
+Layer = Any  # a linear layer of torch, bitsandbytes or PEFT: its attributes depend on its class
+
 
 class Inexpressible(Exception):
     """The reason why a call goes the stock way."""
@@ -29,7 +32,7 @@ class Inexpressible(Exception):
 def _bnb_classes() -> dict[str, type]:
     """bitsandbytes' and PEFT's classes for it, where they are installed."""
     try:
-        import bitsandbytes.nn as bnb
+        import bitsandbytes.nn.modules as bnb
         from peft.tuners.lora import bnb as peft_bnb
     except ImportError:
         return {}
@@ -44,30 +47,30 @@ BASES = (*DENSE, *(c for n, c in _BNB.items() if "." not in n))
 LORA_LAYERS = (peft_layer.Linear, *(c for n, c in _BNB.items() if "." in n))
 
 
-def is_unit(module: nn.Module) -> bool:
+def is_unit(module: Layer) -> bool:
     """Could this module, by its class, be a member of a group?"""
     cls = stock_class(module)
     return cls in BASES or cls in LORA_LAYERS
 
 
-def is_quantised_otherwise(module: nn.Module) -> bool:
+def is_quantised_otherwise(module: Layer) -> bool:
     """An nn.Linear of 8-bit values (FP8) that is no class known here: what its forward does with its input is its
     own."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
     return weight is not None and weight.element_size() == 1 and not is_unit(module)
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_of(module: Layer) -> Layer:
     """The layer inside a LoRA layer, or the module itself."""
     return module._modules["base_layer"] if stock_class(module) in LORA_LAYERS else module
 
 
-def is_dense(module: nn.Module) -> bool:
+def is_dense(module: Layer) -> bool:
     """A base layer whose weight is a matrix of numbers, by its class."""
     return stock_class(module) in DENSE
 
 
-def _is_4bit(module: nn.Module) -> bool:
+def _is_4bit(module: Layer) -> bool:
     return stock_class(module) is _BNB.get("Linear4bit")
 
 
@@ -84,13 +87,13 @@ def _plain(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
         raise Inexpressible(f"{what} is sharded or gathered elsewhere")
 
 
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+def parameter(module: Layer, name: str) -> torch.Tensor | None:
     """module.name, a parameter, quicker than nn.Module finds it."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _hooked(module: Layer) -> bool:
     d = module.__dict__
     hooks = (
         d.get("_forward_hooks")
@@ -101,9 +104,9 @@ def _hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in d
 
 
-def base_weight(base: nn.Module) -> FrozenWeight:
+def base_weight(base: Layer) -> FrozenWeight:
     """The weight [out, in] of a linear layer, a Conv1D (a view) or a bitsandbytes layer, uncopied."""
-    weight = parameter(base, "weight")
+    weight: Any = parameter(base, "weight")
     if stock_class(base) is Conv1D:
         _plain(weight, "the base weight")
         if weight.shape != (base.nx, base.nf):
@@ -119,7 +122,7 @@ def base_weight(base: nn.Module) -> FrozenWeight:
     return _weight_8bit(base, weight)
 
 
-def _weight_4bit(base: nn.Module, weight) -> FrozenWeight:
+def _weight_4bit(base: Layer, weight) -> FrozenWeight:
     from fastft_kernels.quant.weights import NF4
 
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
@@ -133,23 +136,24 @@ def _weight_4bit(base: nn.Module, weight) -> FrozenWeight:
     return NF4(weight.data, state.absmax, state.code, state.blocksize, tuple(state.shape), state.quant_type, nested)
 
 
-def _weight_8bit(base: nn.Module, weight) -> FrozenWeight:
+def _weight_8bit(base: Layer, weight) -> FrozenWeight:
     raise Inexpressible("8-bit base: its products quantise the input")
 
 
 @functools.cache
 def _bias_follows_input() -> bool:
     """A 4-bit layer's forward casts its bias for good: to the compute dtype, or, in older bitsandbytes, to the input's.
-    ModuleSnapshot on a small one."""
-    import bitsandbytes.nn as bnb
+    Asked of a small one."""
+    import bitsandbytes.nn.modules as bnb
 
-    layer = bnb.Linear4bit(64, 1, compute_dtype=torch.bfloat16)
-    layer.weight = bnb.Params4bit(torch.zeros(1, 64), requires_grad=False, module=layer).to("cpu")
+    layer: Any = bnb.Linear4bit(64, 1, compute_dtype=torch.bfloat16)
+    make: Any = bnb.Params4bit
+    layer.weight = make(torch.zeros(1, 64), requires_grad=False, module=layer).to("cpu")
     layer(torch.zeros(1, 64, requires_grad=True))
     return layer.bias.dtype == torch.float32
 
 
-def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
+def compute_dtype_4bit(base: Layer, x: torch.Tensor) -> torch.dtype:
     """The dtype of a 4-bit layer's product of x, and what stock's forward leaves behind in finding it: an unset compute
     dtype is that of the first input from then on, and the bias is cast for good."""
     if not base.compute_type_is_set:
@@ -165,7 +169,7 @@ def compute_dtype_4bit(base: nn.Module, x: torch.Tensor) -> torch.dtype:
     return compute
 
 
-def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
+def adapters(layer: Layer) -> tuple[Adapter, ...]:
     """The active adapters of a LoRA layer, in stock's order. Raises Inexpressible for variants and merged state.
 
     Runs at every call of every layer, so children and parameters are looked up where nn.Module keeps them: its
@@ -192,7 +196,9 @@ def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
             or parameter(a, "bias") is not None
         ):
             raise Inexpressible("lora_A, lora_B or the dropout is no plain module or carries a hook")
-        A, B, bias = parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")
+        A: Any = parameter(a, "weight")
+        B: Any = parameter(b, "weight")
+        bias = parameter(b, "bias")
         _plain(A, "lora_A")
         _plain(B, "lora_B")
         _plain(bias, "the bias of lora_B", 1)
@@ -207,7 +213,7 @@ def adapters(layer: nn.Module) -> tuple[Adapter, ...]:
     return tuple(out)
 
 
-def describe(module: nn.Module) -> Projection:
+def describe(module: Layer) -> Projection:
     """The projection that `module` computes now. Raises Inexpressible."""
     if stock_class(module) in LORA_LAYERS:
         base = module._modules["base_layer"]
@@ -224,13 +230,13 @@ def describe(module: nn.Module) -> Projection:
     return Projection(base_weight(module), _bias(module), ())
 
 
-def _bias(base: nn.Module) -> torch.Tensor | None:
+def _bias(base: Layer) -> torch.Tensor | None:
     bias = parameter(base, "bias")
     _plain(bias, "the bias", 1)
     return bias
 
 
-def refusal(module: nn.Module) -> str:
+def refusal(module: Layer) -> str:
     """Why this module, as it is built, is never a member: what a switch of adapters or a removed hook does not change.
     Empty if it may be."""
     if not is_unit(module):
@@ -246,19 +252,19 @@ def refusal(module: nn.Module) -> str:
     return f"{type(module.lora_variant[names[0]]).__name__}: a variant of LoRA" if names else ""
 
 
-def _repacks(base: nn.Module) -> bool:
+def _repacks(base: Layer) -> bool:
     """May stock's forward rewrite this 4-bit weight for CPU inference? Training after that has no input gradient."""
     return _is_4bit(base) and bool(getattr(base, "support_avx512bf16_for_cpu", False))
 
 
-def would_repack(module: nn.Module, x: torch.Tensor) -> bool:
+def would_repack(module: Layer, x: torch.Tensor) -> bool:
     """Would stock's forward of x rewrite the weight? Then compute it here."""
     base = base_of(module)
     return _repacks(base) and x.device.type == "cpu" and not base.training and not x.requires_grad
 
 
 @contextlib.contextmanager
-def never_repacked(module: nn.Module) -> Iterator[None]:
+def never_repacked(module: Layer) -> Iterator[None]:
     """For a call that goes the stock way: the 4-bit weight stays as it is."""
     base = base_of(module)
     repacks = _repacks(base)
@@ -273,4 +279,4 @@ def never_repacked(module: nn.Module) -> Iterator[None]:
 
 def trains(p: Projection) -> bool:
     """Is there anything to gain over stock: an adapter, or a base weight that learns."""
-    return bool(p.adapters) or any(t.requires_grad for t in p.weight.tensors())
+    return bool(p.adapters) or any(t.requires_grad for t in as_weight(p.weight).tensors())

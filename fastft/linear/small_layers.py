@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from fastft.linear.projection import LORA_LAYERS, base_of, is_dense
+from fastft.linear.projection import LORA_LAYERS, Layer, base_of, is_dense
 from fastft.swapping.swap import KEY, stock_class
 from fastft_kernels.quant.nf4 import TILE
 
@@ -29,7 +30,7 @@ ELEMENTS = 2 * TILE  # of a tile of the kernel that dequantises, two a byte
 class Siblings(nn.Module):
     """Several layers over the same input. autocast: the dtype under which their forward runs."""
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[Layer]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.autocast: torch.dtype | None = None
@@ -39,12 +40,12 @@ class Siblings(nn.Module):
             return [layer(x) for layer in self.layers]
 
 
-def group_key(members: Sequence[nn.Module]) -> Hashable:
+def group_key(members: Sequence[Layer]) -> Hashable:
     """What the proof of a group of these members depends on."""
     return tuple(map(_member_key, members))
 
 
-def _member_key(module: nn.Module) -> Hashable:
+def _member_key(module: Layer) -> Hashable:
     base = base_of(module)
     bias = None if base.bias is None else base.bias.dtype
     key = (stock_class(module), stock_class(base), bias, base.weight.dtype, device_of([module]).type)
@@ -88,7 +89,7 @@ def _values(table: torch.Tensor) -> bytes:
     return table.detach().float().cpu().numpy().tobytes()
 
 
-def device_of(members: Sequence[nn.Module]) -> torch.device:
+def device_of(members: Sequence[Layer]) -> torch.device:
     """Where the members run: where their parameters lie, or, where these are fetched for each call, where they are
     fetched to."""
     for p in (p for m in members for p in m.parameters()):
@@ -101,7 +102,7 @@ def device_of(members: Sequence[nn.Module]) -> torch.device:
     return torch.device("cpu")
 
 
-def outputs_4bit(base: nn.Module) -> int:
+def outputs_4bit(base: Layer) -> int:
     """How many outputs the small copy of a 4-bit layer has."""
     state, block, width = getattr(base.weight, "quant_state", None), base.weight.blocksize, base.in_features
     nested = base.weight.compress_statistics if state is None else state.nested
@@ -112,7 +113,7 @@ def outputs_4bit(base: nn.Module) -> int:
     return max(range(least, least + 16), key=lambda rows: (*ragged(rows), -rows))
 
 
-def small_layers(members: Sequence[nn.Module], device: torch.device) -> Siblings:
+def small_layers(members: Sequence[Layer], device: torch.device) -> Siblings:
     """Layers like the members, with random weights, in eval mode. The members stay as they are."""
     generator = torch.Generator().manual_seed(3)
     quantised = [base_of(m).in_features for m in members if not is_dense(base_of(m))]
@@ -120,11 +121,12 @@ def small_layers(members: Sequence[nn.Module], device: torch.device) -> Siblings
     return Siblings([_small(m, width, generator, device) for m in members]).eval()
 
 
-def _small(module: nn.Module, width: int, generator: torch.Generator, device: torch.device) -> nn.Module:
+def _small(module: Layer, width: int, generator: torch.Generator, device: torch.device) -> Layer:
     base, outputs = _small_base(base_of(module), width, generator, device)
     if stock_class(module) not in LORA_LAYERS:
         return base
-    small = stock_class(module).__new__(stock_class(module))
+    cls: Any = stock_class(module)
+    small = cls.__new__(cls)
     small.__dict__.update(
         {
             k: copy.copy(v)
@@ -153,7 +155,7 @@ def _small(module: nn.Module, width: int, generator: torch.Generator, device: to
     return small
 
 
-def _small_base(base: nn.Module, width: int, generator: torch.Generator, device: torch.device) -> tuple[nn.Module, int]:
+def _small_base(base: Layer, width: int, generator: torch.Generator, device: torch.device) -> tuple[Layer, int]:
     """(the layer, how many outputs it has)."""
     outputs = N_OUT if is_dense(base) else outputs_4bit(base)
     weight = torch.randn(outputs, width, generator=generator) * width**-0.5
@@ -170,9 +172,9 @@ def _small_base(base: nn.Module, width: int, generator: torch.Generator, device:
     return small, outputs
 
 
-def _small_4bit(base: nn.Module, weight: torch.Tensor, device: torch.device) -> nn.Module:
+def _small_4bit(base: Layer, weight: torch.Tensor, device: torch.device) -> Layer:
     """A layer quantised as `base` is, whose tables are those of `base`."""
-    state = getattr(base.weight, "quant_state", None)
+    state: Any = getattr(base.weight, "quant_state", None)
     outputs, width = weight.shape
     settings = dict(
         compress_statistics=base.weight.compress_statistics if state is None else state.nested,
@@ -185,8 +187,8 @@ def _small_4bit(base: nn.Module, weight: torch.Tensor, device: torch.device) -> 
     small.weight = type(base.weight)(
         weight.to(dtype), requires_grad=False, blocksize=blocksize, module=small, **settings
     )
-    small = small.to(device)
-    if _readable(state):
+    small: Any = small.to(device)
+    if state is not None and _readable(state):
         new = small.weight.quant_state
         new.code = state.code.to(device, copy=True)
         new.absmax = new.absmax.to(state.absmax.dtype)

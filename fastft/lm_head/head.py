@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from fastft.patching.kind import Candidate, Context, device_of
 from fastft.proving.proof_sizes import head_sizes
 from fastft.proving.prove import Proof, prove
 from fastft.swapping.stock_only import transformed
-from fastft.swapping.swap import KEY, install, order, stock_class
+from fastft.swapping.swap import KEY, Replacement, install, order, stock_class
 from fastft_kernels.lm_head import tiles as head_tiles
 from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
@@ -46,7 +47,7 @@ class HeadState:
 
 
 @order(30)
-class FastHead:
+class FastHead(Replacement):
     """Mixin of the output embedding. In front of whatever else a module carries: the one that runs is the one that the
     report names."""
 
@@ -66,19 +67,23 @@ class FastHead:
         if why is None:
             x = args[0]
             if torch.is_grad_enabled() or (x.dim() > 1 and x.shape[-2] > 1):
-                return defer(x, self.weight, self.bias, slot.fallbacks)
+                head: Any = self
+                return defer(x, head.weight, head.bias, slot.fallbacks)
         else:
             slot.fallbacks[f"head: {why}"] += 1
         return super().forward(*args, **kwargs)
 
 
-def _unusual(head: nn.Module, args: tuple, kwargs: dict) -> str | None:
+def _unusual(head: Any, args: tuple, kwargs: dict) -> str | None:
     if len(args) != 1 or kwargs:
         return "called with more than its input"
     x, weight, bias = args[0], head._parameters.get("weight"), head._parameters.get("bias")
-    for t, what in ((x, "input"), (weight, "weight"), (bias, "bias")):
-        if t is None and what == "bias":
-            continue
+    given: list[tuple[Any, str]] = [(x, "input"), (weight, "weight"), (bias, "bias")]
+    for t, what in given:
+        if t is None:
+            if what == "bias":
+                continue
+            return f"its {what} is missing"
         if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, torch._subclasses.FakeTensor):
             return f"its {what} is a {type(t).__name__}"
         if t.dtype not in _DTYPES or t.device.type == "meta":
@@ -103,6 +108,8 @@ class _Losses(nn.Module):
     """A small head under each of the operations that are recorded, and what is asked of the logits in training. tiled:
     a few tokens at a time by the functions that answer, as many tokens are."""
 
+    head: Any
+
     def __init__(self, head: nn.Module):
         super().__init__()
         self.head, self.tiled = head, False
@@ -122,14 +129,13 @@ class _Losses(nn.Module):
         tiled, tiled_log_p = self._by_tokens(hidden, target)
         return [torch.stack([mean, total, tiled]), *(x * 1.0 for x in (log_p, entropy, tiled_log_p))]
 
-    def _by_tokens(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _by_tokens(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """(mean loss, log-probabilities) over more than one tile of tokens."""
         weight, bias = self.head.weight, self.head.bias
         if self.tiled:
             vocab, limit = weight.shape[0], head_tiles.VOCAB_TILE
-            columns = (
-                even_tile(vocab, limit, 128) if vocab > limit else -(-3 * vocab // 5)
-            )  # two tiles of them, the second partial
+            # two tiles of them, the second partial
+            columns = even_tile(vocab, limit, 128) if vocab > limit else -(-3 * vocab // 5)
             tile = (PROOF_TOKENS - 2, columns)
             loss = linear_cross_entropy(hidden, weight, target, bias, tile=tile)
             return loss, linear_logprob(hidden, weight, target.clamp(min=0), bias, tile=tile).log_probs
@@ -143,7 +149,7 @@ class Heads:
 
     name = KIND
 
-    def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
+    def recognise(self, module: Any, context: Context) -> Candidate | str | None:
         top, found = context.shared.get(KIND) or context.shared.setdefault(KIND, _find(context))
         if module is top and top not in found:
             return _why_not(module)
@@ -167,11 +173,11 @@ class Heads:
         )
 
 
-def _find(context: Context) -> tuple[nn.Module | None, set[nn.Module]]:
+def _find(context: Context) -> tuple[nn.Module | None, set[Any]]:
     """(the output embedding, the linear layers that may compute it: itself, or the copies inside PEFT's
     modules_to_save)."""
     get = getattr(context.model, "get_output_embeddings", None)
-    top = get() if get is not None else None
+    top: Any = get() if get is not None else None
     if not isinstance(top, nn.Module):
         return None, set()
     saved = getattr(top, "modules_to_save", None)
@@ -180,13 +186,13 @@ def _find(context: Context) -> tuple[nn.Module | None, set[nn.Module]]:
     return top, {top} if stock_class(top) is nn.Linear else set()
 
 
-def _why_not(module: nn.Module) -> str:
+def _why_not(module: Any) -> str:
     if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
         return "an adapter on the head"
     return f"the output embedding is a {stock_class(module).__name__}"
 
 
-def _prove(module: nn.Module) -> Proof:
+def _prove(module: Any) -> Proof:
     device = device_of(module)
     width, vocab = head_sizes(module.in_features, module.out_features, device)
     g = torch.Generator().manual_seed(5)
@@ -200,7 +206,7 @@ def _prove(module: nn.Module) -> Proof:
         target,
     ]
 
-    def swap(m: _Losses) -> None:
+    def swap(m: Any) -> None:
         install(m.head, KIND, FastHead, HeadState(None))
         m.tiled = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -61,7 +62,7 @@ def _expose(lazy: LazyTensor, grad_fn) -> None:
 
 
 def _hook_on_the_node(name: str, node: weakref.ref[Node], this: weakref.ref, hook):
-    grad_fn = this()
+    grad_fn: Any = this()
     if (n := node()) is not None:
         n.wanted += 1
         grad_fn.keep = grad_fn.keep or (None if grad_fn.local else n)
@@ -98,7 +99,7 @@ def _requires_grad_(args, kwargs):
     return lazy
 
 
-def _set_requires_grad(lazy: LazyTensor, on: bool) -> None:
+def _set_requires_grad(lazy: Any, on: bool) -> None:
     with _plain():
         if not lazy.hangs and lazy.made.requires_grad:
             lazy.made.requires_grad_(on)
@@ -135,7 +136,8 @@ def _backward(args, kwargs):
     """torch.autograd.backward: lazy tensors among the inputs keep their gradient, and are given by their edges."""
     names = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
     given = {k: v for k, v in (dict(zip(names, args)) | kwargs).items() if v is not None}
-    if (inputs := given.pop("inputs", None)) is not None:
+    inputs: Any = given.pop("inputs", None)
+    if inputs is not None:
         inputs = (
             list(inputs.values()) if isinstance(inputs, dict) else [inputs] if isinstance(inputs, T) else list(inputs)
         )
@@ -161,14 +163,14 @@ def _grad(args, kwargs):
         "materialize_grads",
     )
     given = dict(zip(names, args)) | kwargs
-    inputs = given["inputs"]
+    inputs: Any = given["inputs"]
     if isinstance(inputs, dict):
         return dict(zip(inputs, _grad((), {**given, "inputs": tuple(inputs.values())})))
     inputs = [inputs] if isinstance(inputs, T) or not isinstance(inputs, (tuple, list)) else list(inputs)
     for name in ("outputs", "grad_outputs"):
         given[name] = tree_map_only(LazyTensor, _value, given.get(name))
     lazy = {i: x for i, x in enumerate(inputs) if isinstance(x, LazyTensor) and x.hangs and x.has_grad}
-    given["inputs"] = [_edge(x) if i in lazy else _value(x) for i, x in enumerate(inputs)]
+    given["inputs"] = [_edge(lazy[i]) if i in lazy else _value(x) for i, x in enumerate(inputs)]
     zeros = lazy and given.pop("materialize_grads", False)
     if zeros:
         given["allow_unused"] = True
@@ -207,13 +209,14 @@ def answers() -> dict:
         f: _asked(f) for n in ("grad", "_backward_hooks") for f in (getattr(T, n).__set__, getattr(T, n).__delete__)
     }
     table |= {f: _asked(f) for f in (T.retain_grad, T.register_post_accumulate_grad_hook)}
+    descriptors: Any = T
     table |= {
-        T.grad_fn.__get__: _grad_fn,
+        descriptors.grad_fn.__get__: _grad_fn,
         T.register_hook: _register_hook,
         T.requires_grad_: _requires_grad_,
         T.detach_: _detach_,
     }
-    table[T.requires_grad.__set__] = lambda args, kwargs: _set_requires_grad(*args)
+    table[descriptors.requires_grad.__set__] = lambda args, kwargs: _set_requires_grad(*args)
     return table | {
         T.backward: _method_backward,
         torch.autograd.backward: _backward,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -73,7 +74,7 @@ def _meaning(operands: list, shape: tuple[int, ...]) -> DivergenceTerms | None:
 
 def _record(meaning: DivergenceTerms, shape: tuple[int, ...], dtype: torch.dtype, call: tuple) -> LazyDivergence:
     sources = [x for x in tree_leaves(call[1:]) if isinstance(x, LazyTensor)]
-    node = Node(*call, sources[0].node.family, meaning, None, True)
+    node = Node(call[0], call[1], call[2], sources[0].node.family, meaning, None, True)
     products = _products(node)
     node.wait_with(p.family for p in products)
     return LazyDivergence.make(node, shape, dtype, call)
@@ -270,9 +271,8 @@ def _replay(
     with torch.set_grad_enabled(torch.is_grad_enabled() and node.grad), autocast_as(node.autocast):
         if id(node) in leaves:
             out = leaves[id(node)]
-        elif (
-            isinstance(node.meaning, DivergenceTerms) and node.func is T.__getitem__
-        ):  # the tokens that were not selected are not here
+        # the tokens that were not selected are not here
+        elif isinstance(node.meaning, DivergenceTerms) and node.func is T.__getitem__:
             x = _replay(node.before[0], leaves, at, known)
             out = x.reshape(-1, x.shape[-1])
         else:
@@ -312,7 +312,7 @@ def _values(node: Node, leaves: list[Node], tensors: list, at: torch.Tensor, dty
     return _replay(node, logits, at, {}).sum(-1, dtype=dtype).reshape(-1)
 
 
-def _parts_at(tensors, at: torch.Tensor, learn: Container[int]) -> list[torch.Tensor | None]:
+def _parts_at(tensors, at: torch.Tensor, learn: Container[int]) -> list[Any]:
     """New leaves: of each hidden its tokens `at`, weights and biases whole; those whose number is in `learn` take a
     gradient."""
     return [
@@ -346,10 +346,11 @@ class _ByToken(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's decorator is untyped)
+        (g,) = upstream
         node, leaves, vocab, dtype = ctx.plan
         needs = ctx.needs_input_grad[4:]
-        grads: list[torch.Tensor | None] = [None] * len(needs)
+        grads: list[Any] = [None] * len(needs)
         if not ctx.trained:
             at = _tokens(node)
             for i, j in zip(ctx.kept, ctx.saved_tensors):

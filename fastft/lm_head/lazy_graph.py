@@ -50,7 +50,8 @@ class _Alias(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         return g
 
 
@@ -70,7 +71,8 @@ class Connect(torch.autograd.Function):
         return make()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         wanted = ctx.needs_input_grad[2:]
         if g is None or not any(wanted):
             return (None,) * (2 + len(wanted))
@@ -87,7 +89,8 @@ class _Through(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         return None, g
 
 
@@ -139,7 +142,8 @@ class _Shortcut(torch.autograd.Function):
         return fast.detach()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         node = ctx.ticket.node()
         if g is None or node is None:
             return g, None, None

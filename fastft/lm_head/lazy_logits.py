@@ -1,7 +1,7 @@
 """Lazy logits: a tensor that stands for `hidden @ weight.T (+ bias)` and is never made where nobody needs it whole.
 
 Recorded, and folded into what it stands for: products and quotients with scalars, a tanh cap, casts, slices of
-positions, reshapes that keep the vocabulary last. GraphPlaceholder without the logits: cross-entropy, log_softmax with
+positions, reshapes that keep the vocabulary last. Answered without the logits: cross-entropy, log_softmax with
 gather or nll_loss, logsumexp, gather of one column by token, argmax, mean, entropies written as -(exp(logp) *
 logp).sum(-1) or logsumexp - (softmax * logits).sum(-1); divergences from other distributions some tokens at a time
 (`lazy_rowwise`). Any other operation makes the logits once, exactly as stock (`lazy_node`), and is counted."""

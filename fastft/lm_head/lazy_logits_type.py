@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def _logits(product: Product, form: str, dtype: torch.dtype, call: tuple, view: 
     product = product if torch.is_grad_enabled() else product.detached()
     # without a graph, slices are taken before the product; with one, stock's order keeps what its views and writes mean
     alone = product.logits if form == "logits" and not product.requires_grad else None
-    node = Node(*call, product.family, (product, form), alone, True)
+    node = Node(call[0], call[1], call[2], product.family, (product, form), alone, True)
     node.view = view
     return LazyLogits.make(node, product.shape, dtype, call)
 
@@ -158,7 +159,7 @@ def clone(args, kwargs):
     call = (T.clone, args, kwargs)
     if torch.is_grad_enabled() or not x.requires_grad:
         return _logits(x.product, x.form, x.dtype, call)
-    node = Node(*call, x.product.family, (x.product, x.form), None, True)
+    node = Node(call[0], call[1], call[2], x.product.family, (x.product, x.form), None, True)
     node.apart = True
     return LazyLogits.make(node, x.shape, x.dtype, call)
 
@@ -243,7 +244,7 @@ def parts(func):
 
     def split(args, kwargs):
         x = args[0]
-        dim = argument(args, kwargs, 1 if func in (T.unbind, torch.unbind) else 2, "dim", 0)
+        dim: Any = argument(args, kwargs, 1 if func in (T.unbind, torch.unbind) else 2, "dim", 0)
         if not isinstance(x, LazyLogits) or is_last(dim, x):
             return NotImplemented
         hiddens = func(x.product.hidden, *args[1:], **kwargs)

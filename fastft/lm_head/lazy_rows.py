@@ -8,6 +8,7 @@ entropy of the same logits are one pass."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class Meaning:
 
     product: Product
     kind: str
-    index: torch.Tensor | None = None
+    index: Any = None
     negative: bool = False
 
 
@@ -38,13 +39,13 @@ def rows(
     shape,
     dtype: torch.dtype,
     call: tuple,
-    index: torch.Tensor | None = None,
+    index: Any = None,
     negative: bool = False,
 ):
     """call: (func, args, kwargs) by which stock makes it."""
     product = product if torch.is_grad_enabled() else product.detached()
     meaning = Meaning(product, kind, index, negative)
-    node = Node(*call, product.family, meaning, None, False)
+    node = Node(call[0], call[1], call[2], product.family, meaning, None, False)
     node.alone = lambda: _compute(node, meaning, tuple(shape), dtype)
     return LazyRows.make(node, shape, dtype, call)
 

@@ -3,8 +3,7 @@
 A `LazyTensor` is a wrapper tensor without memory. Its `Node` records the call that stock would have made (function,
 arguments, autocast, grad mode), so that `value()` is stock's own result: the same operations in the same order. What
 the value *means*, the subclasses know, and answer some calls without it (`answers`). Everything else happens to the
-value. So does everything that is made of a lazy tensor which an autograd
-function returned: it has a backward of its own (`foreign`).
+value; so does what is made of a lazy tensor that an autograd function returned, which has a backward of its own.
 
 Python code reaches `__torch_function__`. C++ code that walks through a module's outputs (DDP's search for used
 parameters) finds a wrapper with a grad_fn that leads to the head's input and parameters (`lazy_graph`)."""
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -112,7 +112,7 @@ class Node:
         self.kept: torch.Tensor | None = None
         self.own_local: RecordedValue | None = None
         self.wrapper: Callable[[], LazyTensor | None] = lambda: None
-        self.connect: Callable[[], object] = lambda: None
+        self.connect: Callable[[], Any] = lambda: None
         self.hooks: dict | None = None
         self.wanted = 0
         self.wait_with([family])
@@ -175,9 +175,8 @@ class Node:
                     if node.wrapper() is not None:
                         node.value("a caller who keeps the output of a trained head")
                 for node in new:
-                    node.spare = (
-                        node.made
-                    )  # a checkpoint that runs its part again in this backward finds what it found before
+                    # a checkpoint that runs its part again in this backward finds what it found before
+                    node.spare = node.made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
         """in_place: someone is about to write, so views must be stock's views."""
@@ -263,7 +262,7 @@ class LazyTensor(torch.Tensor):
     uses: tuple[RecordedCalls, ...] = ()
 
     @classmethod
-    def make(cls, node: Node, shape: Iterable[int], dtype: torch.dtype, call: tuple) -> LazyTensor:
+    def make(cls, node: Node, shape: Iterable[int], dtype: torch.dtype, call: tuple) -> Any:
         """call: (func, args, kwargs), with the lazy tensors themselves."""
         leaves = tree_leaves(call[1:])
         before = [x for x in leaves if isinstance(x, LazyTensor)]
@@ -329,9 +328,8 @@ class LazyTensor(torch.Tensor):
         for d in lazy:
             if d.node.apart and d.node.connect() is None:
                 d.settle_apart()
-            if (
-                not torch.is_grad_enabled() and d.has_grad
-            ):  # perhaps inside an autograd function, whose backward gives d its gradient
+            # perhaps inside an autograd function, whose backward gives d its gradient
+            if not torch.is_grad_enabled() and d.has_grad:
                 d.node.anchor()
         if not any(d.node.settled() or d.node.foreign() for d in lazy):
             for kind in {type(d) for d in lazy}:
@@ -363,7 +361,7 @@ def answered(fast: torch.Tensor, family: Family, call: tuple) -> torch.Tensor:
     """fast: the result of call = (func, args, kwargs), computed without the logits."""
     if not fast.requires_grad:
         return fast
-    node = Node(*call, family, None, None, False)
+    node = Node(call[0], call[1], call[2], family, None, None, False)
     node.made = True
     return shortcut(fast, node, GraphPlaceholder.make(node, fast.shape, fast.dtype, call))
 
@@ -396,6 +394,6 @@ def is_last(dim: int, x: torch.Tensor) -> bool:
     return dim in (-1, x.dim() - 1)
 
 
-def argument(args: tuple, kwargs: dict, i: int, name: str, default=None):
+def argument(args: tuple, kwargs: dict, i: int, name: str, default: Any = None) -> Any:
     """The argument at position i, or by its name, of a call."""
     return args[i] if len(args) > i else kwargs.get(name, default)

@@ -13,6 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +139,8 @@ class Product:
         if not self.requires_grad:
             return self
         bias = None if self.bias is None else self.bias.detach()
-        known = self.cache.setdefault(
-            "detached", {}
-        )  # by whoever shares this product's cache, in whatever shape and dtype
+        # by whoever shares this product's cache, in whatever shape and dtype
+        known = self.cache.setdefault("detached", {})
         return replace(
             self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, part=None, cache=known
         )
@@ -179,7 +179,7 @@ class Product:
         loss = with_room(linear_cross_entropy, hidden, weight, target, **settings)
         return loss.reshape(self.rows) if reduction == "none" else loss
 
-    def log_probs(self, index: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_probs(self, index: Any, entropy: bool = False) -> tuple[Any, Any]:
         """(log p(index), entropy or None), flat."""
         hidden, weight, settings = self._operands()
         outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
@@ -195,7 +195,7 @@ class Product:
         )
         return got.log_probs, got.entropy
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self) -> Any:
         hidden, weight, settings = self._operands()
         zeros = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         return with_room(linear_logprob, hidden, weight, zeros, outputs=("entropy",), compact=False, **settings).entropy
@@ -215,7 +215,7 @@ class Product:
         hidden, weight, settings = self._operands()
         return with_room(linear_logsumexp, hidden, weight, **settings)
 
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Any:
         """Mean of z over the vocabulary by row; without a cap it is one product with the mean of the weight's rows."""
         hidden, weight, settings = self._operands()
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -236,7 +236,9 @@ class Product:
         found = []
         with no_autocast(hidden.device):
             for c, d in spans(hidden.shape[0], even_tile(hidden.shape[0], TOKEN_TILE, 128)):
-                h, best, at = operand(hidden[c:d], hidden.dtype), None, None
+                h = operand(hidden[c:d], hidden.dtype)
+                best: Any = None
+                at: Any = None
                 for lo, hi in spans(weight.shape[0], VOCAB_TILE):
                     x, _ = project(h, weight, (lo, hi), hidden.dtype)
                     x = x if self.bias is None else x + self.bias[lo:hi]

@@ -16,6 +16,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,13 +130,13 @@ def bind(base: nn.Module) -> Proof | None:
         key, device = _question(base, theirs)
         proof = proof_of(KIND, key, device, lambda theirs=theirs, key=key, device=device: _prove(theirs, key, device))
         if proof.ok:
-            fast = over_globals(function, {NAME: FusedHead})
+            fast: Any = over_globals(function, {NAME: FusedHead})
             fast._fastft_original, fast._fastft_replaces = function, theirs
             put(fast)
     return proof
 
 
-def _question(base: nn.Module, theirs: type) -> tuple[tuple, torch.device]:
+def _question(base: Any, theirs: type) -> tuple[tuple, torch.device]:
     """(what the proof of TRL's function depends on, where it runs): the function, the head's sizes up to where tiles
     repeat, dtypes."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None

@@ -36,6 +36,10 @@ CASES = (
 )
 
 
+def _same(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> bool:
+    return theirs is None or (ours is not None and torch.equal(theirs, ours))
+
+
 def prove(theirs: type, ours: type, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Proof:
     """theirs, ours: classes with TRL's nine-argument `apply`. width, vocab: of the head that is drawn; dtype: of the
     model's head."""
@@ -88,7 +92,7 @@ def _judge(
         return Proof(
             False, dtype=named, reason=f"the two functions cannot be run on the same arguments: {type(e).__name__}: {e}"
         )
-    if gone != our_gone or (dtype == torch.float32 and top1 is not None and not torch.equal(top1, our_top1)):
+    if gone != our_gone or (dtype == torch.float32 and not _same(top1, our_top1)):
         return Proof(False, dtype=named, reason="the two functions return different fields")
     if [x.dtype for x in found] != [x.dtype for x in eager]:
         return Proof(False, dtype=named, reason="the two functions return different dtypes")

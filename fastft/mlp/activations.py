@@ -5,6 +5,7 @@ Its result can be recomputed by the linear layer that it is given to, instead of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from fastft.proving.proof_sizes import elementwise_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.stock_only import stands_aside
-from fastft.swapping.swap import KEY, install, order
+from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.recompute.recomputation import Recomputation, attach
@@ -24,7 +25,7 @@ WIDTH = 64
 
 
 @order(30)
-class FastActivation:
+class FastActivation(Replacement):
     """Mixin of the leaf."""
 
     def forward(self, *args, **kwargs):
@@ -32,7 +33,7 @@ class FastActivation:
         if slot is None or stands_aside(slot.fallbacks, KIND):
             return super().forward(*args, **kwargs)
         act, seen = slot.state(KIND)
-        x = args[0] if len(args) == 1 and not kwargs else None
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
         plain = type(x) in (torch.Tensor, nn.Parameter) or isinstance(x, torch._subclasses.FakeTensor)
         if not plain or not x.is_floating_point():
             slot.fallbacks["mlp: an activation was called with something else than one plain tensor"] += 1

@@ -9,12 +9,13 @@ called as modules, hooks and all."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastft.swapping.stock_only import stands_aside
-from fastft.swapping.swap import KEY, install, order
+from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.mlp.glu import glu, glu_recompute
@@ -78,7 +79,7 @@ class Shape:
 
 
 @order(30)
-class FastMLP:
+class FastMLP(Replacement):
     """Mixin: the children run as modules, in stock's order; act and product in one launch; the product can be
     recomputed, not saved."""
 
@@ -91,7 +92,7 @@ class FastMLP:
         if len(args) != 1 or kwargs or why:
             slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
             return super().forward(*args, **kwargs)
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         first = shape.calls[:-1] if shape.down else shape.calls
         products = [modules[n](args[0]) for n in first]
         h = shape.middle(*products)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class RecordingLinear(nn.Module):
         return new
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """(in, out) of whatever behaves as a linear layer: torch's, quantised ones, adapters around them, transposed
     ones."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -254,6 +255,7 @@ class MLPs:
         device = device_of(module)
         probe, log = _with_stand_ins(module, linears)
         width = _outward(linears)
+        assert width is not None
         rows = elementwise_rows(min(out for _, out in linears.values()), device)
         inputs = lambda g, scale: [(torch.randn(1, rows, width, generator=g, dtype=torch.float64) * scale).to(device)]
         proof = prove(probe.to(device), lambda m: _install(m, shape), inputs, dtype=dtype, scales=(1.0, 30.0))

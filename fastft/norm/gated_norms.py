@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from fastft.proving.proof_sizes import FEW, norm_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.stock_only import stands_aside
-from fastft.swapping.swap import KEY, install, order, stock_class
+from fastft.swapping.swap import KEY, Replacement, install, order, stock_class
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
 from fastft_kernels.numerics import compare
@@ -56,7 +57,7 @@ class GatedFormula:
             x,
             gate,
             w,
-            self.eps if isinstance(self.eps, float) else getattr(module, self.eps),
+            getattr(module, self.eps) if isinstance(self.eps, str) else self.eps,
             activation=self.activation,
             gate_first=self.gate_first,
             groups=self.groups,
@@ -65,7 +66,7 @@ class GatedFormula:
 
 
 @order(50)
-class FastGatedNorm:
+class FastGatedNorm(Replacement):
     """Mixin: what is not two plain tensors of one shape goes the stock way, counted."""
 
     def forward(self, *args, **kwargs):
@@ -77,7 +78,8 @@ class FastGatedNorm:
             slot.fallbacks[f"norm: {why}"] += 1
             return super().forward(*args, **kwargs)
         given = {**dict(zip(f.names, args)), **kwargs}
-        x, gate = given.get(f.x), given.get(f.gate)
+        x: Any = given.get(f.x)
+        gate: Any = given.get(f.gate)
         if (
             len(given) != 2
             or len(args) + len(kwargs) != 2
@@ -94,7 +96,7 @@ def install_gated(module: nn.Module, f: GatedFormula) -> None:
     install(module, KIND, FastGatedNorm, (f, ModuleSnapshot(module, but=(f.eps,))))
 
 
-def _plain(t: object) -> bool:
+def _plain(t: Any) -> bool:
     if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, torch._subclasses.FakeTensor):
         return False
     return t.is_floating_point() and t.device.type != "meta"
@@ -153,7 +155,7 @@ def _formulas(probe: nn.Module, names: list[str], weight: str, width: int) -> It
     for names_in_order, e, n, act, first in itertools.product(
         (names, names[::-1]), eps, groups, ACTIVATIONS, (True, False)
     ):
-        yield GatedFormula(_names(probe), *names_in_order, weight, e, act, first, n)
+        yield GatedFormula(_names(probe), names_in_order[0], names_in_order[1], weight, e, act, first, n)
 
 
 def _with_dtype(probe: nn.Module, f: GatedFormula, names: list[str], *tensors: torch.Tensor) -> GatedFormula | str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastft.swapping.stock_only import stands_aside
-from fastft.swapping.swap import KEY, install, order
+from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
@@ -61,7 +62,7 @@ class Formula:
         return w + self.offset if w is not None and self.centred and self.offset else w
 
     def eps_of(self, module: nn.Module) -> float:
-        return self.eps if isinstance(self.eps, float) else getattr(module, self.eps)
+        return getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
 
     def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The formula alone, without recomputation: what recognition compares."""
@@ -75,7 +76,7 @@ class Formula:
 
 
 @order(50)
-class FastNorm:
+class FastNorm(Replacement):
     """Mixin: one launch forward, one backward; the output carries the recomputation by which a consumer recomputes it
     instead of saving it."""
 
@@ -84,7 +85,7 @@ class FastNorm:
         if slot is None or stands_aside(slot.fallbacks, KIND):
             return super().forward(*args, **kwargs)
         f, seen = slot.state(KIND)
-        x = (
+        x: Any = (
             args[0]
             if len(args) == 1 and not kwargs
             else next(iter(kwargs.values()))

@@ -118,11 +118,11 @@ def _dtypes(module: nn.Module, f: Formula, width: int) -> Formula | str:
             warnings.simplefilter("ignore")  # of a mix of dtypes that is the question here, not the user's doing
             return probe(x)
 
+    both = answer(low, x)
     try:
-        both = answer(low, x)
         mixed = answer(torch.float32, x) if f.weight else both
     except RuntimeError:
-        mixed = both if f.weight is None else answer(low, x)
+        mixed = answer(low, x)
     if both.dtype == low:
         out = "promote" if f.weight and mixed.dtype == torch.float32 else "x"
     elif both.dtype == torch.float32:

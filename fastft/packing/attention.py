@@ -114,7 +114,7 @@ def _documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Attentio
     length, repeats = q.shape[2], q.shape[1] // k.shape[1]
     seen = _window(length, form.window, q.device)
     if not form.is_plain:
-        return _written_out(q, *(t.repeat_interleave(repeats, 1) for t in (k, v)), seen, form)
+        return _written_out(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), seen, form)
     gqa = {}
     if repeats > 1:
         if seen is None and q.shape[-1] == v.shape[-1] <= 256:  # else torch would leave its fast kernels

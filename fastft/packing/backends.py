@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -52,7 +53,8 @@ def varlen(
     settings: dict = {"window_size": (-1 if form.window is None else form.window - 1, 0), "scale": form.scaling}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, ends, ends, longest, longest, **settings).unsqueeze(0)
+    out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, **settings)
+    return out.unsqueeze(0)
 
 
 def flash(
@@ -230,7 +232,7 @@ def _disproof(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form
         def results(kernel: Kernel, dtype: torch.dtype) -> list[torch.Tensor]:
             leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
             sinks = None if form.sinks is None else form.sinks.detach().to(dtype).requires_grad_()
-            out = kernel(*leaves, documents, replace(form, sinks=sinks))
+            out = kernel(leaves[0], leaves[1], leaves[2], documents, replace(form, sinks=sinks))
             return [out.detach(), *torch.autograd.grad(out, leaves + ([] if sinks is None else [sinks]), up.to(dtype))]
 
         try:

@@ -97,9 +97,8 @@ def unpadded(mask: torch.Tensor, labels: Labels, ids: torch.Tensor | None, pad_i
         if by_id and ids is not None and pad_id is not None and pad_id >= 0
         else ~binary & binary
     )
-    if (
-        by_id and ids is not None and pad_id is not None and pad_id >= 0
-    ):  # a row without a token but the padding's has none to find
+    # a row without a token but the padding's has none to find
+    if by_id and ids is not None and pad_id is not None and pad_id >= 0:
         other = other | ~(real & (ids != pad_id)).any(1).all()
     flags = torch.stack([binary, labels.look_at(~real), other]).long()
     host = torch.cat([flags, first, last, count]).tolist()

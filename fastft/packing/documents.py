@@ -145,7 +145,7 @@ class DocumentMask(torch.Tensor):
     def __deepcopy__(self, memo) -> DocumentMask:
         return self
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:
         return (
             f"DocumentMask({len(self.documents.lengths)} documents, {self.documents.tokens} tokens, "
             f"{self.documents.device})"

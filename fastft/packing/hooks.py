@@ -7,12 +7,13 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from fastft.checkpointing.layer_stack import stacks
 from fastft.packing.batch import Unpadded
@@ -127,7 +128,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     before = packing_of(base)
     release(model, base)
     found = stacks(base)
-    owner = max(found, key=lambda s: s.share).owner() if found else None
+    owner: Any = max(found, key=lambda s: s.share).owner() if found else None
     if owner is None or not hasattr(owner, "config"):
         return None
     packing = Packing(weakref.ref(base), weakref.ref(owner), unpad)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ class Registry:
         self.stock = stock
 
     def get_interface(self, name: str, default: Callable) -> Callable:
-        return functools.partial(attend, self.stock.get_interface(name, default))
+        stock: Any = self.stock
+        return functools.partial(attend, stock.get_interface(name, default))
 
     def __getitem__(self, name: str) -> Callable:
         return functools.partial(attend, self.stock[name])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +29,8 @@ from fastft.swapping.swap import KEY, slot_of, stock_class
 RANK, ROWS, WINDOW = 8, 64, 5
 LIMIT = 2**30  # bytes that a copy may take in float64
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-MASKS = frozenset(
-    {"create_causal_mask", "create_sliding_window_causal_mask", "create_bidirectional_mask"}
-)  # others depend on lengths unseen here
+# others depend on lengths unseen here
+MASKS = frozenset({"create_causal_mask", "create_sliding_window_causal_mask", "create_bidirectional_mask"})
 PADDED = ((0, 16), (0, 9), (5, 16), (4, 11), (15, 16))  # first and last + 1 real position of each row
 PACKED = (1, 7, 9, 12, 1, 7)
 
@@ -38,13 +38,14 @@ PACKED = (1, 7, 9, 12, 1, 7)
 class _LowRankLinear(nn.Module):
     """A linear layer of rank 8."""
 
+    bias: torch.Tensor | None
+
     def __init__(self, n_in: int, n_out: int, bias: bool, device: torch.device, generator: torch.Generator):
         super().__init__()
         draw = lambda *shape: nn.Parameter(torch.randn(shape, generator=generator).to(device))
         self.down, self.up = draw(RANK, n_in), draw(n_out, RANK)
-        self.register_buffer(
-            "bias", draw(n_out).detach() if bias else None
-        )  # no gradient is asked for: a key's may be zero but for rounding
+        # no gradient is asked for: a key's may be zero but for rounding
+        self.register_buffer("bias", draw(n_out).detach() if bias else None)
         self.in_features, self.out_features = n_in, n_out
         with torch.no_grad():
             self.down.mul_(n_in**-0.5)
@@ -68,7 +69,7 @@ def _bottom(module: nn.Module) -> nn.Module:
 def _stand_in(module: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module | None:
     bottom = _bottom(module)
     if isinstance(bottom, nn.Embedding):
-        new = clone_of_one(bottom)
+        new: Any = clone_of_one(bottom)
         new._parameters["weight"] = nn.Parameter(
             torch.randn(ROWS, bottom.embedding_dim, generator=generator).to(device)
         )
@@ -83,7 +84,7 @@ def _stand_in(module: nn.Module, device: torch.device, generator: torch.Generato
 
 def clone_of_one(module: nn.Module) -> nn.Module:
     """A stock copy of a leaf: its parameters are the original's."""
-    cls = stock_class(module)
+    cls: Any = stock_class(module)
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     new._parameters, new._modules = dict(module._parameters), {}
@@ -102,7 +103,7 @@ def bare(module: nn.Module) -> nn.Module:
     return module
 
 
-def head_of(base: nn.Module) -> nn.Module | None:
+def head_of(base: Any) -> nn.Module | None:
     """The output embedding; None where there is none, or the model does not say."""
     try:
         return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -186,7 +187,7 @@ class _Run(nn.Module):
         return h if self.padding is None else self.padding.gather(h)
 
 
-def _swap(run: _Run) -> None:
+def _swap(run: Any) -> None:
     run.is_ours = True
     for module in attentions(run.owner):
         if why := teach(module):
@@ -232,7 +233,7 @@ def _mask_makers(owner: nn.Module) -> set[str]:
     return {n for n in names(innermost(stock_class(owner).forward).__code__) if n.startswith("create_") and "mask" in n}
 
 
-def layer_proof(owner: nn.Module, kind: str) -> Proof:
+def layer_proof(owner: Any, kind: str) -> Proof:
     """kind: "packed" or "padded". One proof for each configuration, in the process."""
     others = sorted(_mask_makers(owner) - MASKS)
     if others:

@@ -9,6 +9,7 @@ its one position from the real ones."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ class _Whole(nn.Module):
         output["last_hidden_state"] = self.padding.pad(output["last_hidden_state"])
 
 
-def model_proof(base: nn.Module, owner: nn.Module, kind: str) -> Proof:
+def model_proof(base: Any, owner: nn.Module, kind: str) -> Proof:
     """kind: "labels" or "pooled". One proof for each configuration, in the process."""
     path = next((n for n, m in base.named_modules() if m is owner), "")
     classes = tuple(stock_class(m) for m in base.modules() if not hasattr(m, "base_layer"))
@@ -93,7 +94,8 @@ def _prove(base: nn.Module, path: str, kind: str) -> Proof:
             return Proof(False, reason="nothing is left to prove: it returns no loss and nothing pooled")
         for p in new.parameters():
             p.requires_grad_(p.is_floating_point())
-        exact, ours = cast_parameters(run, torch.float64), cast_parameters(run, torch.float64)
+        exact = cast_parameters(run, torch.float64)
+        ours: Any = cast_parameters(run, torch.float64)
         reference = outputs_and_gradients(exact, [], exact.named_parameters(), 91, True)
         try:
             ours.is_ours = True

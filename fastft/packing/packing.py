@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class Packing:
     padded_now: str = ""
     lengths: Lengths = field(default_factory=Lengths)
 
-    def plan(self, module: nn.Module, given: dict) -> dict | Unpadded | None:
+    def plan(self, module: Any, given: dict) -> dict | Unpadded | None:
         """New keyword arguments for a packed row, the rows of a batch to unpad, or None: stock."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -118,7 +119,7 @@ class Packing:
         self.counts["packed documents"] += len(documents.lengths)
         return {**given, "attention_mask": DocumentMask.of(replace(documents, used=self.used))}
 
-    def _unpad(self, module: nn.Module, given: dict, mask: torch.Tensor) -> Unpadded | None:
+    def _unpad(self, module: Any, given: dict, mask: torch.Tensor) -> Unpadded | None:
         if self.underway.padded:
             return None
         frame = self.underway.frames[-1] if self.underway.frames else None
@@ -206,7 +207,7 @@ class Packing:
         if base is not None and (record := record_of(base)) is not None:
             record.fallbacks[why] += 1
 
-    def _obstacle(self, module: nn.Module, given: dict, kind: str, known: frozenset[str]) -> str:
+    def _obstacle(self, module: Any, given: dict, kind: str, known: frozenset[str]) -> str:
         """Why this batch goes the stock way; empty when it need not."""
         if self.why_not:
             return self.why_not

@@ -11,6 +11,7 @@ real positions. That of the padded positions goes, beside it, into the graph of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -58,10 +59,14 @@ _ASKS |= _found(
     )
 )
 _ASKS |= {torch.numel, torch.is_floating_point, torch.is_complex}
+_TENSOR: Any = T
 _OF_THE_GRAPH = _found(
     ("requires_grad", "is_leaf", "grad", "retains_grad", "grad_fn", "output_nr", "_backward_hooks"), True
 )
-_OF_THE_GRAPH |= _found(("register_hook", "retain_grad", "requires_grad_")) | {T.grad.__set__, T.grad.__delete__}
+_OF_THE_GRAPH |= _found(("register_hook", "retain_grad", "requires_grad_")) | {
+    _TENSOR.grad.__set__,
+    _TENSOR.grad.__delete__,
+}
 _CASTS = {T.float: torch.float32, T.half: torch.float16, T.bfloat16: torch.bfloat16}
 _RECORDED = {T.clone, torch.clone, *_CASTS, T.detach, torch.detach, T.contiguous}
 
@@ -84,6 +89,7 @@ class Source:
             found = found.node.value("a second, padded forward") if isinstance(found, LazyTensor) else found
             with torch.enable_grad():
                 self.made = _Padding.apply(found, self) if found.requires_grad else found
+        assert self.made is not None
         return self.made
 
     def only_padding(self, g: T) -> T:
@@ -108,7 +114,8 @@ class _Padding(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         g = ctx.source.only_padding(g)
         if ctx.source.inside_a_function:
             ctx.source.sent.append(g)
@@ -125,7 +132,8 @@ class _Stand(torch.autograd.Function):
         return make()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         source = ctx.source
         if g is not None and source.inside_a_function:
             source.rest(g)
@@ -140,7 +148,8 @@ class _Read(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *grads):
+        (g,) = grads
         return g, g
 
 
@@ -174,6 +183,7 @@ class Reread(torch.Tensor):
         """Of the padded forward; its gradient is taken at the padding alone."""
         if self.of is None:
             return self.source.value()
+        assert self.step is not None
         func, kwargs, grad = self.step
         with torch.set_grad_enabled(grad):
             return func(self.of.second(), **kwargs)
@@ -185,6 +195,7 @@ class Reread(torch.Tensor):
             with _plain(), torch.enable_grad():
                 connected = self.requires_grad
                 self.made = _Read.apply(second, self) if connected else second.detach()
+        assert self.made is not None
         return self.made
 
     def _hold(self) -> None:
@@ -192,8 +203,9 @@ class Reread(torch.Tensor):
         x: Reread | None = self
         with _plain():
             while x is not None:
-                if x.lazy is not None and x.grad_fn is not None:
-                    x.grad_fn.__dict__["keep"] = getattr(x.lazy, "node", None)
+                grad_fn: Any = x.grad_fn
+                if x.lazy is not None and grad_fn is not None:
+                    grad_fn.__dict__["keep"] = getattr(x.lazy, "node", None)
                 x = x.of
 
     @classmethod

@@ -37,9 +37,8 @@ class Context:
     model: nn.Module
     seen: Observation
     names: dict[nn.Module, str]
-    shared: dict = field(
-        default_factory=dict
-    )  # per patch call, for kinds that need to remember something between modules
+    # per patch call, for kinds that need to remember something between modules
+    shared: dict = field(default_factory=dict)
 
 
 def device_of(module: nn.Module) -> torch.device:

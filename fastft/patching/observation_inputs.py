@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ TOKENS = (2, 8)
 def text_inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     """A few token ids with a mask, by the model's configuration."""
     forward = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = getattr(text, "vocab_size", None) or 16
     ids = torch.arange(TOKENS[0] * TOKENS[1], device=device).remainder(max(1, min(vocab - 1, 97))).view(TOKENS)

@@ -26,11 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
 from fastft.swapping.rebind import global_calls, rebind
-from fastft.swapping.swap import Fast, as_stock, install, obstacle, order, uninstall
+from fastft.swapping.swap import Fast, Replacement, as_stock, install, obstacle, order, uninstall
 
-REAL_RUN_LIMIT = (
-    1 << 30
-)  # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
+# parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
+REAL_RUN_LIMIT = 1 << 30
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -157,7 +156,7 @@ def _exchange_tensors(model: nn.Module, real: bool) -> None:
 
     for m in model.modules():
         if not real:
-            m._parameters.update({n: exchanged(p) for n, p in m._parameters.items() if p is not None})
+            m.__dict__["_parameters"].update({n: exchanged(p) for n, p in m._parameters.items() if p is not None})
             m.__dict__.update({k: exchanged(v) for k, v in m.__dict__.items() if isinstance(v, torch.Tensor)})
         m._buffers.update({n: exchanged(b) for n, b in m._buffers.items() if b is not None})
 
@@ -177,7 +176,7 @@ class _AssumeTrue(TorchDispatchMode):
 
 
 @order(-100)
-class _Empty:
+class _Empty(Replacement):
     """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside
     is called."""
 
@@ -192,7 +191,7 @@ class _Empty:
 
 
 @order(-100)
-class _LikeInput:
+class _LikeInput(Replacement):
     """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating
     input."""
 

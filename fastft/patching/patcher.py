@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class Record:
         return type(None), ()
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def innermost(model: Any) -> Any:
     """The transformers model inside PEFT's, DDP's or torch.compile's wrapper: the one whose modules are looked at."""
     while True:
         if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
@@ -103,9 +104,9 @@ def _no_memory(e: BaseException, new: bool) -> str:
 def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
     record = base.__dict__[RECORD] = record_of(base) or Record()
     for kind in kinds:
-        if hasattr(kind, "refresh"):
-            kind.refresh(base)
-    wants = [kind.wants for kind in kinds if hasattr(kind, "wants")]
+        if (refresh := getattr(kind, "refresh", None)) is not None:
+            refresh(base)
+    wants = [w for kind in kinds if (w := getattr(kind, "wants", None)) is not None]
     with _uncounted(base):
         seen = observe(base, lambda fn: any(w(fn) for w in wants))
     try:
@@ -129,7 +130,7 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
             outcome = Outcome(kind.name, stock_class(module).__name__, name)
             record.outcomes[kind.name, name] = outcome
             why_not = found if isinstance(found, str) else obstacle(module)
-            if why_not:
+            if isinstance(found, str) or why_not:
                 outcome.reason = why_not
                 continue
             outcome.proof = proof_of(kind.name, found.key, found.device, found.prove)
@@ -205,7 +206,7 @@ def build_report(model: nn.Module) -> PatchReport:
     return PatchReport(type(base).__name__, tuple(rows), fallbacks_of(model)(), tuple(record.notes))
 
 
-def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Callable]]]:
+def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Any]]]:
     """What counts the calls that go the stock way: the record's and every module's counter, and rebound free functions
     (with their kind), which count for themselves, as one serves all modules of a class."""
     record = record_of(base)

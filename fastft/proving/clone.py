@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import types
+from typing import Any
 
 from torch import nn
 
 from fastft.swapping.swap import KEY, new_instance
 
 
-def clone(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+def clone(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """The copy; tied parameters and shared children stay tied and shared in it."""
     memo = {} if memo is None else memo
     if id(module) in memo:

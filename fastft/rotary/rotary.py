@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from fastft.proving.prove import Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.rebind import global_calls, kept_current, rebind
 from fastft.swapping.stock_only import transformed
-from fastft.swapping.swap import counts_itself, install, order, stock_class
+from fastft.swapping.swap import Replacement, counts_itself, install, order, stock_class
 from fastft_kernels.rotary.rope import rope, rope_single
 from fastft_kernels.rotary.rope_kernels import LAYOUTS
 from fastft_kernels.runtime.dispatch import wider
@@ -65,7 +66,7 @@ def is_rotary(fn: Callable) -> bool:
     )
 
 
-def make_fast(stock: Callable, variant: Variant) -> Callable:
+def make_fast(stock: Callable, variant: Variant) -> Any:
     """The function that takes stock's place: same signature, one launch; hands back to stock what the kernel does not
     take."""
     parameters = inspect.signature(stock).parameters
@@ -73,10 +74,11 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
     known = {*variant.rotated, *variant.tables, "unsqueeze_dim"}
     default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else variant.axis
 
-    def fast(*args, **kwargs):
-        given = dict(zip(names, args))
+    def run(*args, **kwargs):
+        given: dict[str, Any] = dict(zip(names, args))
         given.update(kwargs)
-        xs, (cos, sin) = [given.get(n) for n in variant.rotated], _cos_sin([given.get(n) for n in variant.tables])
+        xs: list[Any] = [given.get(n) for n in variant.rotated]
+        cos, sin = _cos_sin([given.get(n) for n in variant.tables])
         extra = any(v is not None for k, v in given.items() if k not in known)
         if not extra and not transformed() and _are_tensors(*xs, cos, sin):
             out = wider(xs[0].dtype, cos.dtype) if variant.promotes else None
@@ -85,10 +87,10 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
             if missing > 0 and (axis is None or axis >= 0):  # tables without the leading dims: they broadcast
                 cos, sin = (t[(None,) * missing] for t in (cos, sin))
                 axis = axis if axis is None else axis + missing
-            settings = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=axis, out_dtype=out)
+            settings: dict[str, Any] = dict(layout=variant.layout, sign=variant.sign, unsqueeze_dim=axis, out_dtype=out)
             try:
                 if len(xs) == 2:
-                    return rope(*xs, cos, sin, **settings)
+                    return rope(xs[0], xs[1], cos, sin, **settings)
                 y = rope_single(xs[0], cos, sin, **settings)
                 return y if variant.single else (y,)
             except ValueError:  # shapes that the kernel does not take, or tables that learn
@@ -96,13 +98,14 @@ def make_fast(stock: Callable, variant: Variant) -> Callable:
         fast.fallbacks += 1
         return stock(*args, **kwargs)
 
+    fast: Any = run  # counts its own fallbacks, as one serves all modules of a class
     fast.fallbacks = 0
     fast.__wrapped__ = stock
     fast.__name__, fast.__qualname__, fast.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
     return fast
 
 
-def _cos_sin(tables: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _cos_sin(tables: list[Any]) -> tuple[Any, Any]:
     """A complex table holds both."""
     if len(tables) == 2:
         return tables[0], tables[1]
@@ -146,7 +149,7 @@ class _Function(nn.Module):
 
 
 @order(90)
-class RotaryMixin:
+class RotaryMixin(Replacement):
     """Root of the per-class mixins whose forward is the stock forward over other globals."""
 
 
@@ -197,12 +200,13 @@ class Rotary:
         device = device_of(module)
 
         def proof() -> Proof:
-            worst = None
+            worst: Proof | None = None
             for fn, variant, call in found.values():
                 p = _prove(fn, variant, call, device)
                 if not p.ok:
                     return p
                 worst = p if worst is None or p.error > worst.error else worst
+            assert worst is not None
             return worst
 
         try:
@@ -281,7 +285,7 @@ def _draw(
         if not _is_input(v):
             continue
         shape = (*v.shape, 2) if v.is_complex() else v.shape
-        t = torch.randn(shape, generator=generator, dtype=torch.float64)
+        t: Any = torch.randn(shape, generator=generator, dtype=torch.float64)
         if heads_last and t.dim() == 4 and not v.is_complex():
             t = t.transpose(1, 2).contiguous().transpose(1, 2)
         t = t.to(device)
@@ -344,7 +348,7 @@ def _prove(fn: Callable, variant: Variant, call: FunctionCall, device: torch.dev
     given = {**dict(zip(names, call.args)), **call.kwargs}
     first = given[variant.rotated[0]]
 
-    def swap(m: nn.Module) -> None:
+    def swap(m: Any) -> None:
         m.fn = make_fast(fn, variant)
 
     inputs = lambda g, scale: _draw(call, g, scale, names, device, heads_last=scale != 1.0)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 
-def innermost(fn: Callable) -> Callable:
+def innermost(fn: Any) -> Callable:
     """The function inside decorators that keep it as `__wrapped__`."""
     while hasattr(fn, "__wrapped__"):
         fn = fn.__wrapped__
@@ -39,18 +40,18 @@ def _copy(fn: types.FunctionType, globals_: dict, closure) -> types.FunctionType
     return new
 
 
-def _globals(fn: types.FunctionType, names: Mapping[str, object]) -> dict:
+def _globals(fn: types.FunctionType, names: Mapping[str, Any]) -> dict:
     """Without `__name__`: by that, torch.compile would guard (and fail on) what the module itself has under these
     names."""
     return {k: v for k, v in fn.__globals__.items() if k != "__name__"} | dict(names)
 
 
-def over_globals(fn: types.FunctionType, names: Mapping[str, object]) -> types.FunctionType:
+def over_globals(fn: types.FunctionType, names: Mapping[str, Any]) -> types.FunctionType:
     """A copy of fn itself, whatever it claims to wrap, in which the global names given mean the objects given."""
     return _copy(fn, _globals(fn, names), fn.__closure__)
 
 
-def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
+def rebind(fn: Callable, names: Mapping[str, Any]) -> Callable:
     """A copy of fn in which the global names given mean the objects given. Raises TypeError for what is no Python
     function, or is wrapped by a decorator that does not keep the inner function in its closure."""
     if not isinstance(fn, types.FunctionType):
@@ -63,12 +64,12 @@ def rebind(fn: Callable, names: Mapping[str, object]) -> Callable:
     closure = tuple(types.CellType(new_inner) if _holds(c, inner) else c for c in cells)
     if not any(_holds(c, inner) for c in cells):
         raise TypeError(f"rebind: a decorator of {fn.__qualname__} hides the function it wraps")
-    new = _copy(fn, fn.__globals__, closure)
+    new: Any = _copy(fn, fn.__globals__, closure)
     new.__wrapped__ = new_inner
     return new
 
 
-def kept_current(forward: Callable, stock: Callable, names: Mapping[str, object]) -> Callable:
+def kept_current(forward: Callable, stock: Callable, names: Mapping[str, Any]) -> Callable:
     """`forward`, which is `rebind(stock, names)`, taking over at every call what somebody has put into the globals of
     stock's module since:
     under one of `names` too, whose object then counts the call in its `fallbacks`."""

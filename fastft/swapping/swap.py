@@ -20,10 +20,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 KEY = "_fastft"
+
+if TYPE_CHECKING:  # a mixin's methods run on an instance of the stock class, a module
+    Replacement = nn.Module
+else:
+    Replacement = object
 
 # Facts about a mixin, kept beside it: on the class they would be attributes of every swapped module, and of every
 # wrapper around one.
@@ -70,7 +76,7 @@ class Slot:
     cls: type | None = None
     owner: Callable[[], nn.Module | None] = lambda: None
 
-    def state(self, kind: str):
+    def state(self, kind: str) -> Any:
         return self.parts[kind][1]
 
 
@@ -85,7 +91,7 @@ class _New:
         return object.__new__(self.cls)
 
     def __reduce__(self):
-        return functools.partial, (copyreg._reconstructor, _behind_fast(self.cls), object, None)
+        return functools.partial, (copyreg.__dict__["_reconstructor"], _behind_fast(self.cls), object, None)
 
 
 class _State(dict):
@@ -108,14 +114,16 @@ class Fast:
     nothing else: a wrapper's __getattr__ would hand on a __deepcopy__, and copy the module instead of the wrapper."""
 
     def __reduce_ex__(self, protocol):
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        get = getattr(self, "__getstate__", None)
+        state = self.__dict__ if get is None else get()
         return _New(type(self)), (), _State(state) if isinstance(state, dict) else state
 
     def __setstate__(self, state):
         slot = state.get(KEY) if isinstance(state, dict) and not isinstance(state, _State) else None
         if slot is not None:
             slot.owner = weakref.ref(self)
-            super().__setstate__(state)
+            behind: Any = super()
+            behind.__setstate__(state)
             return
         self.__class__ = _behind_fast(type(self))
         self.__setstate__({k: v for k, v in state.items() if k != KEY} if isinstance(state, dict) else state)
@@ -155,6 +163,13 @@ def _dynamic(stock: type, mixins: tuple[type, ...]) -> type:
 def slot_of(module: nn.Module) -> Slot | None:
     """What an instance carries while it is swapped; None for a stock one."""
     return module.__dict__.get(KEY)
+
+
+def state_of(module: nn.Module, kind: str) -> Any:
+    """What the swap of this kind keeps on the instance. The instance must be swapped under `kind`."""
+    slot = slot_of(module)
+    assert slot is not None
+    return slot.state(kind)
 
 
 def is_fast(module: nn.Module, kind: str) -> bool:
@@ -235,7 +250,7 @@ def uninstall(module: nn.Module, kind: str | None = None) -> None:
     if slot is None:
         return
     removed = list(slot.parts) if kind is None else [kind]
-    states = [slot.parts.pop(k)[1] for k in removed if k in slot.parts]
+    states: list[Any] = [slot.parts.pop(k)[1] for k in removed if k in slot.parts]
     if not isinstance(module, Fast):
         raise RuntimeError(
             f"unpatch: the class of a {type(module).__name__} was changed by someone else after patching"

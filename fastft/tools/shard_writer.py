@@ -46,7 +46,7 @@ class ShardWriter:
         if name not in self.names or name in self.header:
             raise ValueError(f"safetensors: want a name that was announced and is new, got {name!r}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self.file.write(memoryview(data.numpy()))
+        self.file.write(data.numpy().data)
         end = self.at + data.numel()
         self.header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.at, end]}
         self.at = end

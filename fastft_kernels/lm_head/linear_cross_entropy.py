@@ -308,9 +308,8 @@ def linear_cross_entropy(
         return loss
     if num_items_in_batch is None:
         counted = (flat >= 0).sum()
-        return torch.where(
-            counted == 0, math.nan, loss / counted.clamp(min=1)
-        )  # so that no gradient is nan, as stock's
+        # so that no gradient is nan, as stock's
+        return torch.where(counted == 0, math.nan, loss / counted.clamp(min=1))
     return loss / (
         num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch
     )

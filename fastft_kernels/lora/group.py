@@ -165,9 +165,8 @@ def add_product(
 ) -> torch.Tensor:
     """total + alpha a b in `dtype`, in place; a b as a new matrix if total is None. a, b in `dtype` or narrower."""
     if total is not None and dtype == a.dtype:
-        if (
-            a.device.type == "cpu" and a.shape[0] < 4
-        ):  # CPU libraries add so few rows term by term: 1.7 times the rounding error
+        # CPU libraries add so few rows term by term: 1.7 times the rounding error
+        if a.device.type == "cpu" and a.shape[0] < 4:
             return total.add_(torch.mm(a, b), alpha=alpha)
         return total.addmm_(a, b, alpha=alpha)
     ab = torch.mm(a, b, out_dtype=dtype) if _widens(a, dtype) else torch.mm(a, b)

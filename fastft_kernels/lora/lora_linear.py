@@ -150,9 +150,8 @@ def _remember(
     want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + len(parameters)]
     xs: tuple[torch.Tensor, ...] = ()
     trained_B = any(needs[a.B] for a in g.adapters)
-    if input_needed(g, needs) or (
-        want and trained_B and source is not None
-    ):  # the latter for second derivatives: a recomputation costs nothing
+    # the latter for second derivatives: a recomputation costs nothing
+    if input_needed(g, needs) or want and trained_B and source is not None:
         xs = source.tensors if source is not None else (saved_input(g, x),)
     kept_xA = (kept.xA,) if kept.xA is not None and trained_B else ()
     ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)

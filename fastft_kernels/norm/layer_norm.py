@@ -228,9 +228,8 @@ class _LayerNorm(torch.autograd.Function):
         need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
         if higher_order.wanted():
             eps, out = ctx.form
-            bias = (
-                None if ctx.bias_dtype is None else x.new_zeros(x.shape[-1], dtype=ctx.bias_dtype)
-            )  # no gradient depends on it
+            # no gradient depends on it
+            bias = None if ctx.bias_dtype is None else x.new_zeros(x.shape[-1], dtype=ctx.bias_dtype)
             formula = lambda x, weight, bias: layer_norm_ref(x, weight, bias, eps, out_dtype=out)
             return *higher_order.gradients(formula, (x, weight, bias), (need_dx, need_dw, need_db), (dy,)), None, None
         dx, dw, db = _bwd(dy, x, mean, rstd, weight, need_dx, need_dw, need_db)

@@ -75,9 +75,8 @@ def _dequantize_kernel(
         scale = tl.load(absmax_ptr + block, mask=live, other=0.0).to(tl.float32)
     at = block.to(tl.int64) * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]
     byte = tl.load(packed_ptr + at, mask=2 * at < n, other=0).to(tl.int32)
-    w = tl.interleave(
-        tl.load(code_ptr + (byte >> 4)) * scale, tl.load(code_ptr + (byte & 15)) * scale
-    )  # [BLOCKS, 2 HALF]
+    # [BLOCKS, 2 HALF]
+    w = tl.interleave(tl.load(code_ptr + (byte >> 4)) * scale, tl.load(code_ptr + (byte & 15)) * scale)
     to = block.to(tl.int64) * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     tl.store(w_ptr + to, w.to(w_ptr.dtype.element_ty), mask=to < n)
 

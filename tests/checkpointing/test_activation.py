@@ -145,9 +145,8 @@ def test_lean_leaves_out_the_last_product(base):
 
     full, lean = flops("full"), flops("lean")
     inner = 48
-    assert (
-        full - lean == N * 2 * (2 * 16) * HIDDEN * inner
-    )  # the down projection (its adapter's product, in place, is not counted)
+    # the down projection (its adapter's product, in place, is not counted)
+    assert full - lean == N * 2 * (2 * 16) * HIDDEN * inner
 
 
 def test_auto_recomputes_as_few_layers_as_the_memory_asks_for():
@@ -183,9 +182,8 @@ def test_auto_measures_what_a_layer_keeps():
         fastft.patch(model_of(), activation_policy=3)
     )
     state = ids.numel() * HIDDEN * 4
-    assert 3 * per_token * ids.numel() == pytest.approx(
-        counted + 2 * state, rel=0.03
-    )  # cosines and sines are kept once for all layers
+    # cosines and sines are kept once for all layers
+    assert 3 * per_token * ids.numel() == pytest.approx(counted + 2 * state, rel=0.03)
 
 
 def test_auto_is_about_the_layers_that_the_trainer_checkpoints():

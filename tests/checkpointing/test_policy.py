@@ -34,9 +34,8 @@ def test_nothing_is_recomputed_that_fits():
     assert choose([10] * 4, [1] * 4, available=22) == Split(2)
     assert choose([10] * 4, [1] * 4, available=14) == Split(3)  # 3 checkpoints, and one layer: kept, then recomputed
     assert choose([10] * 4, [1] * 4, available=13) == Split(3)
-    assert choose([10] * 4, [1] * 4, available=13, reserve=1) == Split(
-        4, 2
-    )  # the last layer recomputed beside two checkpoints
+    # the last layer recomputed beside two checkpoints
+    assert choose([10] * 4, [1] * 4, available=13, reserve=1) == Split(4, 2)
 
 
 def test_checkpoints_go_to_the_host_when_even_they_do_not_fit():

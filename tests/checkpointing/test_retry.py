@@ -98,9 +98,8 @@ def test_the_head_asks_for_the_memory_of_the_layers(enough, monkeypatch):
 
     def head(*args, **kwargs):
         if controller.mode != enough:
-            assert (
-                len(states) == 1 and states[0]() is not None
-            ) or controller.lowered  # the layers' activations are there
+            # the layers' activations are there
+            assert (len(states) == 1 and states[0]() is not None) or controller.lowered
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert states[0]() is None  # and gone
         return whole(*args, **kwargs)

@@ -12,9 +12,8 @@ from tests.kernels.test_glu import EAGER
 
 from .examples import examples
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # the interpreter's, where inf is right
+# the interpreter's, where inf is right
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
 def run(fn, x, dy):

@@ -15,9 +15,8 @@ from fastft_kernels.numerics import compare
 
 from .examples import examples
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # the interpreter's, where inf is right
+# the interpreter's, where inf is right
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 EAGER = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -14,7 +14,7 @@ from benchmarks.models import one_way
 from fastft.experts.experts import Experts
 from fastft.mlp.recogniser import MLPs
 from fastft.patching.kind import Candidate, Context
-from fastft.patching.observe import Call, Observation
+from fastft.patching.observe import ModuleCall, Observation
 from fastft.swapping.swap import is_fast
 from fastft_kernels.numerics import compare
 
@@ -101,7 +101,7 @@ class Stacked(nn.Module):
 
 def recognise(module, kind=MLPs, tensors=1):
     seen = Observation()
-    seen.calls[module] = [Call(0, None, [torch.empty(1, 2, WIDTH, device="meta")] * tensors, None, tensors)]
+    seen.calls[module] = [ModuleCall(0, None, [torch.empty(1, 2, WIDTH, device="meta")] * tensors, None, tensors)]
     return kind().recognise(module, Context(module, seen, {module: "mlp"}))
 
 

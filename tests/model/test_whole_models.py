@@ -161,9 +161,8 @@ def test_generation_of_left_padded_rows(cache, base):
         for i, row in enumerate(LEFT.bool()):
             alone = ours.generate(input_ids=ids[i : i + 1, row], **settings)
             new = alone[0, row.sum() :]
-            assert (
-                torch.equal(new, expected[i, N : N + len(new)]) and not expected[i, N + len(new) :].any()
-            )  # alone it may end earlier
+            # alone it may end earlier
+            assert torch.equal(new, expected[i, N : N + len(new)]) and not expected[i, N + len(new) :].any()
 
 
 def test_sampling_draws_stocks_tokens():

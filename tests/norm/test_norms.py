@@ -7,7 +7,7 @@ from torch import nn
 
 from fastft.norm.recogniser import Norms
 from fastft.patching.kind import Candidate, Context
-from fastft.patching.observe import Call, Observation
+from fastft.patching.observe import ModuleCall, Observation
 from fastft.swapping.swap import slot_of
 
 WIDTH = 16
@@ -81,7 +81,7 @@ def recognise(module: nn.Module, *given: str):
     seen = Observation()
     if given:
         inputs = [torch.empty(2, 3, WIDTH, device="meta") for _ in given]
-        seen.calls[module] = [Call(0, None, inputs, None, given.count(""), tuple(n for n in given if n))]
+        seen.calls[module] = [ModuleCall(0, None, inputs, None, given.count(""), tuple(n for n in given if n))]
     return Norms().recognise(module, Context(module, seen, {module: "norm"}))
 
 

@@ -44,9 +44,8 @@ def test_packed_training_is_training_of_each_document(family, lora):
     if lora:
         ours.gradient_checkpointing_enable({"use_reentrant": False})
         ours.enable_input_require_grads()
-    run(
-        ours, pm.step(pm.packed_batch(pm.documents(seed=1)))
-    )  # the proof, made at the first packed row, is not what is looked at
+    # the proof, made at the first packed row, is not what is looked at
+    run(ours, pm.step(pm.packed_batch(pm.documents(seed=1))))
     ours.zero_grad(set_to_none=True)
     with NoSquare():
         found = run(ours, pm.step(pm.packed_batch(docs)))

@@ -62,9 +62,8 @@ def test_a_loss_of_the_logits_is_stock_s(read, lora, left):
     b = batch(left)
     step = lambda m: (lambda o: both(m, o, READS[read](o)))(m(**b))
     exact, ours = pm.build("full", lora).double(), fastft.patch(pm.build("full", lora)).double()
-    assert not agree(
-        run(ours, step, reference=True), run(exact, step, reference=True)
-    )  # in float64: of two graphs, whose rounding is not stock's
+    # in float64: of two graphs, whose rounding is not stock's
+    assert not agree(run(ours, step, reference=True), run(exact, step, reference=True))
     assert unpadded(ours) == 1
     run(ours, step)
     assert unpadded(ours) == 1 and any(

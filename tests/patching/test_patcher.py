@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import fastft
 from fastft.errors import FastftError
 from fastft.linear import groups as linears
-from fastft.linear.group_forward import Call
+from fastft.linear.group_forward import HolderCall
 from fastft.patching.kind import Candidate
 from fastft.proving import proof_cache as proofs
 from fastft.proving import prove as prove_module
@@ -208,7 +208,7 @@ def test_members_on_several_devices_compute_for_themselves():
     with FakeTensorMode(allow_non_fake_inputs=True):
         for p in attention.k_proj.parameters():
             p.data = torch.empty(p.shape, device="cuda")
-        group.now.call = Call()
+        group.now.call = HolderCall()
         attention.q_proj(torch.empty(1, 4, 32, requires_grad=True))
         assert list(group.call.left) == [id(attention.v_proj)]
         group.now.call = None

@@ -59,9 +59,8 @@ def here(monkeypatch):
         return [json.loads(x) for x in rows.read_text().splitlines()]
 
     monkeypatch.setattr(bench, "_run", run)
-    monkeypatch.setattr(
-        gc, "collect", lambda *args: 0
-    )  # a third of a second each in a process that has imported everything
+    # a third of a second each in a process that has imported everything
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)
 
 
 def test_every_cell_of_stock_and_fastft(checkpoint, tmp_path, here):

@@ -54,9 +54,8 @@ def test_parts_add_up_and_weights_are_the_models(small):
     for line in small.lines:
         assert line.peak.total == sum(line.peak.parts.values())
         assert line.peak.parts["weights"] == pytest.approx(weights, rel=0.01)
-        assert line.peak.parts["optimizer"] == pytest.approx(
-            2 * line.peak.parts["adapters"], rel=0.05
-        )  # and counts of steps
+        # and counts of steps
+        assert line.peak.parts["optimizer"] == pytest.approx(2 * line.peak.parts["adapters"], rel=0.05)
     assert "not measured on a GPU" in str(small)
 
 
@@ -71,9 +70,8 @@ def test_the_largest_batch_fits_and_a_little_more_does_not(small, ours):
     line = next(x for x in small.lines if x.policy == "none")
     at = lambda batch, seq: ours.peak((0, 8), batch, seq).total
     assert at(line.largest_batch, 512) <= room * 1.001
-    assert (
-        at(line.largest_batch + 2, 512) > room
-    )  # the head's tiles are even: up to a row's worth less than at a multiple of 4096 tokens
+    # the head's tiles are even: up to a row's worth less than at a multiple of 4096 tokens
+    assert at(line.largest_batch + 2, 512) > room
     assert 0.95 * room < at(1, line.longest) <= room
 
 
@@ -174,9 +172,8 @@ def test_an_8b_model_takes_under_30_s_of_a_core(tmp_path):
     found = fastft.plan(tmp_path, gpu="16GiB", load_in_4bit=True, batch=2, seq=2048)
     assert time.process_time() - start < 30
     assert found.layers == 32 and found.chosen.fits and 0 < found.chosen.recomputed < 32
-    assert (
-        5.2 < (found.chosen.peak.parts["weights"] + found.chosen.peak.parts["quantisation"]) / GIB < 5.4
-    )  # 6.98e9 / 2, and two 16-bit matrices
+    # 6.98e9 / 2, and two 16-bit matrices
+    assert 5.2 < (found.chosen.peak.parts["weights"] + found.chosen.peak.parts["quantisation"]) / GIB < 5.4
 
 
 # --- the optimizer's state
@@ -185,9 +182,8 @@ def test_an_8b_model_takes_under_30_s_of_a_core(tmp_path):
 @pytest.mark.parametrize("optim", NAMES)
 def test_optimizer_states_are_those_of_the_real_class(optim):
     """Byte by byte, on a CPU (which has no paged memory, so that paged states count)."""
-    make = lambda: torch.nn.Sequential(
-        torch.nn.Linear(96, 128), torch.nn.Linear(128, 40)
-    )  # beyond and below 4096 elements
+    # beyond and below 4096 elements
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Linear(128, 40))
     with FakeRun()():
         _, kept = states(make(), optim, for_cuda=False)
         planned = sum(t.numel() * t.element_size() for t in kept)

@@ -43,9 +43,8 @@ def test_the_argument_reaches_bitsandbytes_and_a_patched_model_trains(folder, tm
             and optimizer.is_paged == paged
             and optimizer.args.optim_bits == bits
         )
-        embedding = (
-            trainer.model.get_input_embeddings().weight
-        )  # 300 x 32 elements, beyond the 4096 below which states are never 8-bit
+        # 300 x 32 elements, beyond the 4096 below which states are never 8-bit
+        embedding = trainer.model.get_input_embeddings().weight
         states = {
             n: optimizer.state[p]["state1"].dtype
             for n, p in trainer.model.named_parameters()

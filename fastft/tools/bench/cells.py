@@ -97,9 +97,8 @@ def _dpo(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: int
         train_dataset=Dataset.from_dict({k: v[:1] for k, v in text.items()}),
         processing_class=tokenizer,
     )
-    trainer.train_dataset = Dataset.from_dict(
-        {"prompt_ids": draw(), "chosen_ids": draw(), "rejected_ids": draw()}
-    )  # tokens, not what a tokenizer makes of their text
+    # tokens, not what a tokenizer makes of their text
+    trainer.train_dataset = Dataset.from_dict({"prompt_ids": draw(), "chosen_ids": draw(), "rejected_ids": draw()})
     return trainer
 
 

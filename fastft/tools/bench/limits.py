@@ -30,9 +30,8 @@ from transformers import PreTrainedModel
 
 from fastft.tools.bench.timing import Roof
 
-NF4_READ = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # code, an 8-bit absmax for 64, a float32 absmax for 256 of those: bytes an element
+# code, an 8-bit absmax for 64, a float32 absmax for 256 of those: bytes an element
+NF4_READ = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,8 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
 
     tokenizer = load_tokenizer(job.model)
     prompt = runs.prompt_of(job.held_out[0], tokenizer)
-    bare = runs.load_stock(
-        job
-    )  # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
+    # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
+    bare = runs.load_stock(job)
     before = runs.held_out_loss(job, bare)
     said_before = runs.complete(bare, tokenizer, prompt)
     del bare

@@ -154,9 +154,8 @@ def make_trainer(
             "bf16": False,
             "gradient_checkpointing": False,
             "learning_rate": 5e-3,
-            "warmup_steps": max(
-                1, job.steps // 10
-            ),  # Adam's first step alone would turn rounding of tiny gradients into moves
+            # Adam's first step alone would turn rounding of tiny gradients into moves
+            "warmup_steps": max(1, job.steps // 10),
             "max_length": 192,
             "completion_only_loss": False,
         }
@@ -216,9 +215,8 @@ def train(
         if hasattr(collate, "pad_to_multiple_of"):
             collate.pad_to_multiple_of = 64
         trainer.data_collator = lambda batch: collate(batch[::-1])
-    if (
-        exact and job.four_bit
-    ):  # TRL has rounded the adapter as QLoRA does; from these same bits it is trained in full here
+    # TRL has rounded the adapter as QLoRA does; from these same bits it is trained in full here
+    if exact and job.four_bit:
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.float()

@@ -276,9 +276,8 @@ def _add(adapter: AdapterWeights, module: str, found: dict[str, torch.Tensor]) -
 
 def _token_indices(config: LoraConfig, module: str) -> list[int]:
     indices = config.trainable_token_indices or []
-    if isinstance(
-        indices, dict
-    ):  # a name that ends as the module's does; the embedding's serve a head that is tied to it
+    # a name that ends as the module's does; the embedding's serve a head that is tied to it
+    if isinstance(indices, dict):
         return next(
             (v for k, v in indices.items() if module == k or module.endswith(f".{k}")),
             next(iter(indices.values())) if len(indices) == 1 else [],
@@ -290,7 +289,8 @@ def _scaling(config: LoraConfig, module: str, r: int) -> float:
     """PEFT's: alpha / r, or alpha / sqrt(r) for rsLoRA, both by pattern."""
     from peft.utils.other import get_pattern_key
 
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    patterns: dict[str, int] = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
     return alpha / (r**0.5 if config.use_rslora else r)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def build(
     return model
 
 
-def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
+def _quantise(model: Any, dtype: torch.dtype) -> None:
     """As transformers' loader does it: every linear layer but the head."""
     try:
         from transformers import BitsAndBytesConfig
@@ -76,11 +77,13 @@ def to_fake(model: nn.Module) -> None:
         return known[id(t)]
 
     for module in model.modules():
-        module._parameters.update({n: fake(p, module) for n, p in module._parameters.items() if p is not None})
+        module.__dict__["_parameters"].update(
+            {n: fake(p, module) for n, p in module._parameters.items() if p is not None}
+        )
         module._buffers.update({n: fake(b, module) for n, b in module._buffers.items() if b is not None})
 
 
-def _packed(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+def _packed(weight: Any, owner: Any) -> torch.Tensor:
     """What a Params4bit of this shape is once it is quantised. (A fake tensor with its attributes: a subclass would
     hide that it is fake.)"""
     from bitsandbytes.functional import QuantState
@@ -103,7 +106,7 @@ def _packed(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
         offset=torch.empty(()),
         state2=nested,
     )
-    packed = nn.Parameter(torch.empty(((n + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    packed: Any = nn.Parameter(torch.empty(((n + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
     packed.__dict__.update(
         quant_state=state,
         blocksize=BLOCK,

@@ -13,12 +13,10 @@ from fastft.errors import PlanError
 from fastft.parsing import parse_bytes
 
 GIB = 2**30
-CONTEXT = (
-    GIB // 2
-)  # CUDA context, loaded kernels, cuBLAS handles, taken beside torch's allocator: 0.3 to 0.6 GiB by card and driver
-CUBLAS = (
-    8 * 2**20 + 128 * 2**10
-)  # torch's notes on CUDA semantics: the default workspace is ":4096:2:16:8" (KiB x count),
+# CUDA context, loaded kernels, cuBLAS handles, taken beside torch's allocator: 0.3 to 0.6 GiB by card and driver
+CONTEXT = GIB // 2
+# torch's notes on CUDA semantics: the default workspace is ":4096:2:16:8" (KiB x count),
+CUBLAS = 8 * 2**20 + 128 * 2**10
 CUBLAS_HOPPER = 32 * 2**20  # and ":4096:8" on sm_90; both come out of torch's allocator
 BLOCK = 512  # bytes to which torch's caching allocator rounds (kMinBlockSize in CUDACachingAllocator)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def states(model: nn.Module, optim: str, for_cuda: bool) -> tuple[Callable[[], N
 
 def _torch(learning: list[nn.Parameter], fused: bool, for_cuda: bool) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """torch's AdamW itself. Without `fused` it works on lists of all parameters on CUDA, one by one on a CPU."""
-    how = {"fused": True} if fused else {"foreach": for_cuda}
+    how: Any = {"fused": True} if fused else {"foreach": for_cuda}
     optimizer = torch.optim.AdamW(learning, lr=1e-5, **how)
     for p in learning:
         p.grad = torch.empty_like(p)

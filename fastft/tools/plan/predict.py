@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class TrainingSetup:
 
     dtype: torch.dtype
     autocast: torch.dtype | None
-    adapters: object | None
+    adapters: Any | None
     adapter_dtype: torch.dtype
     four_bit: bool
     optim: str
@@ -182,7 +183,7 @@ class PlannedModel:
                 if s.accumulate:
                     for p in learning:
                         p.grad = torch.empty_like(p)
-                    ledger.tag([p.grad for p in learning], "gradients")
+                    ledger.tag([p.grad for p in learning if p.grad is not None], "gradients")
                 ledger.phase("forward")
                 loss = forward(model, batch, s.loss, s.autocast)
                 ledger.tag(None, "activations")
@@ -224,7 +225,7 @@ def _as_on_cuda(base: nn.Module) -> Iterator[None]:
         yield
 
 
-def _store(base: nn.Module) -> None:
+def _store(base: Any) -> None:
     base.gradient_checkpointing_disable()
 
 
@@ -266,7 +267,9 @@ def subject(config: PretrainedConfig, setting: TrainingSetup, trust_remote_code:
         from peft import get_peft_model
 
         with torch.device("meta"):
-            model = get_peft_model(model, setting.adapters, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            model = get_peft_model(
+                cast(Any, model), setting.adapters, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.to(setting.adapter_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def finish(model: nn.Module, step: Callable[[], object]) -> None:
     step()
 
 
-def with_trl_head(base: nn.Module) -> None:
+def with_trl_head(base: Any) -> None:
     """What SFTTrainer does to a model. Raises PlanError without TRL."""
     try:
         from trl.trainer.utils import add_fused_lm_head
@@ -86,7 +87,7 @@ class _TrlHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, *_):  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's decorator is untyped)
         hidden, weight, _, _ = ctx.saved_tensors
         d_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None

@@ -77,17 +77,15 @@ class PatchOnFirstStep:
         self.patch, self.show, self.complain, self.seen = patch, show, complain, 0
         self._models: tuple[type, ...] = ()
         self._kinds: dict[type, str | None] = {}
-        self._done: weakref.WeakValueDictionary[int, nn.Module] = (
-            weakref.WeakValueDictionary()
-        )  # roots whose patch was tried
+        # roots whose patch was tried
+        self._done: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
         self._wrappers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
         self._optimizers: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
         self._stepped: dict[int, weakref.ref] = {}  # id -> a parameter that an optimizer has stepped
         self._failed: list[UnpatchedModel] = []
         self._transformed: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-        self._before: weakref.WeakValueDictionary[int, nn.Module] = (
-            weakref.WeakValueDictionary()
-        )  # trained outside the context
+        # trained outside the context
+        self._before: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
         self._own = OwnHook(self.called)
         self._global, self._others, self._busy, self._over = None, [], False, False
 

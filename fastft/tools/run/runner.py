@@ -70,9 +70,8 @@ class Patcher:
     it."""
 
     def __init__(self):
-        self._bases: weakref.WeakValueDictionary[int, nn.Module] = (
-            weakref.WeakValueDictionary()
-        )  # innermost models patched here
+        # innermost models patched here
+        self._bases: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
     def __call__(self, model: nn.Module) -> None:
         from fastft.api import patch, unpatch
@@ -82,9 +81,8 @@ class Patcher:
         if not is_new and id(base) not in self._bases:
             return
         try:
-            patch(
-                model, activation_policy="auto"
-            )  # again, where an adapter has come around a model that was patched bare
+            # again, where an adapter has come around a model that was patched bare
+            patch(model, activation_policy="auto")
         except Exception:
             if is_new:
                 unpatch(model)

@@ -151,7 +151,7 @@ def _remember(
     xs: tuple[torch.Tensor, ...] = ()
     trained_B = any(needs[a.B] for a in g.adapters)
     # the latter for second derivatives: a recomputation costs nothing
-    if input_needed(g, needs) or want and trained_B and source is not None:
+    if input_needed(g, needs) or (want and trained_B and source is not None):
         xs = source.tensors if source is not None else (saved_input(g, x),)
     kept_xA = (kept.xA,) if kept.xA is not None and trained_B else ()
     ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)

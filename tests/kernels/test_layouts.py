@@ -4,6 +4,8 @@ it takes.
 The reference is the function in float64 on contiguous tensors (the reference), the baseline the function itself on
 contiguous ones."""
 
+import functools
+
 import pytest
 import torch
 
@@ -117,13 +119,20 @@ def laid_out(layout):
     return upstream
 
 
-def judge(case, layout, upstream, trained, device):
+@functools.cache
+def expected(case, upstream, trained, device):
+    """(tensors, reference, baseline): of all layouts alike, and the interpreter takes a second for each."""
     f, shapes = CASES[case]
     g = torch.Generator().manual_seed(3)
     tensors = [torch.randn(s, generator=g).to(device) for s in shapes]
-    reference = run(f, [t.double() for t in tensors], upstream, trained)
-    base = run(f, tensors, upstream, trained)
-    got = run(f, [layout(t) for t in tensors], upstream, trained)
+    return tensors, run(f, [t.double() for t in tensors], upstream, trained), run(f, tensors, upstream, trained)
+
+
+def judge(case, layout, upstream, trained, device):
+    tensors, reference, base = expected(case, dense_gradient, trained, device)
+    if upstream is not dense_gradient and upstream(tensors[0]).ne(dense_gradient(tensors[0])).any():  # other values
+        tensors, reference, base = expected(case, upstream, trained, device)
+    got = run(CASES[case][0], [layout(t) for t in tensors], upstream, trained)
     verdict = compare(got, reference, base, case)
     assert verdict, str(verdict)
 

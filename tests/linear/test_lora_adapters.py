@@ -495,14 +495,14 @@ def test_a_pre_hook_gives_one_sibling_another_input():
 def test_a_member_is_exchanged_for_another_module():
     """By setattr, for a subclass that computes something else: it is called, and nothing is computed in its place."""
 
-    class CountedForward(nn.Linear):
+    class Twice(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
     def exchange(model):
         torch.manual_seed(8)
         attention = model.base_model.model.model.layers[0].self_attn
-        attention.k_proj = CountedForward(32, 16, bias=False).to(next(model.parameters()).dtype)
+        attention.k_proj = Twice(32, 16, bias=False).to(next(model.parameters()).dtype)
 
     # fast=None: the foreign module stays stock, and the report says so; its siblings go on
     model = both(lambda: dense(target_modules=["q_proj", "v_proj"]), after=exchange, fast=None)

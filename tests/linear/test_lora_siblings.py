@@ -171,14 +171,14 @@ def test_a_member_called_inside_a_siblings_hook():
 def test_a_holder_called_inside_itself():
     """What the inner call leaves and clears is not the outer one's."""
 
-    class CountedForward(LlamaMLP):
+    class Twice(LlamaMLP):
         def forward(self, x, depth=1):
             gate = self.gate_proj(x)
             if depth:
                 gate = gate + self.gate_proj(self(x * 0.5, 0))
             return self.down_proj(F.silu(gate) * self.up_proj(x))
 
-    both(with_mlp(CountedForward), fast=None)
+    both(with_mlp(Twice), fast=None)
 
 
 @pytest.mark.parametrize("change", ["merge_and_unload", "unload", "replace"])

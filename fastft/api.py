@@ -15,9 +15,9 @@ from fastft.checkpointing.policy import Policy, parse
 from fastft.kinds import kinds
 from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
-from fastft.packing.hooks import attach, packing_of
+from fastft.packing.hooks import attach, packing_of, teach_again
 from fastft.packing.hooks import release as release_packing
-from fastft.patching.moved import unwatch_moves, watch_moves
+from fastft.patching.moved import moved_lines, unwatch_moves, watch_moves
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 
@@ -64,8 +64,8 @@ def patch(
         base = innermost(model)
         trl_head.watch(model, base)
         trl_head.bind(base)
+    watch_moves(model, kinds, teach_again)  # in front of the hooks that look at the batch
     attach(model, base, unpad)
-    watch_moves(model, kinds)
     if policy is not None or controller_of(base) is None:
         control(base, policy or Policy())
     if strict:
@@ -110,6 +110,7 @@ def report(model: nn.Module) -> PatchReport:
     """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or
     counted. Raises ValueError for a model that is not patched."""
     found = build_report(model)
+    found = replace(found, notes=(*found.notes, *moved_lines(model)))
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
     if (packing := packing_of(innermost(model))) is not None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from fastft.lm_head.liger import one_of_each_class, refuse
 from fastft.lm_head.trl_head_proof import OUTPUTS, prove
+from fastft.patching.entrances import entrances
 from fastft.proving.fingerprint import IdentityKey
 from fastft.proving.proof_cache import known_proof, proof_of
 from fastft.proving.proof_sizes import head_sizes
@@ -189,7 +190,7 @@ def release(base: nn.Module) -> None:
 
 def watch(model: nn.Module, base: nn.Module) -> None:
     """Let the modules through which a forward enters look for TRL's head."""
-    for module in _entrances(model, base):
+    for module in entrances(model, base):
         if not any(isinstance(h, Watch) for h in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(Watch(base))
 
@@ -200,9 +201,3 @@ def unwatch(model: nn.Module, base: nn.Module) -> None:
         for module in root.modules():
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Watch)]:
                 del module._forward_pre_hooks[key]
-
-
-def _entrances(model: nn.Module, base: nn.Module) -> list[nn.Module]:
-    tuner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
-    backbone = getattr(base, "base_model", None)
-    return [m for m in dict.fromkeys((model, tuner, base, backbone)) if isinstance(m, nn.Module)]

@@ -148,6 +148,15 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     return packing
 
 
+def teach_again(base: nn.Module) -> None:
+    """The attentions of a patched model, over the swaps that are there now: what they rebind was rebound by one of
+    those."""
+    packing = packing_of(base)
+    owner = None if packing is None else packing.owner()
+    if packing is not None and owner is not None:
+        packing.why_not = _prepare(packing, owner)
+
+
 def _prepare(packing: Packing, owner: nn.Module) -> str:
     """Teach the attentions; or why not."""
     name, cls = packing.implementation, type(owner)

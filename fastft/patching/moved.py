@@ -3,19 +3,23 @@
 For each proof that swapped something, one module's parameters stand for all that it serves. A forward pre-hook where
 forwards enter the model compares their devices and dtypes with those of the patch: some attribute reads a call. Where
 one differs, every swap is taken off, and the modules are recognised and proven as they are now; what fails stays stock.
-"""
+Nothing is raised in the caller's forward: where the proofs cannot be made, all of it stays stock, and the report says
+why."""
 
 from __future__ import annotations
 
 import copy
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
 from fastft.patching.patcher import Record, apply_kinds, devices_note, innermost, record_of
 from fastft.proving.prove import undisturbed
@@ -24,21 +28,29 @@ from fastft.swapping.stock_only import transformed
 from fastft.swapping.swap import is_fast, uninstall
 
 MOST = 8  # times that a model is proven again: more are somebody's who casts it at every step
+NO_MEMORY = "the model was moved, and no memory was left for the proofs there: stock until it is patched again"
+TOO_OFTEN = f"the model was moved or cast {MOST} times since its patch: stock until it is patched again"
+NOT_YET = "the model was moved or cast: it is proven again at its next forward"
 Standing = tuple[weakref.ref, str, torch.device, torch.dtype]
+_LOCK = threading.RLock()  # one thread proves; others that enter meanwhile wait for it
 
 
 def standing_of(base: nn.Module, record: Record) -> list[Standing]:
-    """(module, its parameter's name, device, dtype) of one module for each proof."""
+    """(module, its parameter's name, device, dtype) of one module for each proof, and of the model's first parameter:
+    what is swapped may have none of its own."""
     modules, first = dict(base.named_modules()), {}
     for outcome in record.outcomes.values():
         if outcome.proof is not None and outcome.kernel and outcome.name in modules:
             first.setdefault(id(outcome.proof), modules[outcome.name])
+    if not first:
+        return []
     found = {}
-    for module in first.values():
-        for owner in module.modules():
-            for name, p in owner._parameters.items():
-                if p is not None and p.device.type != "meta":
-                    found[id(owner), name] = (weakref.ref(owner), name, p.device, p.dtype)
+    with_parameters = next((m for m in base.modules() if any(p is not None for p in m._parameters.values())), None)
+    owners = [owner for module in first.values() for owner in module.modules()]
+    for owner in [*owners, *([] if with_parameters is None else [with_parameters])]:
+        for name, p in owner._parameters.items():
+            if p is not None:
+                found[id(owner), name] = (weakref.ref(owner), name, p.device, p.dtype)
     return list(found.values())
 
 
@@ -50,17 +62,19 @@ def is_managed(base: nn.Module) -> bool:
 
 
 class Moved:
-    """The pre-hook. kinds: makes fresh recognisers."""
+    """The pre-hook, one for all entrances of a model. kinds: makes fresh recognisers. renew: what else stands over the
+    swaps, done again over those that are there now."""
 
-    def __init__(self, base: nn.Module, kinds: Callable[[], Sequence[Kind]]):
-        self.base, self.kinds = weakref.ref(base), kinds
-        self.left = MOST
-        self.remember()
+    def __init__(self, base: nn.Module, kinds: Callable[[], Sequence[Kind]], renew: Callable[[nn.Module], None]):
+        self.base, self.kinds, self.renew = weakref.ref(base), kinds, renew
+        self.remember(MOST)
 
-    def remember(self) -> None:
+    def remember(self, left: int) -> None:
+        """The model as it is now; `left` times it may be proven again."""
         base = self.base()
         record = None if base is None else record_of(base)
         self.standing = [] if base is None or record is None else standing_of(base, record)
+        self.left = left
 
     def has_moved(self) -> bool:
         for ref, name, device, dtype in self.standing:
@@ -71,22 +85,28 @@ class Moved:
         return False
 
     def __call__(self, module: nn.Module, args) -> None:
-        if not self.left or torch.compiler.is_compiling() or "_is_replica" in module.__dict__ or not self.has_moved():
+        if torch.compiler.is_compiling() or "_is_replica" in module.__dict__ or not self.has_moved():
             return
         base = self.base()
         if base is None or transformed() or is_managed(base):
             return
-        self.left -= 1
-        try:
-            prove_again(base, self.kinds())
-        finally:
-            self.remember()
+        with _LOCK:
+            if not self.has_moved():  # another thread was here
+                return
+            try:
+                if self.left:
+                    prove_again(base, self.kinds())
+                else:
+                    all_stock(base, self.kinds(), TOO_OFTEN)
+            finally:
+                self.renew(base)
+                self.remember(max(0, self.left - 1))
 
     def __deepcopy__(self, memo) -> Moved:
         base = self.base()
         new = memo[id(self)] = Moved.__new__(Moved)
         new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
-        new.kinds, new.left, new.standing = self.kinds, self.left, []
+        new.kinds, new.renew, new.left, new.standing = self.kinds, self.renew, self.left, []
         for ref, *rest in self.standing:
             if (owner := ref()) is not None:
                 new.standing.append((weakref.ref(copy.deepcopy(owner, memo)), *rest))
@@ -99,37 +119,63 @@ class Moved:
 
 
 def prove_again(base: nn.Module, kinds: Sequence[Kind]) -> None:
-    """Swaps of `kinds` come off, and go on again where they are proven now. Without memory for the proofs the modules
-    stay stock, and the record says so."""
+    """Swaps of `kinds` come off, and go on again where they are proven now. What a proof or a recogniser raises leaves
+    all of them stock, and the record says so."""
     record = record_of(base)
     if record is None:
         return
+    before = dict(record.outcomes)
+    _take_off(base, kinds)
+    record.outcomes.clear()
+    try:
+        with undisturbed():
+            apply_kinds(base, kinds)
+    except Exception as e:
+        record.outcomes = before
+        why = (
+            NO_MEMORY if isinstance(e, PatchMemoryError) else f"when it was to be proven again: {type(e).__name__}: {e}"
+        )
+        all_stock(base, kinds, why)
+
+
+def all_stock(base: nn.Module, kinds: Sequence[Kind], why: str) -> None:
+    """Swaps of `kinds` come off; the record gives `why` for each."""
+    _take_off(base, kinds)
+    if (record := record_of(base)) is not None:
+        for key, outcome in record.outcomes.items():
+            if outcome.kernel:
+                record.outcomes[key] = replace(outcome, kernel="", proof=None, reason=why)
+        record.notes = devices_note(base)
+
+
+def _take_off(base: nn.Module, kinds: Sequence[Kind]) -> None:
     parts = {part for kind in kinds for part in getattr(kind, "parts", (kind.name,))}
     for module in list(base.modules()):
         for part in parts:
             if is_fast(module, part):
                 uninstall(module, part)
-    record.outcomes.clear()
-    try:
-        with undisturbed():
-            apply_kinds(base, kinds)
-    except PatchMemoryError:
-        record.notes = [
-            *devices_note(base),
-            "the model was moved, and no memory was left to prove its modules there: they run as in stock until it is "
-            "patched again",
-        ]
 
 
-def watch_moves(model: nn.Module, kinds: Callable[[], Sequence[Kind]]) -> None:
-    """One hook where forwards enter: on the model given and the innermost one. A second patch renews what it knows."""
+def watch_moves(
+    model: nn.Module, kinds: Callable[[], Sequence[Kind]], renew: Callable[[nn.Module], None] = lambda base: None
+) -> None:
+    """The hook where forwards enter. A second patch renews what it knows."""
     base = innermost(model)
-    for module in dict.fromkeys((model, base)):
-        known = [h for h in module._forward_pre_hooks.values() if isinstance(h, Moved)]
-        for hook in known:
-            hook.remember()
-        if not known:
-            module.register_forward_pre_hook(Moved(base, kinds))
+    places = entrances(model, base)
+    hook = next((h for m in places for h in m._forward_pre_hooks.values() if isinstance(h, Moved)), None)
+    if hook is None:
+        hook = Moved(base, kinds, renew)
+    else:
+        hook.remember(MOST)
+    for module in places:
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook)
+
+
+def moved_lines(model: nn.Module) -> list[str]:
+    """For the report: was the model moved since it was proven?"""
+    hooks = innermost(model)._forward_pre_hooks.values()
+    return [NOT_YET for h in hooks if isinstance(h, Moved) and h.has_moved()]
 
 
 def unwatch_moves(model: nn.Module) -> None:

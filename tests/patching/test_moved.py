@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
+from fastft.mlp.recogniser import MLPs
 from fastft.norm import norms
-from fastft.patching.moved import MOST, Moved
+from fastft.patching import moved, patcher
+from fastft.patching.moved import MOST, NOT_YET, TOO_OFTEN, Moved
 from fastft.proving import proof_cache
 from fastft.proving.float64 import float64_reference
+from fastft.rotary import rotary
 from fastft_kernels.numerics import compare
 
 CONFIG = LlamaConfig(
@@ -60,8 +64,9 @@ def test_a_cast_model_is_proven_in_its_new_dtype(dtype):
     ours, stock = fastft.patch(build()), build()
     assert dtypes(ours) == {"float32"}
     ours, stock = ours.to(dtype), stock.to(dtype)
-    assert dtypes(ours) == {"float32"}  # nothing was called yet
+    assert dtypes(ours) == {"float32"} and NOT_YET in fastft.report(ours).notes  # nothing was called yet
     found = step(ours)
+    assert NOT_YET not in fastft.report(ours).notes
     assert dtypes(ours) == {str(dtype).removeprefix("torch.")} and kinds(ours) == KINDS
     verdict = compare(found, exact(), step(stock))
     assert verdict, str(verdict)
@@ -126,12 +131,17 @@ def test_copies_pickles_and_the_undo():
     assert not any(isinstance(h, Moved) for m in ours.modules() for h in m._forward_pre_hooks.values())
 
 
-def test_a_model_that_is_cast_at_every_step_is_not_proven_for_ever():
-    ours = fastft.patch(build())
-    for i in range(MOST + 2):
+def test_a_model_that_is_cast_at_every_step_is_stock_at_last():
+    ours, stock = fastft.patch(build()), build()
+    for i in range(MOST):
+        stock = stock.half() if i % 2 == 0 else stock.float()
         step(ours.half() if i % 2 == 0 else ours.float())
-    hook = next(h for h in ours._forward_pre_hooks.values() if isinstance(h, Moved))
-    assert hook.left == 0
+    assert kinds(ours) == KINDS
+    stock = stock.bfloat16()
+    assert all(map(torch.equal, step(ours.bfloat16()), step(stock)))
+    assert not kinds(ours) and {r.reason for r in fastft.report(ours).stock} == {TOO_OFTEN}
+    fastft.patch(ours)
+    assert dtypes(ours) == {"bfloat16"}
 
 
 def test_no_work_for_what_only_looks():
@@ -145,3 +155,90 @@ def test_a_patch_inside_a_hook():
     ours.get_base_model().register_forward_pre_hook(lambda m, args: (fastft.patch(ours), None)[1], prepend=True)
     verdict = compare(step(ours), exact(), step(build()))
     assert verdict, str(verdict)
+
+
+def test_one_observation_a_move_and_none_for_a_model_that_stays(monkeypatch):
+    ours, calls = fastft.patch(build()), []
+    observe = patcher.observe
+    monkeypatch.setattr(patcher, "observe", lambda *given: (calls.append(1), observe(*given))[1])
+    step(ours)
+    assert not calls
+    step(ours.half())
+    step(ours)
+    assert len(calls) == 1
+
+
+def test_a_trainer_that_calls_the_backbone_alone():
+    ours = fastft.patch(build()).half()
+    ours.get_base_model().model(input_ids=IDS)
+    assert dtypes(ours) == {"float16"}
+
+
+def test_a_rotation_that_fails_runs_nowhere(monkeypatch):
+    """The packed attention is made of the forward that the rotation was put into."""
+    torch.manual_seed(0)
+    ours = fastft.patch(LlamaForCausalLM(CONFIG))
+    rope, ran = rotary.rope, []
+
+    def wrong(q, *args, **kwargs):
+        ran.append(q.dtype)
+        return tuple(t * (1.0 if q.dtype != torch.float16 else 1.05) for t in rope(q, *args, **kwargs))
+
+    monkeypatch.setattr(rotary, "rope", wrong)
+    proof_cache.CACHE.clear()
+    ours.half()(IDS)
+    proof_cache.CACHE.clear()
+    assert "rotary" not in kinds(ours)
+    ran.clear()
+    ours(IDS)
+    assert not ran
+
+
+def test_nothing_is_raised_in_the_callers_forward(monkeypatch):
+    def broken(self, module, context):
+        raise ZeroDivisionError("a recogniser's own")
+
+    ours, stock = fastft.patch(build()).half(), build().half()
+    monkeypatch.setattr(MLPs, "recognise", broken)
+    assert all(map(torch.equal, step(ours), step(stock)))
+    assert not kinds(ours) and all("a recogniser's own" in r.reason for r in fastft.report(ours).stock)
+
+
+def test_threads_that_enter_a_moved_model_prove_it_once(monkeypatch):
+    ours, calls = fastft.patch(build()).half(), []
+    again = moved.prove_again
+    monkeypatch.setattr(moved, "prove_again", lambda *given: (calls.append(1), again(*given)))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: ours(input_ids=IDS).logits.detach().clone(), range(2))
+    assert len(calls) == 1 and dtypes(ours) == {"float16"}
+    assert torch.allclose(first, second, atol=1e-2)
+
+
+def test_a_model_patched_without_values_is_proven_where_it_gets_them():
+    with torch.device("meta"):
+        ours = LlamaForCausalLM(CONFIG)
+    fastft.patch(ours)
+    assert kinds(ours) >= {"norm", "mlp", "head"}
+    torch.manual_seed(0)
+    values = LlamaForCausalLM(CONFIG).half()
+    ours.to_empty(device="cpu").half().load_state_dict(values.state_dict())
+    ours.model.rotary_emb.inv_freq = values.model.rotary_emb.inv_freq
+    ours(IDS)
+    assert dtypes(ours) == {"float16"}
+
+
+def test_another_device_is_another_proof(monkeypatch):
+    """What stands for a second device here is another name of the CPU."""
+    ours = fastft.patch(build())
+    step(ours)
+    before = set(proof_cache.CACHE)
+    monkeypatch.setattr(proof_cache, "device_key", lambda device: ("second", 9, 0))
+    for hook in {h for m in ours.modules() for h in m._forward_pre_hooks.values() if isinstance(h, Moved)}:
+        hook.standing = [(ref, name, torch.device("cuda", 0), dtype) for ref, name, _, dtype in hook.standing]
+    step(ours)
+    new = set(proof_cache.CACHE) - before
+    for key in new:
+        del proof_cache.CACHE[key]
+    assert {k[0] for k in new} >= KINDS and {k[2] for k in new} == {("second", 9, 0)}
+    assert {r.device for r in fastft.report(ours).swapped} == {"second sm_90"}
+    assert all(r.sizes for r in fastft.report(ours).swapped)

@@ -17,7 +17,7 @@ from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
 from fastft.packing.hooks import attach, packing_of, teach_again
 from fastft.packing.hooks import release as release_packing
-from fastft.patching.moved import moved_lines, unwatch_moves, watch_moves
+from fastft.patching.moved import follow_moves, moved_lines, unwatch_moves, watch_moves
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
 
@@ -35,7 +35,8 @@ def patch(
     instance.
 
     Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to
-    modules that are new and changes nothing else. No other model, class or library is touched.
+    modules that are new and changes nothing else. A model that is moved or cast afterwards is proven again at its next
+    forward, or when patched again (do so before torch.compile). No other model, class or library is touched.
 
     activation_policy: which layers keep their activations for the backward, see fastft/checkpointing/policy.py:
     "trainer" (the default of a
@@ -60,6 +61,7 @@ def patch(
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     # the user's random stream stands where it stood: proofs draw from a copy
     with torch.random.fork_rng(devices=list(cuda)):
+        follow_moves(model)
         apply_kinds(model, kinds())
         base = innermost(model)
         trl_head.watch(model, base)

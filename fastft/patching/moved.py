@@ -4,7 +4,7 @@ For each proof that swapped something, one module's parameters stand for all tha
 forwards enter the model compares their devices and dtypes with those of the patch: some attribute reads a call. Where
 one differs, every swap is taken off, and the modules are recognised and proven as they are now; what fails stays stock.
 Nothing is raised in the caller's forward: where the proofs cannot be made, all of it stays stock, and the report says
-why."""
+why. A compiled forward proves nothing: who moves a model and then compiles it patches it again in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -88,10 +88,13 @@ class Moved:
         if torch.compiler.is_compiling() or "_is_replica" in module.__dict__ or not self.has_moved():
             return
         base = self.base()
-        if base is None or transformed() or is_managed(base):
-            return
+        if base is not None and not transformed():
+            self.follow(base)
+
+    def follow(self, base: nn.Module) -> None:
+        """Prove the model as it is now, if it has moved."""
         with _LOCK:
-            if not self.has_moved():  # another thread was here
+            if not self.has_moved() or is_managed(base):  # has_moved: another thread may have been here
                 return
             try:
                 if self.left:
@@ -162,7 +165,7 @@ def watch_moves(
     """The hook where forwards enter. A second patch renews what it knows."""
     base = innermost(model)
     places = entrances(model, base)
-    hook = next((h for m in places for h in m._forward_pre_hooks.values() if isinstance(h, Moved)), None)
+    hook = _hook_of(places)
     if hook is None:
         hook = Moved(base, kinds, renew)
     else:
@@ -172,10 +175,23 @@ def watch_moves(
             module.register_forward_pre_hook(hook)
 
 
+def _hook_of(modules: Iterable[nn.Module]) -> Moved | None:
+    return next((h for m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Moved)), None)
+
+
+def follow_moves(model: nn.Module) -> None:
+    """What a second patch does first: modules that are swapped already were proven where they stood."""
+    base = innermost(model)
+    hook = _hook_of(entrances(model, base))
+    if hook is not None:
+        hook.left = MOST
+        hook.follow(base)
+
+
 def moved_lines(model: nn.Module) -> list[str]:
     """For the report: was the model moved since it was proven?"""
-    hooks = innermost(model)._forward_pre_hooks.values()
-    return [NOT_YET for h in hooks if isinstance(h, Moved) and h.has_moved()]
+    hook = _hook_of([innermost(model)])
+    return [NOT_YET] if hook is not None and hook.has_moved() else []
 
 
 def unwatch_moves(model: nn.Module) -> None:

@@ -174,6 +174,11 @@ def test_a_trainer_that_calls_the_backbone_alone():
     assert dtypes(ours) == {"float16"}
 
 
+def test_a_second_patch_proves_what_was_moved_before_it():
+    ours = fastft.patch(fastft.patch(build()).half())
+    assert dtypes(ours) == {"float16"} and kinds(ours) == KINDS
+
+
 def test_a_rotation_that_fails_runs_nowhere(monkeypatch):
     """The packed attention is made of the forward that the rotation was put into."""
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
 """The language model's head.
 
 head              recogniser, proof, replacement
-lazy_logits       the tensor that stands for the logits, and the functions it answers without making them
+lazy_logits       makes the tensor that stands for the logits; what it answers without making them
+lazy_logits_type  its type, and the calls that keep it lazy: scaling, caps, casts, positions
 lazy_tensor       tensors whose value is computed when something needs it
 lazy_rows         results by token that are still to be computed: log-probability, entropy
 lazy_divergences  divergences between two distributions over the vocabulary

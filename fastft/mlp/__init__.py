@@ -1,5 +1,6 @@
 """Feed-forward layers.
 
-mlp          recogniser, proof, replacement of gated and plain MLPs
+mlp          the replacement of gated and plain MLPs
+recogniser   which modules are MLPs; their proof
 activations  activation functions written out inside another module
 """

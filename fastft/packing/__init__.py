@@ -1,6 +1,7 @@
 """Packed rows without a dense mask, padded batches without their padding.
 
 packing       the decision, batch by batch, for one model
+hooks         where a batch enters the model, and where its layers are called
 entrance      the outermost forward: what it was given and what it returns
 batch         a batch as a row of documents
 documents     lengths of documents, and the mask that stands for them

@@ -1,8 +1,10 @@
 """Patching one model. Knows modules and tensors, no kind of module and no model.
 
-observe  one forward of the stock model on the meta device: what each module was given
-    observation_inputs  the tokens and patches that it is given
-kind     what a kind of module is to the patcher: a recogniser, and the candidates it answers with
-patcher  recognise, prove and swap over all modules of a model, and the exact undo
-report   what runs where, and why
+observe             one forward of the stock model on the meta device: what each module was given
+observation_inputs  the tokens and patches that it is given
+kind                what a kind of module is to the patcher: a recogniser, and the candidates it answers with
+patcher             recognise, prove and swap over all modules of a model, and the exact undo
+moved               a model that was moved or cast since: proven again before its next forward
+entrances           the modules through which a forward may enter
+report              what runs where, and why
 """

@@ -217,7 +217,7 @@ def _reshape(func):
         if not isinstance(x, LazyLogits):
             return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
-            probe = torch.empty(x.shape, device="meta")
+            probe = torch.empty(x.shape, dtype=torch.float32, device="meta")
             probe = func(probe, *args[1:], **kwargs)
         if (
             not isinstance(probe, T)

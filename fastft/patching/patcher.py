@@ -15,7 +15,7 @@ from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.report import PatchReport, Row
 from fastft.proving.proof_cache import proof_of
-from fastft.proving.prove import Proof
+from fastft.proving.prove import Proof, drawn_on_the_cpu
 from fastft.swapping.out_of_memory import PatchMemoryError, is_out_of_memory
 from fastft.swapping.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
 
@@ -110,7 +110,8 @@ def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
     with _uncounted(base):
         seen = observe(base, lambda fn: any(w(fn) for w in wants))
     try:
-        return _swap_all(record, Context(base, seen, {m: n for n, m in base.named_modules()}), kinds)
+        with drawn_on_the_cpu():
+            return _swap_all(record, Context(base, seen, {m: n for n, m in base.named_modules()}), kinds)
     finally:
         seen.forget()
 

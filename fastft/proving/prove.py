@@ -64,7 +64,13 @@ def undisturbed() -> Iterator[None]:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(drawn_on_the_cpu())
         yield
+
+
+def drawn_on_the_cpu() -> contextlib.AbstractContextManager:
+    """Where somebody has set another default device, proofs draw their numbers on the CPU all the same."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _flatten(out) -> list[torch.Tensor]:

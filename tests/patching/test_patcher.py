@@ -230,3 +230,15 @@ def test_a_model_that_does_not_say_where_its_embedding_is():
 
 def test_a_model_on_one_device_says_nothing_of_it():
     assert fastft.patching.patcher.devices_note(copy.deepcopy(dense())) == []
+
+
+def test_another_default_device():
+    """Proofs draw on the CPU where somebody has torch make its tensors elsewhere."""
+    model = llama()
+    proofs.CACHE.clear()
+    torch.set_default_device("meta")
+    try:
+        fastft.patch(model)
+    finally:
+        torch.set_default_device(None)
+    assert {r.kind for r in fastft.report(model).swapped} >= {"norm", "rotary", "mlp", "head"}

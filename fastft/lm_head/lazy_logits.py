@@ -26,8 +26,8 @@ from fastft.lm_head.lazy_logits_type import (
     _reshape,
     _tanh,
     _times,
-    as_it_is,
     clone,
+    contiguous,
     dtype_of,
     getitem,
     parts,
@@ -238,7 +238,7 @@ def _loss(func, form: str):
 
 def _table() -> dict:
     n = torch.nn.functional
-    table = {T.__getitem__: getitem, T.contiguous: as_it_is, T.clone: clone, torch.clone: clone}
+    table = {T.__getitem__: getitem, T.contiguous: contiguous, T.clone: clone, torch.clone: clone}
     table |= {f: _times(f) for f in (T.mul, T.__mul__, T.__rmul__, torch.mul, torch.multiply, T.multiply)}
     table |= {
         f: _over(f) for f in (T.div, T.__truediv__, torch.div, torch.true_divide, T.true_divide, T.divide, torch.divide)

@@ -234,9 +234,13 @@ def _reshape(func):
     return reshape
 
 
-def as_it_is(args, kwargs):
-    """What changes nothing (`contiguous`, a cast to the same dtype) returns its argument."""
-    return args[0] if isinstance(args[0], LazyLogits) else NotImplemented
+def contiguous(args, kwargs):
+    """What was computed lies in one piece: it is returned itself. A view may not, and what stock makes of it is
+    recorded, as a later call may ask for memory in one piece."""
+    x = args[0]
+    if not isinstance(x, LazyLogits):
+        return NotImplemented
+    return _logits(x.product, x.form, x.dtype, (T.contiguous, args, kwargs), view=True) if x.node.view else x
 
 
 def parts(func):

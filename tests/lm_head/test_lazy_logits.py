@@ -398,6 +398,24 @@ def test_it_is_a_tensor():
     assert (defer(h, w, None, count).detach().numpy() == z.detach().numpy()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 4), (B, -1), (-1, V)])
+def test_a_slice_in_one_piece_can_be_viewed(shape, dtype):
+    """Also where somebody has another default dtype."""
+    h, w, _ = draw(False)
+    cut = lambda z: z[:, :4].contiguous().view(shape)
+    torch.set_default_dtype(dtype)
+    try:
+        ours, stock = cut(defer(h, w, None, Counter())), cut(F.linear(h, w))
+        assert ours.shape == stock.shape and torch.equal(ours + 0, stock + 0)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (h, w)) for y in (ours, stock))):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    z = defer(h, w, None, Counter())
+    assert z.contiguous() is z and type(z[:, 1:].contiguous()) is LazyLogits
+
+
 def test_a_gradient_that_comes_from_outside_python():
     """C++ code that is given the wrapper finds a graph; what flows back into it reaches hidden and weight."""
 

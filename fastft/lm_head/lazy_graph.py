@@ -67,7 +67,7 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, make: Callable[[], torch.Tensor], node: Node, *inputs):
         ctx.set_materialize_grads(False)
-        ctx.node, ctx.keep, ctx.local = weakref.ref(node), None, None
+        ctx.node, ctx.keep, ctx.local, ctx.counts = weakref.ref(node), None, None, None
         return make()
 
     @staticmethod
@@ -76,6 +76,7 @@ class Connect(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if g is None or not any(wanted):
             return (None,) * (2 + len(wanted))
+        g = g if ctx.counts is None else ctx.counts(g)
         node = ctx.node()
         local = ctx.local or node.local("a gradient of the logits")
         if node is not None:
@@ -149,10 +150,10 @@ class _Shortcut(torch.autograd.Function):
             return g, None, None
         node.before_the_head_learns()
         fast, lazy = ctx.next_functions
-        return (None, g, None) if node.watched() or (_runs(lazy[0]) and not _runs(fast[0])) else (g, None, None)
+        return (None, g, None) if node.watched() or (runs(lazy[0]) and not runs(fast[0])) else (g, None, None)
 
 
-def _runs(grad_fn) -> bool:
+def runs(grad_fn) -> bool:
     """Will this backward (torch.autograd.grad asks for a part of the graph only) come to that node?"""
     try:
         return torch._C._will_engine_execute_node(grad_fn)

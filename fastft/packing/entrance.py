@@ -199,10 +199,12 @@ def protect(output, frame: ForwardFrame, underway: ActiveForwards, on_read, has_
             on_read()
         return seen["out"][key]
 
-    padding = frame.rows.padding
+    padding, module = frame.rows.padding, frame.module()
+    read = () if module is None else (*module.parameters(), *tree_leaves((frame.args, frame.kwargs)))
+    leaves = [t for t in read if isinstance(t, torch.Tensor) and t.requires_grad]
     for key, value in items:
         if isinstance(value, LazyTensor) and value.dim() > 2 and tuple(value.shape[:2]) == shape:
-            lazy[key] = Reread.make(value, Source(functools.partial(second, key), padding, has_bias))
+            lazy[key] = Reread.make(value, Source(functools.partial(second, key), padding, has_bias, leaves))
         elif any(isinstance(t, torch.Tensor) and t.dim() > 0 for t in tree_leaves(value)):
             return f"what it returns as {key} is made at once"
     if isinstance(output, tuple):

@@ -10,12 +10,15 @@ real positions. That of the padded positions goes, beside it, into the graph of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastft.lm_head.lazy_graph import runs
 from fastft.lm_head.lazy_tensor import LazyTensor
 
 T = torch.Tensor
@@ -73,10 +76,11 @@ _RECORDED = {T.clone, torch.clone, *_CASTS, T.detach, torch.detach, T.contiguous
 
 class Source:
     """make() -> the tensor of the second forward, with its graph. padding [B, S]: where it is needed. has_bias: the
-    head's bias learns, and would be given the padded positions' gradient twice."""
+    head's bias learns, and would be given the padded positions' gradient twice. leaves: what the second forward's
+    gradient goes to."""
 
-    def __init__(self, make: Callable[[], T], padding: T, has_bias: bool = False):
-        self.make, self.padding, self.has_bias = make, padding, has_bias
+    def __init__(self, make: Callable[[], T], padding: T, has_bias: bool = False, leaves: Sequence[T] = ()):
+        self.make, self.padding, self.has_bias, self.leaves = make, padding, has_bias, leaves
         self.made: T | None = None
         self.inside_a_function = (
             False  # read without a graph: perhaps by an autograd function, whose backward gives the gradient
@@ -93,16 +97,51 @@ class Source:
         return self.made
 
     def only_padding(self, g: T) -> T:
-        return g * self.padding.to(g.device).reshape(*self.padding.shape, *(1,) * (g.dim() - 2))
+        return _at(self.padding, g)
 
-    def rest(self, g: T) -> None:
-        """A gradient that came past `_Read`."""
+    def rest(self, g: T, wanted: Sequence[bool] | None) -> list[T | None]:
+        """A gradient that came past `_Read`. wanted: the leaves that a partial backward asks for, whose gradients are
+        returned for the graph to hand on; None: it is a whole backward, which writes to every leaf."""
+        found: list[T | None] = [None] * len(self.leaves)
         rest = self.only_padding(g)
         for sent in self.sent:
             rest = rest - sent
+        if wanted is not None and not any(wanted):
+            return found
         value = self.value()
-        if value.requires_grad and bool(rest.any()):
+        if not value.requires_grad or not bool(rest.any()):
+            return found
+        if wanted is None:
             torch.autograd.backward(value, rest, retain_graph=True)
+            return found
+        places = [i for i, want in enumerate(wanted) if want]
+        leaves = [self.leaves[i] for i in places]
+        with _without_hooks(leaves):
+            got = torch.autograd.grad(value, leaves, rest, retain_graph=True, allow_unused=True)
+        for i, x in zip(places, got):
+            found[i] = x
+        return found
+
+
+def _at(padding: T, g: T) -> T:
+    return g * padding.to(g.device).reshape(*padding.shape, *(1,) * (g.dim() - 2))
+
+
+def _but_at(padding: T, g: T) -> T:
+    return g - _at(padding, g)
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[T]) -> Iterator[None]:
+    """Hooks run once, on the gradient that the outer backward hands to the leaf."""
+    hooks = [(x._backward_hooks, dict(x._backward_hooks)) for x in leaves if x._backward_hooks]
+    try:
+        for table, _ in hooks:
+            table.clear()
+        yield
+    finally:
+        for table, before in hooks:
+            table.update(before)
 
 
 class _Padding(torch.autograd.Function):
@@ -123,10 +162,11 @@ class _Padding(torch.autograd.Function):
 
 
 class _Stand(torch.autograd.Function):
-    """A tensor without memory, behind the lazy logits."""
+    """A tensor without memory, behind the lazy logits. whole: a leaf of nobody's, which a whole backward comes to and a
+    partial one (torch.autograd.grad, or backward with `inputs`) does not."""
 
     @staticmethod
-    def forward(ctx, make: Callable[[], T], source: Source, lazy):
+    def forward(ctx, make: Callable[[], T], source: Source, lazy, whole: T, *leaves: T):
         ctx.set_materialize_grads(False)
         ctx.source = source
         return make()
@@ -134,12 +174,12 @@ class _Stand(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (g,) = grads
-        source = ctx.source
+        source: Source = ctx.source
+        given: list[T | None] = [None] * len(source.leaves)
         if g is not None and source.inside_a_function:
-            source.rest(g)
-        if g is not None and source.has_bias:
-            g = g - source.only_padding(g)
-        return None, None, g
+            _, (whole, _), *leaves = ctx.next_functions
+            given = source.rest(g, None if runs(whole) else [runs(leaf) for leaf, _ in leaves])
+        return None, None, g, None, *given
 
 
 class _Read(torch.autograd.Function):
@@ -171,11 +211,15 @@ class Reread(torch.Tensor):
             )
             if connected:
                 with torch.enable_grad():
-                    out = _Stand.apply(make, source, lazy)
+                    whole = torch.zeros((), requires_grad=True)
+                    out = _Stand.apply(make, source, lazy, whole, *source.leaves)
             else:
                 out = make()
         if isinstance(lazy, LazyTensor):
             lazy.node.behind = True
+            own: Any = lazy.node.connect()
+            if source.has_bias and of is None and own is not None:
+                own.counts = functools.partial(_but_at, source.padding)  # behind the hooks, which see it whole
         out.lazy, out.source, out.of, out.step = lazy if connected else None, source, of, step
         return out
 

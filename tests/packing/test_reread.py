@@ -103,6 +103,98 @@ def test_what_autograd_and_time_ask(way):
     assert unpadded(ours) == 1
 
 
+class LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        return z.softmax(-1) * g.unsqueeze(-1)
+
+
+def with_a_bias(model, learns=True):
+    old = model.lm_head
+    model.lm_head = torch.nn.Linear(old.in_features, old.out_features)
+    model.lm_head.weight.data.copy_(old.weight.data)
+    model.lm_head.bias.data.copy_(torch.randn(pm.VOCAB, generator=torch.Generator().manual_seed(7)) * 0.2)
+    model.lm_head.bias.requires_grad_(learns)
+    return model
+
+
+MODELS = {
+    "no bias": lambda: pm.build("full"),
+    "bias": lambda: with_a_bias(pm.build("full")),
+    "frozen bias": lambda: with_a_bias(pm.build("full"), learns=False),
+}
+
+
+def beside_stock(kind, step):
+    """In float64: of two graphs, whose rounding is not stock's."""
+    stock, ours = MODELS[kind]().double(), fastft.patch(MODELS[kind]()).double()
+    assert not agree(run(ours, step, reference=True), run(stock, step, reference=True))
+    assert unpadded(ours) == 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("wanted", ["all", "some", "logits", "inputs"])
+@pytest.mark.parametrize("function", [Half, LogSumExp])
+def test_a_partial_backward_through_a_function_gives_and_writes_what_stock_does(function, wanted, kind):
+    b = batch()
+
+    def step(m):
+        z = m(**b).logits
+        loss = function.apply(z).pow(2).mean()
+        norm = m.model.norm.weight
+        if wanted == "inputs":
+            loss.backward(inputs=[norm])
+            assert [p is norm for p in m.parameters() if p.grad is not None] == [True]
+            return gradients(m)
+        of = {"all": list(m.parameters()), "some": [norm], "logits": [z]}[wanted]
+        of = [t for t in of if t.requires_grad]
+        found = torch.autograd.grad(loss, of)
+        assert all(p.grad is None for p in m.parameters())
+        return {f"g{i}": g for i, g in enumerate(found)}
+
+    beside_stock(kind, step)
+
+
+def test_a_partial_backward_through_a_function_runs_the_hooks_of_parameters_once():
+    b = batch()
+
+    def step(m):
+        norm, calls = m.model.norm.weight, []
+        handle = norm.register_hook(lambda g: (calls.append(1), g * 0.5)[1])
+        (g,) = torch.autograd.grad(Half.apply(m(**b).logits).pow(2).mean(), [norm])
+        assert len(calls) == 1 and list(norm._backward_hooks) == [handle.id]
+        handle.remove()
+        return {"g": g}
+
+    beside_stock("no bias", step)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("way", ["hook", "retain", "grad"])
+def test_the_gradient_of_read_logits_has_its_padding_also_where_the_bias_learns(way, kind):
+    b = batch()
+
+    def step(m):
+        o, seen = m(**b), []
+        loss = o.loss + o.logits.pow(2).mean()
+        if way == "grad":
+            return {"g": torch.autograd.grad(loss, o.logits)[0]}
+        if way == "hook":
+            o.logits.register_hook(lambda g: seen.append(g.clone()))
+        else:
+            o.logits.retain_grad()
+        loss.backward()
+        return {"g": seen[0] if seen else o.logits.grad.clone(), **gradients(m)}
+
+    beside_stock(kind, step)
+
+
 def test_after_a_step_the_read_says_what_to_do():
     m, b = fastft.patch(pm.build("full")), batch()
     out = m(**b)

@@ -104,8 +104,9 @@ class EndForward:
 
 def _is_sharded(module: nn.Module) -> bool:
     """DeepSpeed gathers a sharded parameter by hooks that all ranks must reach alike: the trainer's own checkpointing
-    stays."""
-    return any(hasattr(p, "ds_id") for p in module.parameters())
+    stays. It shards all parameters of a model or none, so the first one is asked."""
+    first = next(module.parameters(), None)
+    return first is not None and hasattr(first, "ds_id")
 
 
 def _input_embeddings(base: Any) -> nn.Module | None:

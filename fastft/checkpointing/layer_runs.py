@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.checkpointing.embedding_input import Embedded
 from fastft.checkpointing.offload import HostTensor, Offloader
-from fastft_kernels.recompute.replay import again
+from fastft_kernels.recompute.replay import again, first_run
 
 CheckpointFunction = Callable[..., object]
 _PLAIN: dict[str, Any] = {"use_reentrant": False}
@@ -76,6 +76,13 @@ def lean(
     x = args[0].detach() if rows is not None else None
     with RestoredInputs(x, rows, offloader):
         return checkpoint(function, *(args if x is None else (x, *args[1:])), **_PLAIN)
+
+
+def as_asked(theirs: CheckpointFunction, function: Callable, *args):
+    """theirs(function, *args). A reentrant checkpoint's first run is without gradients; what is swapped inside must not
+    take that for evaluation, as the second run has to repeat its bits."""
+    with first_run():
+        return theirs(function, *args)
 
 
 def is_plain(function: CheckpointFunction) -> bool:

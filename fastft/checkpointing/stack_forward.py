@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
-from fastft.checkpointing.layer_runs import CheckpointFunction, is_plain, lean
+from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, is_plain, lean
 from fastft.checkpointing.layer_stack import Stack, kind_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
@@ -73,10 +73,10 @@ class Forward:
 
     def run(self, index: int, theirs: CheckpointFunction | None, function, args: tuple):
         if self.thread != threading.get_ident():  # another thread's forward of the same layers
-            return function(*args) if theirs is None else theirs(function, *args)
+            return function(*args) if theirs is None else as_asked(theirs, function, *args)
         self.ran, x = True, args[0] if args else None
         if not isinstance(x, torch.Tensor) or x.dim() < 2:
-            return function(*args) if theirs is None else theirs(function, *args)
+            return function(*args) if theirs is None else as_asked(theirs, function, *args)
         if self.split is None:
             self.split = self._decide(x)
         if self.split is None:
@@ -85,7 +85,7 @@ class Forward:
             return self._measured(index, function, args) if self._is_longer(index, x) else function(*args)
         if theirs is not None and (self.mode == "full" or not is_plain(theirs)):  # reentrant, selective, somebody's own
             self.counts["recomputed"] += 1
-            return theirs(function, *args)
+            return as_asked(theirs, function, *args)
         offloader = None
         if index < self.split.offloaded:
             offloader = self.offloader = self.offloader or Offloader(x.device)

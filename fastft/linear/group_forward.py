@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +27,14 @@ from fastft.linear.projection import (
     trains,
     would_repack,
 )
-from fastft.swapping.stock_only import stands_aside
+from fastft.linear.reading import Reading, is_4bit, is_at_rest, read
+from fastft.swapping.stock_only import stood_aside, transformed, without_gradients
 from fastft.swapping.swap import KEY, Replacement, is_fast, order
-from fastft_kernels.lora.lora_linear import Projection, lora_linear
+from fastft_kernels.lora.group import GroupTensors
+from fastft_kernels.lora.lora_linear import Projection, pack, run
 from fastft_kernels.quant.weights import as_weight
 from fastft_kernels.recompute.recomputation import recomputation_of
+from fastft_kernels.runtime.compat import dispatch_modes, is_dynamo_compiling
 from fastft_kernels.runtime.dispatch import wider
 
 KIND = "linear group"
@@ -40,46 +43,50 @@ OTHER_MODE = (
     "a member was called in another grad mode, autocast or saved-tensor hook than the first: it computed for itself"
 )
 OTHER_ADAPTERS = "adapters were switched between a group's members: one computed for itself"
+PLANS = 16  # kept a group, of as many input dtypes, widths, devices and autocast settings
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_PLAIN = (torch.Tensor, nn.Parameter)
 _hooks_on_saved = getattr(torch._C, "_autograd")._top_saved_tensors_default_hooks  # noqa: B009
 
 
-class Mode(NamedTuple):
-    """What a result was computed in, beside its input and its parameters: it is nobody else's where any of this
-    differs."""
+Mode = tuple
 
-    grad: bool
-    inference: bool
-    autocast: torch.dtype | None
-    anywhere: bool  # autocast as PEFT asks for it
-    hooks: object  # on saved tensors, the innermost
-    dispatch: int  # how many dispatch modes listen
 
-    @classmethod
-    def now(cls, device: str) -> Mode:
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        inference, anywhere = torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
-        return cls(
-            torch.is_grad_enabled(),
-            inference,
-            autocast,
-            anywhere,
-            _hooks_on_saved(True),
-            torch._C._len_torch_dispatch_stack(),
-        )
+def mode_now(device: str) -> Mode:
+    """What a result is computed in, beside its input and its parameters; it is nobody else's where any of this differs:
+    grad and inference mode, autocast's dtype, autocast as PEFT asks for it, the innermost hooks on saved tensors, how
+    many dispatch modes listen."""
+    grad = torch.is_grad_enabled()
+    return (
+        grad or torch.is_inference_mode_enabled(),
+        grad,
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        torch.is_autocast_enabled(),
+        _hooks_on_saved(True),
+        dispatch_modes(),
+    )
 
 
 def _adapters_are(module: Layer) -> tuple:
     """Which adapters of a member are on, and whether they drop out."""
     d = module.__dict__
-    return d["training"], d.get("_disable_adapters"), d.get("_active_adapter"), bool(d.get("merged_adapters"))
+    if "_active_adapter" not in d:
+        return (d["training"],)
+    active = d["_active_adapter"]
+    return (
+        d["training"],
+        d["_disable_adapters"],
+        active if active.__class__ is str else tuple(active),
+        not d["merged_adapters"],
+    )
 
 
-@dataclass
+@dataclass(slots=True)
 class HolderCall:
     """One call of a holder, as one group of its sees it: the results that wait for a member, and the tensor object they
     belong to."""
 
-    left: dict[int, tuple[torch.Tensor, tuple]] = field(default_factory=dict)
+    left: dict[Layer, tuple[torch.Tensor, tuple]] = field(default_factory=dict)
     x: torch.Tensor | None = None
     version: int = 0
     mode: Mode | None = None
@@ -90,18 +97,42 @@ class HolderCall:
 
     def take(self, module: Layer, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
         """(what was left for this call, or why what was left is none)."""
+        left = self.left
         if self.x is not x or self.version != _version(x):
             self.clear()
             return None, ""
-        found = self.left.pop(id(module), None)
-        mode = self.mode
-        if not self.left:
-            self.clear()
+        found = None
+        if module in left:
+            found = left[module]
+            del left[module]
+        if not left:
+            self.x = None
         if found is None:
             return None, ""
-        if mode != Mode.now(x.device.type):
+        if self.mode != mode_now(x.device.type):
             return None, OTHER_MODE
         return (found[0], "") if found[1] == _adapters_are(module) else (None, OTHER_ADAPTERS)
+
+
+class _Now(threading.local):
+    call: HolderCall | None = None
+
+
+@dataclass
+class Plan:
+    """What `LinearGroup.compute` found out for a member, for as long as the facts that it read hold. run: the places of
+    the members whose outputs are computed, among those that were read."""
+
+    facts: list[tuple]
+    run: tuple[int, ...]
+    tensors: GroupTensors
+
+    def holds(self, readings: list[Reading]) -> bool:
+        """Is everything as it was when the plan was made?"""
+        for (facts, _), were in zip(readings, self.facts):
+            if facts != were:
+                return False
+        return True
 
 
 @dataclass
@@ -111,7 +142,8 @@ class LinearGroup:
     what it left."""
 
     refs: list[Callable[[], Layer | None]]
-    now: threading.local = field(default_factory=threading.local)
+    now: _Now = field(default_factory=_Now)
+    plans: dict[tuple, Plan] = field(default_factory=dict)
     wasted: int = 0  # results in a row that their member could not take
 
     @classmethod
@@ -122,12 +154,8 @@ class LinearGroup:
     def members(self) -> list[Layer]:
         return [m for r in self.refs if (m := r()) is not None]
 
-    @property
-    def call(self) -> HolderCall | None:
-        return getattr(self.now, "call", None)
-
     def take(self, module: Layer, x: torch.Tensor) -> tuple[torch.Tensor | None, str]:
-        if (call := self.call) is None or call.x is None:
+        if (call := self.now.call) is None or call.x is None:
             return None, ""
         y, why = call.take(module, x)
         if y is not None:
@@ -138,35 +166,69 @@ class LinearGroup:
 
     def compute(self, module: Layer, x: torch.Tensor) -> torch.Tensor | None:
         """The module's own result; the later members' are left. None where stock is as good. Raises Inexpressible."""
+        compiling = is_dynamo_compiling()  # the compiler sees each product and schedules for itself
+        call = None if compiling or self.wasted >= PATIENCE else self.now.call
+        members = [module] if call is None or not self.refs[1:] else self._from(module)
+        key, readings = None, None if compiling else read(members)
+        if readings is not None:
+            kind = x.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            key = (x.dtype, x.shape[-1], x.device, autocast, torch.is_autocast_enabled(), len(members))
+            plan = self.plans[key] if key in self.plans else None
+            if plan is not None and plan.holds(readings):
+                tensors: tuple[torch.Tensor, ...] = ()
+                for i in plan.run:
+                    tensors += readings[i][1]
+                ys = run(plan.tensors, tensors, x, recomputation_of(x))
+                return ys[0] if not members[1:] else self._finish(call, members, plan.run, x, ys)
+        return self._compute_anew(call, members, x, key)
+
+    def _compute_anew(self, call: HolderCall | None, members: list[Layer], x: torch.Tensor, key: tuple | None):
+        """`compute`, from each member's description; kept as a plan under `key` where all of it can be read."""
+        module = members[0]
         own = describe(module)
         if elsewhere(own, x):
             # stock's error is the answer
             raise Inexpressible(f"a weight or an adapter is not on its input's device, {x.device}")
         if not trains(own) and not would_repack(module, x):
             return None
-        run, settled = [(module, own)], dtypes(module, x, own)
-        compiling = torch.compiler.is_compiling()  # the compiler sees each product and schedules for itself
-        call = None if compiling or self.wasted >= PATIENCE else self.call
-        for later in () if call is None else self._after(module):
+        places, projections, settled = [0], [own], dtypes(module, x, own)
+        for i, later in enumerate(members[1:], 1):
             try:
                 p = describe(later)
                 alike = dtypes(later, x, p).items() <= settled.items()
             except Inexpressible:
                 continue  # it says so itself when it is called
             if alike and not elsewhere(p, x) and p.weight.shape[1] == x.shape[-1] and not _instance_hooks(later):
-                run.append((later, p))
-        ys = lora_linear(x, [p for _, p in run], recomputation=recomputation_of(x), **settled)
-        if call is not None and len(run) > 1:
-            call.left = {id(m): (y, _adapters_are(m)) for (m, _), y in zip(run[1:], ys[1:])}
-            call.x, call.version, call.mode = x, _version(x), Mode.now(x.device.type)
+                places.append(i)
+                projections.append(p)
+        g, tensors = pack("lora_linear", x.shape[-1], x.dtype, projections, **settled)
+        if key is not None and (readings := read(members)) is not None:
+            if len(self.plans) >= PLANS:
+                self.plans.clear()
+            self.plans[key] = Plan([facts for facts, _ in readings], tuple(places), g)
+        return self._finish(call, members, tuple(places), x, run(g, tensors, x, recomputation_of(x)))
+
+    def _finish(self, call: HolderCall | None, members: list[Layer], places: tuple[int, ...], x: torch.Tensor, ys):
+        """The first member's output; the others' are left for them."""
+        if call is not None and places[1:]:
+            left = {}
+            for i, y in zip(places[1:], ys[1:]):
+                left[members[i]] = (y, _adapters_are(members[i]))
+            call.left, call.x, call.version, call.mode = left, x, _version(x), mode_now(x.device.type)
         return ys[0]
 
-    def _after(self, module: Layer) -> list[Layer]:
-        """The members that will be called after `module` and run here: not those that stay stock, and none for a copy
-        of a member."""
-        members = self.members
-        at = next((i for i, m in enumerate(members) if m is module), len(members))
-        return [m for m in members[at + 1 :] if is_fast(m, KIND)]
+    def _from(self, module: Layer) -> list[Layer]:
+        """`module`, and the members that will be called after it and run here: not those that stay stock, and none for
+        a copy of a member."""
+        found: list[Layer] = []
+        for ref in self.refs:
+            member = ref()
+            if member is module:
+                found.append(module)
+            elif found and member is not None and KEY in member.__dict__ and is_fast(member, KIND):
+                found.append(member)
+        return found or [module]
 
     def __deepcopy__(self, memo):
         """Where the copies of the members are, the copied holder knows, by their names below it: it finds them at its
@@ -217,13 +279,17 @@ def elsewhere(p: Projection, x: torch.Tensor) -> bool:
 def _version(x: torch.Tensor) -> int:
     """Counts in-place changes; a tensor of inference mode has no counter, and is then trusted for the length of its
     holder's call."""
-    return 0 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:
+        return 0
 
 
 def _instance_hooks(module: Layer) -> bool:
     """A hook may change the input, or (backward hooks) gives the module another tensor object: it then computes for
     itself."""
-    return any(module.__dict__.get(h) for h in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    d = module.__dict__
+    return bool(d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
 
 
 @order(40)
@@ -231,18 +297,30 @@ class FastLinear(Replacement):
     """Mixin of a group's members."""
 
     def forward(self, *args, **kwargs):
-        slot = self.__dict__.get(KEY)
-        if slot is None or stands_aside(slot.fallbacks, KIND):
+        d = self.__dict__
+        slot = d[KEY] if KEY in d else None
+        if slot is None:
             return super().forward(*args, **kwargs)
-        group: LinearGroup = slot.state(KIND)
-        why = _unusual(args, kwargs)
+        idle = without_gradients() or is_at_rest(slot, self)  # nothing to gain: stock's own, at stock's price
+        if idle and not is_4bit(slot, self):
+            return super().forward(*args, **kwargs)
+        group: LinearGroup = slot.parts[KIND][1]
+        x: Any = args[0] if args and not kwargs and not args[1:] else None
+        if x.__class__ in _PLAIN and x.dtype in FLOATING and x.ndim:
+            why = None
+        else:
+            why = _unusual(args, kwargs)
         if why is None:
             x = args[0]
+            if idle and not would_repack(self, x):
+                return super().forward(*args, **kwargs)
             y, note = group.take(self, x)
             if y is not None:
                 return y
             if note:
                 slot.fallbacks[f"linear group: {note}"] += 1
+            if transformed() and stood_aside(slot.fallbacks, KIND):
+                return super().forward(*args, **kwargs)
             try:
                 y = group.compute(self, x)
             except Inexpressible as e:
@@ -255,17 +333,16 @@ class FastLinear(Replacement):
 
 
 def _unusual(args: tuple, kwargs: dict) -> str | None:
-    if kwargs and kwargs.get("adapter_names") is not None:
-        return "mixed batch by adapter_names"
-    if len(args) != 1 or any(v is not None for v in kwargs.values()):
+    if kwargs:
+        if "adapter_names" in kwargs and kwargs["adapter_names"] is not None:
+            return "mixed batch by adapter_names"
+        if any(v is not None for v in kwargs.values()):
+            return "called with more than its input"
+    if len(args) != 1:
         return "called with more than its input"
     x = args[0]
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATING or x.ndim == 0:
         return "input is no floating-point tensor"
-    if (
-        type(x) in (torch.Tensor, nn.Parameter)
-        or torch.compiler.is_compiling()
-        or isinstance(x, torch._subclasses.FakeTensor)
-    ):
+    if x.__class__ in _PLAIN or is_dynamo_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         return None
     return f"input is a {type(x).__name__}"

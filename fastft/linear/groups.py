@@ -9,14 +9,11 @@ raises: an early-stopped recomputation, an exception, a generation loop leave no
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,7 +26,7 @@ from fastft.patching.patcher import Outcome, Record, record_of
 from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, undisturbed
 from fastft.swapping.out_of_memory import is_out_of_memory
-from fastft.swapping.stock_only import transformed
+from fastft.swapping.stock_only import without_gradients
 from fastft.swapping.swap import (
     KEY,
     Replacement,
@@ -42,26 +39,29 @@ from fastft.swapping.swap import (
     stock_class,
     uninstall,
 )
+from fastft_kernels.runtime.compat import is_dynamo_compiling
 
 HOLDER = "linear group holder"
 
 
 @dataclass
 class HolderGroups:
-    """What a holder keeps: its groups, and per group the members' names below the holder; name: the holder's in the
-    patched model, whose record hears of members that join later."""
+    """What a holder keeps: its groups, and per group the members' names below the holder, whole and in parts; name: the
+    holder's in the patched model, whose record hears of members that join later."""
 
     record: Record
     name: str
-    groups: list[tuple[LinearGroup, tuple[str, ...]]] = field(default_factory=list)
+    groups: list[tuple[LinearGroup, tuple[str, ...], tuple[tuple[str, ...], ...]]] = field(default_factory=list)
 
     def adopt(self, holder: nn.Module) -> None:
         """A member was wrapped or replaced since (an adapter was put on, or taken off): the module that stands there
         now joins."""
-        for group, paths in self.groups:
+        for group, paths, steps in self.groups:
             new = []
-            for i, path in enumerate(paths):
-                now = _below(holder, path)
+            for i, path in enumerate(steps):
+                now: Any = holder
+                for part in path:
+                    now = now._modules[part] if now is not None and part in now._modules else None
                 former = group.refs[i]()
                 if now is None or now is former:
                     continue
@@ -69,21 +69,22 @@ class HolderGroups:
                     _release(former, group)
                 group.refs[i] = weakref.ref(now)
                 if not _belongs(now, group):  # (it does in a copy)
-                    new.append((now, f"{self.name}.{path}" if self.name else path))
+                    new.append((now, f"{self.name}.{paths[i]}" if self.name else paths[i]))
             if new:
                 self._join(group, new)
 
     def drop_changed(self, holder: nn.Module) -> None:
         """Groups of which a member is not the one that it was are no groups any more: a patch finds them anew."""
-        for group, paths in list(self.groups):
+        for held in list(self.groups):
+            group, paths, _ = held
             if any(_below(holder, path) is not ref() for path, ref in zip(paths, group.refs)):
-                self.groups.remove((group, paths))
+                self.groups.remove(held)
                 for member in (*group.members, *(m for path in paths if (m := _below(holder, path)) is not None)):
                     _release(member, group)
 
     def dissolve(self) -> None:
         """Members that have left the model since, and that nobody else finds, are stock again too."""
-        for group, _ in self.groups:
+        for group, _, _ in self.groups:
             for member in group.members:
                 _release(member, group)
 
@@ -104,18 +105,23 @@ class HolderGroups:
                 if not is_fast(module, KIND):
                     install(module, KIND, FastLinear, group)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """What members leave for each other is this thread's, and gone when the holder's forward returns or raises."""
-        locals_ = [group.now for group, _ in self.groups]
-        before = [getattr(now, "call", None) for now in locals_]
-        for now in locals_:
-            now.call = HolderCall()
-        try:
-            yield
-        finally:
-            for now, was in zip(locals_, before):
-                now.call = was
+    def add(self, group: LinearGroup, paths: tuple[str, ...]) -> None:
+        """Take a group in, unless it is here already."""
+        if all(g is not group for g, _, _ in self.groups):
+            self.groups.append((group, paths, tuple(tuple(p.split(".")) for p in paths)))
+
+    def begin(self) -> list[HolderCall | None]:
+        """What members leave for each other from now on is this thread's; `end` of what this answers clears it."""
+        before: list[HolderCall | None] = []
+        for group, _, _ in self.groups:
+            before += (group.now.call,)
+            group.now.call = HolderCall()
+        return before
+
+    def end(self, before: list[HolderCall | None]) -> None:
+        """The holder's forward has returned or raised."""
+        for (group, _, _), was in zip(self.groups, before):
+            group.now.call = was
 
 
 def _proof_while_training(candidate: Candidate) -> Proof:
@@ -160,14 +166,20 @@ def holder_mixin(cls: type) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        slot = self.__dict__.get(KEY)
+        d = self.__dict__
+        slot = d[KEY] if KEY in d else None
         # a replica's parts are no members
-        if slot is None or torch.compiler.is_compiling() or transformed() or slot.owner() is not self:
+        if slot is None or is_dynamo_compiling() or slot.owner() is not self:
             return super(mixin, self).forward(*args, **kwargs)
-        held: HolderGroups = slot.state(HOLDER)
+        held: HolderGroups = slot.parts[HOLDER][1]
         held.adopt(self)
-        with held.running():
+        if without_gradients():  # the members are stock's own
             return super(mixin, self).forward(*args, **kwargs)
+        before = held.begin()
+        try:
+            return super(mixin, self).forward(*args, **kwargs)
+        finally:
+            held.end(before)
 
     mixin: Any = type("FastHolder", (Holder,), {"forward": forward})
     return mixin
@@ -217,8 +229,7 @@ class LinearGroups:
                     HolderGroups(record, context.names[holder]),
                 )
             held: HolderGroups = state_of(holder, HOLDER)
-            if all(g is not group for g, _ in held.groups):
-                held.groups.append((group, paths))
+            held.add(group, paths)
 
         candidate = _candidate(group)
         candidate.apply = apply

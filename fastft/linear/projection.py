@@ -47,6 +47,11 @@ BASES = (*DENSE, *(c for n, c in _BNB.items() if "." not in n))
 LORA_LAYERS = (peft_layer.Linear, *(c for n, c in _BNB.items() if "." in n))
 
 
+def bitsandbytes_class(name: str) -> type | None:
+    """bitsandbytes' layer class of this name, where it is installed."""
+    return _BNB.get(name)
+
+
 def is_unit(module: Layer) -> bool:
     """Could this module, by its class, be a member of a group?"""
     cls = stock_class(module)

@@ -8,17 +8,18 @@ called as modules, hooks and all."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed, without_gradients
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
-from fastft_kernels.mlp.glu import glu, glu_recompute
+from fastft_kernels.mlp.glu import GluSettings, glu_settings, run, run_again
 from fastft_kernels.recompute.recomputation import Recomputation, attach
 
 KIND = "mlp"
@@ -61,14 +62,19 @@ class Shape:
         if not self.gated:
             return activation(products[0], self.activation)
         gate, up = self.parts(*products)
-        return glu(gate, up, self.activation, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+        return run(gate, up, self.settings)
 
     def middle_again(self, *products: torch.Tensor) -> torch.Tensor:
         """`middle` outside autograd, bit for bit."""
         if not self.gated:
             return activation(products[0], self.activation)
         gate, up = self.parts(*products)
-        return glu_recompute(gate, up, self.activation, alpha=self.alpha, limit=self.limit, up_offset=self.up_offset)
+        return run_again(gate, up, self.settings)
+
+    @functools.cached_property
+    def settings(self) -> GluSettings:
+        """The GLU's, as the kernel takes them."""
+        return glu_settings(self.activation, self.alpha, self.limit, self.up_offset)
 
     def parts(self, *products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.split == "chunk":
@@ -84,10 +90,13 @@ class FastMLP(Replacement):
     recomputed, not saved."""
 
     def forward(self, *args, **kwargs):
-        slot = self.__dict__.get(KEY)
-        if slot is None or stands_aside(slot.fallbacks, KIND):
+        d = self.__dict__
+        slot = d[KEY] if KEY in d else None
+        if without_gradients() and gains_nothing(args):
             return super().forward(*args, **kwargs)
-        shape, seen = slot.state(KIND)
+        if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
+            return super().forward(*args, **kwargs)
+        shape, seen = slot.parts[KIND][1]
         why = _interposed(self, shape) or seen.changed(self)
         if len(args) != 1 or kwargs or why:
             slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
@@ -110,13 +119,16 @@ def _install(module: nn.Module, shape: Shape) -> None:
 
 def _interposed(module: nn.Module, shape: Shape) -> str:
     """Someone listens to a child that the fast forward does not call, or a dropout is on."""
+    children = module._modules
     for n in shape.others:
-        child = module._modules.get(n)
+        child = children[n] if n in children else None
         if child is None:
             return f"{n} was removed"
-        if any(child.__dict__.get(h) for h in _INTERPOSED):
-            return f"{n} carries a hook"
-        if child.training and getattr(child, "p", 0.0) > 0.0:
+        d = child.__dict__
+        for table in _INTERPOSED:
+            if d[table]:
+                return f"{n} carries a hook"
+        if d["training"] and "p" in d and d["p"] > 0.0:
             return f"{n} drops out"
     if shape.same_dtype:
         dtypes = [getattr(module._modules[n], "weight", None) for n in shape.calls]

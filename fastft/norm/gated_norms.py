@@ -20,7 +20,7 @@ from fastft.proving.float64 import float64_reference
 from fastft.proving.proof_sizes import FEW, norm_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
-from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.stock_only import stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order, stock_class
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm
@@ -71,7 +71,7 @@ class FastGatedNorm(Replacement):
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
-        if slot is None or stands_aside(slot.fallbacks, KIND):
+        if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
             return super().forward(*args, **kwargs)
         f, seen = slot.state(KIND)
         if why := seen.changed(self):

@@ -7,22 +7,24 @@ is read off its own answers."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed, without_gradients
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
-from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_with_rstd
+from fastft_kernels.norm.rms_norm import rms_norm, run, run_again
 from fastft_kernels.recompute.recomputation import Recomputation, attach
 from fastft_kernels.runtime.dispatch import wider
 
 KIND = "norm"
 MAX_WIDTH = 1 << 17
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -75,82 +77,107 @@ class Formula:
         )
 
 
+@dataclass(frozen=True)
+class Settings:
+    """A formula's arguments for an input and a weight of certain dtypes and a certain eps, and how the norm's output is
+    recomputed: tensors -> y, from what was saved and, differentiably, from x and the parameters."""
+
+    eps: float
+    cast_before: bool
+    out: torch.dtype
+    recompute: Callable[..., torch.Tensor]
+    formula: Callable[..., torch.Tensor]
+
+
+@dataclass
+class NormState:
+    """What a swapped norm keeps. found: the settings, by (dtype of x, dtype of the weight, eps)."""
+
+    formula: Formula
+    seen: ModuleSnapshot
+    found: dict[tuple, Settings] = field(default_factory=dict)
+
+    def settings(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Settings:
+        key = (x.dtype, None if weight is None else weight.dtype, bias is None, eps)
+        if key not in self.found:
+            self.found[key] = self._made(x, weight, bias, eps)
+        return self.found[key]
+
+    def _made(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Settings:
+        f, there = self.formula, (weight is not None, bias is not None)
+        out, before = f.out_dtype(x, weight), f.cast_of(x, weight) == "before"
+        if f.centred:
+            again: Callable = partial(_layer_norm_again, there, out)
+            return Settings(eps, before, out, again, partial(_layer_norm_formula, there, eps, out))
+        again = partial(run_again, f.offset, before, out)
+        return Settings(eps, before, out, again, partial(_rms_norm_formula, eps, f.offset, before, out))
+
+
 @order(50)
 class FastNorm(Replacement):
     """Mixin: one launch forward, one backward; the output carries the recomputation by which a consumer recomputes it
     instead of saving it."""
 
     def forward(self, *args, **kwargs):
-        slot = self.__dict__.get(KEY)
-        if slot is None or stands_aside(slot.fallbacks, KIND):
+        d = self.__dict__
+        slot = d[KEY] if KEY in d else None
+        if without_gradients() and gains_nothing(args):
             return super().forward(*args, **kwargs)
-        f, seen = slot.state(KIND)
-        x: Any = (
-            args[0]
-            if len(args) == 1 and not kwargs
-            else next(iter(kwargs.values()))
-            if len(kwargs) == 1 and not args
-            else None
-        )
-        weight = getattr(self, f.weight) if f.weight else None
-        bias = getattr(self, f.bias) if f.bias else None
-        why = seen.changed(self) or _gone(f, weight, bias) or _cannot(x, weight, bias)
+        if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
+            return super().forward(*args, **kwargs)
+        state: NormState = slot.parts[KIND][1]
+        f, parameters = state.formula, d["_parameters"]
+        x: Any = args[0] if len(args) == 1 and not kwargs else _only(args, kwargs)
+        weight = bias = None
+        if f.weight is not None:
+            weight = parameters[f.weight] if f.weight in parameters else getattr(self, f.weight)
+        if f.bias is not None:
+            bias = parameters[f.bias] if f.bias in parameters else getattr(self, f.bias)
+        why = state.seen.changed(self) or _gone(f, weight, bias) or _cannot(x, weight, bias)
         if why:
             slot.fallbacks[f"norm: {why}"] += 1
             return super().forward(*args, **kwargs)
-        eps, out = f.eps_of(self), f.out_dtype(x, weight)
+        settings = state.settings(x, weight, bias, f.eps_of(self))
         if f.centred:
             weight = f.weight_of(self)
-            y, mean, rstd = layer_norm_with_stats(x, weight, bias, eps, out_dtype=out)
+            y, mean, rstd = layer_norm_with_stats(x, weight, bias, settings.eps, out_dtype=settings.out)
             if y.requires_grad:
-                attach(
-                    y,
-                    _recomputation(
-                        (x, mean, rstd, weight, bias), layer_norm_recompute, _layer_norm, eps, out_dtype=out
-                    ),
-                )
+                tensors = tuple([t for t in (x, mean, rstd, weight, bias) if t is not None])
+                attach(y, Recomputation(tensors, settings.recompute, settings.formula))
             return y
-        cast = f.cast_of(x, weight)
-        y, rstd = rms_norm_with_rstd(x, weight, eps, offset=f.offset, cast=cast, out_dtype=out)
+        y, rstd = run(x, weight, settings.eps, f.offset, settings.cast_before, settings.out)
         if y.requires_grad:
-            attach(
-                y,
-                _recomputation(
-                    (x, rstd, weight), rms_norm_recompute, _rms_norm, eps, offset=f.offset, cast=cast, out_dtype=out
-                ),
-            )
+            tensors = (x, rstd) if weight is None else (x, rstd, weight)
+            attach(y, Recomputation(tensors, settings.recompute, settings.formula))
         return y
 
 
+def _only(args: tuple, kwargs: dict) -> Any:
+    """The one argument that was given by keyword; None where there are others."""
+    return next(iter(kwargs.values())) if len(kwargs) == 1 and not args else None
+
+
 def _install(module: nn.Module, f: Formula) -> None:
-    install(module, KIND, FastNorm, (f, ModuleSnapshot(module, but=(f.eps,))))
+    install(module, KIND, FastNorm, NormState(f, ModuleSnapshot(module, but=(f.eps,))))
 
 
-def _layer_norm(eps: float, x, mean, rstd, weight, bias, **settings) -> torch.Tensor:
-    return layer_norm(x, weight, bias, eps, **settings)
+def _layer_norm_again(there: tuple[bool, bool], out: torch.dtype, x, mean, rstd, *parameters) -> torch.Tensor:
+    return layer_norm_recompute(x, mean, rstd, *_placed(there, parameters), out_dtype=out)
 
 
-def _rms_norm(eps: float, x, rstd, weight, **settings) -> torch.Tensor:
-    return rms_norm(x, weight, eps, **settings)
+def _layer_norm_formula(there: tuple[bool, bool], eps: float, out, x, mean, rstd, *parameters) -> torch.Tensor:
+    weight, bias = _placed(there, parameters)
+    return layer_norm(x, weight, bias, eps, out_dtype=out)
 
 
-def _recomputation(
-    tensors: tuple[torch.Tensor | None, ...], recompute: Callable, formula: Callable, eps: float, **settings
-) -> Recomputation:
-    """Absent parameters are no tensors to save: they are passed as None again."""
-    there = [t is not None for t in tensors]
+def _placed(there: tuple[bool, bool], parameters: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
+    """(weight, bias): absent ones are no tensors to save, and are passed as None again."""
+    rest = iter(parameters)
+    return [next(rest) if t else None for t in there]
 
-    def arguments(saved: tuple[torch.Tensor, ...]):
-        rest = iter(saved)
-        return (next(rest) if t else None for t in there)
 
-    def again(*saved: torch.Tensor) -> torch.Tensor:
-        return recompute(*arguments(saved), **settings)
-
-    def differentiable(*saved: torch.Tensor) -> torch.Tensor:
-        return formula(eps, *arguments(saved), **settings)
-
-    return Recomputation(tuple(t for t in tensors if t is not None), again, differentiable)
+def _rms_norm_formula(eps: float, offset: float, before: bool, out, x, rstd, weight=None) -> torch.Tensor:
+    return rms_norm(x, weight, eps, offset=offset, cast="before" if before else "after", out_dtype=out)
 
 
 def _gone(f: Formula, weight, bias) -> str:
@@ -158,14 +185,14 @@ def _gone(f: Formula, weight, bias) -> str:
 
 
 def _cannot(x, weight, bias) -> str:
-    if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, torch._subclasses.FakeTensor):
+    if x.__class__ not in _PLAIN and not isinstance(x, torch._subclasses.FakeTensor):
         return "input is no plain tensor" if isinstance(x, torch.Tensor) else "called with more than one input"
-    if not x.is_floating_point():
+    if not x.dtype.is_floating_point:
         return "input is not floating point"
     for p in (weight, bias):
         if p is None:
             continue
-        if type(p) not in (torch.Tensor, nn.Parameter) and not isinstance(p, torch._subclasses.FakeTensor):
+        if p.__class__ not in _PLAIN and not isinstance(p, torch._subclasses.FakeTensor):
             return f"its parameter is a {type(p).__name__}"
         if p.shape != x.shape[-1:]:
             return "parameter is sharded or of another width"

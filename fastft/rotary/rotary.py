@@ -21,7 +21,7 @@ from fastft.proving.float64 import float64_reference
 from fastft.proving.prove import Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.rebind import global_calls, kept_current, rebind
-from fastft.swapping.stock_only import transformed
+from fastft.swapping.stock_only import gains_nothing, transformed, without_gradients
 from fastft.swapping.swap import Replacement, counts_itself, install, order, stock_class
 from fastft_kernels.rotary.rope import rope, rope_single
 from fastft_kernels.rotary.rope_kernels import LAYOUTS
@@ -66,20 +66,32 @@ def is_rotary(fn: Callable) -> bool:
     )
 
 
-def make_fast(stock: Callable, variant: Variant) -> Any:
+def make_fast(stock: Callable, variant: Variant, always: bool = False) -> Any:
     """The function that takes stock's place: same signature, one launch; hands back to stock what the kernel does not
-    take."""
+    take, and, unless `always`, what asks for no gradients on a device without kernels."""
     parameters = inspect.signature(stock).parameters
     names = tuple(parameters)
     known = {*variant.rotated, *variant.tables, "unsqueeze_dim"}
     default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else variant.axis
 
+    ordinary = (*variant.rotated, *TABLES)
+    in_order = names[:4] == ordinary and all(n in known for n in names)
+
     def run(*args, **kwargs):
-        given: dict[str, Any] = dict(zip(names, args))
-        given.update(kwargs)
-        xs: list[Any] = [given.get(n) for n in variant.rotated]
-        cos, sin = _cos_sin([given.get(n) for n in variant.tables])
-        extra = any(v is not None for k, v in given.items() if k not in known)
+        if not always and without_gradients() and gains_nothing(args):
+            return stock(*args, **kwargs)
+        xs: Any
+        cos: Any
+        sin: Any
+        given: dict[str, Any]
+        if in_order and len(args) == 4 and (not kwargs or tuple(kwargs) == ("unsqueeze_dim",)):
+            xs, cos, sin, extra, given = args[:2], args[2], args[3], False, kwargs
+        else:
+            given = dict(zip(names, args))
+            given.update(kwargs)
+            xs = [given.get(n) for n in variant.rotated]
+            cos, sin = _cos_sin([given.get(n) for n in variant.tables])
+            extra = any(v is not None for k, v in given.items() if k not in known)
         if not extra and not transformed() and _are_tensors(*xs, cos, sin):
             out = wider(xs[0].dtype, cos.dtype) if variant.promotes else None
             axis = given.get("unsqueeze_dim", default_axis)
@@ -113,8 +125,11 @@ def _cos_sin(tables: list[Any]) -> tuple[Any, Any]:
     return (t.real, t.imag) if isinstance(t, torch.Tensor) and t.is_complex() else (None, None)
 
 
-def _are_tensors(*values: object) -> bool:
-    return all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+def _are_tensors(*values: Any) -> bool:
+    for v in values:
+        if not isinstance(v, torch.Tensor) or not v.dtype.is_floating_point:
+            return False
+    return True
 
 
 def _is_input(value: object) -> bool:
@@ -320,7 +335,7 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
         for sign in (1, -1):
             for a in (1, 2, -2, None) if axis is None else (axis,):
                 variant = Variant(layout, sign, rotated, a, single, tables)
-                fast = make_fast(fn, variant)
+                fast = make_fast(fn, variant, always=True)
                 try:
                     with torch.no_grad():
                         ours = _Function(fast, call)(*tensors)

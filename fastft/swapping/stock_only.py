@@ -10,26 +10,43 @@ from collections import Counter
 import torch
 from torch.autograd import forward_ad
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+from fastft_kernels.recompute.replay import REPLAY
+from fastft_kernels.runtime.compat import (
+    compiler,
+    dispatch_modes,
+    is_dynamo_compiling,
+    is_proxy_traced,
+    is_tracing,
+    transforms_active,
+)
+from fastft_kernels.runtime.dispatch import use_triton
 
 
 def transformed() -> bool:
-    """Is this call one of those? Five look-ups, no import, no scan. (torch.compile is not:
+    """Is this call one of those? A few look-ups, no import, no scan. (torch.compile is not:
     `torch.compiler.is_compiling()` says that.)"""
-    if torch.compiler.is_compiling():  # the compiler cannot follow the other questions
+    if is_dynamo_compiling():  # the compiler cannot follow the other questions
         return torch.compiler.is_exporting()
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_dispatch_mode(_PROXY) is not None
-        or torch._C._is_tracing()
-    )
+    if transforms_active() or forward_ad._current_level >= 0 or is_tracing() or compiler._is_exporting_flag:
+        return True
+    return dispatch_modes() > 0 and is_proxy_traced()
 
 
-def stands_aside(fallbacks: Counter, kind: str) -> bool:
-    """`transformed()`, counted as a call that went the stock way."""
-    if not transformed():
-        return False
-    if not torch.compiler.is_compiling():
+def without_gradients() -> bool:
+    """Will nobody ask for this call's gradients? (The first run of a reentrant checkpoint, which the second repeats
+    with
+    gradients, is not one of these: both give the same bits.)"""
+    return not torch.is_grad_enabled() and not REPLAY.first
+
+
+def gains_nothing(args: tuple) -> bool:
+    """Asked where no gradients are wanted: does the first argument lie on a device without kernels? Stock is then as
+    good as the references, and costs the host less."""
+    return bool(args) and isinstance(args[0], torch.Tensor) and not use_triton(args[0])
+
+
+def stood_aside(fallbacks: Counter, kind: str) -> bool:
+    """Count a call that went the stock way as `transformed()`. Always True."""
+    if not is_dynamo_compiling():
         fallbacks[f"{kind}: under a torch.func transform, forward-mode differentiation or a tracer"] += 1
     return True

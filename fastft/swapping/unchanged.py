@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastft.swapping.swap import KEY, slot_of, stock_class
+from fastft.swapping.swap import KEY, stock_class
 
 _OWN = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward", "layer_idx", "_is_hf_initialized"}
 _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
@@ -35,18 +35,18 @@ class ModuleSnapshot:
 
     def changed(self, module: nn.Module) -> str:
         """Empty, or what is another now."""
-        slot = slot_of(module)
-        if (type(module) if slot is None else slot.stock) is not self.cls:
+        here = module.__dict__
+        if (here[KEY].stock if KEY in here else module.__class__) is not self.cls:
             return "its class is another"
         if self.cls.forward is not self.forward:
             return f"the forward of {self.cls.__name__} is another"
-        here = module.__dict__
         for name, was in self.attributes:
-            now = here.get(name, _MISSING)
+            now = here[name] if name in here else _MISSING
             if now is not was and not (type(now) is type(was) and isinstance(was, _NUMBERS) and now == was):
                 return f"{name} is another"
         for name, child in self.children:
-            now = module._modules.get(name)
+            children = here["_modules"]
+            now = children[name] if name in children else None
             if now is None:
                 return f"{name} was removed"
             if why := child.changed(now):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from fastft_kernels.lora import dropout
+from fastft_kernels.lora.plain_group import add_to, product, product_into, rows
 from fastft_kernels.quant.weights import WeightLayout, expand
 from fastft_kernels.runtime.dispatch import goes_to_cuda, wider
 
@@ -59,11 +60,9 @@ class GroupTensors(NamedTuple):
     out: torch.dtype
     projections: tuple[ProjectionSlot, ...]
     rank: int
+    adapters: tuple[AdapterSlot, ...]  # of all projections, in order
     drawn: torch.dtype | None = None  # the dtype of x in which dropout draws; None: that of A
-
-    @property
-    def adapters(self) -> list[AdapterSlot]:
-        return [a for p in self.projections for a in p.adapters]
+    plain: bool = False  # every tensor, x and the outputs are of one dtype; no dropout, no adapter bias: `plain_group`
 
 
 class SavedProjections(NamedTuple):
@@ -72,15 +71,6 @@ class SavedProjections(NamedTuple):
     xA: torch.Tensor | None  # [T, sum of ranks]
     draws: tuple[dropout.State | int | None, ...]  # per adapter: a replayable state, an index into masks, or no dropout
     masks: tuple[torch.Tensor, ...]
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., n] as a matrix [T, n] that a product takes without a copy of its own."""
-    x = x.reshape(-1, x.shape[-1])
-    if x.is_contiguous():
-        return x
-    (m, n), (s, t) = x.shape, x.stride()
-    return x if (t == 1 and s >= n) or (s == 1 and t >= m) else x.contiguous()
 
 
 @contextlib.contextmanager
@@ -143,32 +133,12 @@ def operands(
     return As, Bs, scratch
 
 
-def product(a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    """alpha a b, alpha applied before the result is rounded."""
-    if alpha == 1.0:
-        return torch.mm(a, b)
-    if torch.compiler.is_compiling() or b.shape[0] == 0:
-        return torch.mm(a, b) * alpha
-    return torch.addmm(b[:1], a, b, beta=0, alpha=alpha)  # beta=0: the first operand is only a shape
-
-
-def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
-    """out = alpha a b, whatever out held."""
-    if torch.compiler.is_compiling():
-        out.copy_(torch.mm(a, b) * alpha)
-    else:
-        out.addmm_(a, b, beta=0, alpha=alpha)
-
-
 def add_product(
     total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, alpha: float = 1.0
 ) -> torch.Tensor:
     """total + alpha a b in `dtype`, in place; a b as a new matrix if total is None. a, b in `dtype` or narrower."""
     if total is not None and dtype == a.dtype:
-        # CPU libraries add so few rows term by term: 1.7 times the rounding error
-        if a.device.type == "cpu" and a.shape[0] < 4:
-            return total.add_(torch.mm(a, b), alpha=alpha)
-        return total.addmm_(a, b, alpha=alpha)
+        return add_to(total, a, b, alpha)
     ab = torch.mm(a, b, out_dtype=dtype) if _widens(a, dtype) else torch.mm(a, b)
     return ab.to(dtype) if total is None else total.add_(ab)
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from fastft_kernels.lora import formula as lora_formula
-from fastft_kernels.lora import group
+from fastft_kernels.lora import group, plain_group
 from fastft_kernels.lora.group import AdapterSlot, GroupTensors, ProjectionSlot, SavedProjections
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
 from fastft_kernels.recompute.recomputation import Recomputation
-from fastft_kernels.recompute.replay import recomputing
+from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime import higher_order
+from fastft_kernels.runtime.compat import apply_directly, is_dynamo_compiling, transforms_active
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def pack(
     features: int,
     dtype: torch.dtype,
     projections: Sequence[Projection],
-    compute_dtype,
-    adapter_dtype,
-    out_dtype,
-    dropout_dtype=None,
+    compute_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    dropout_dtype: torch.dtype | None = None,
 ) -> tuple[GroupTensors, list[torch.Tensor]]:
     """The description of a group over inputs [..., features] of `dtype`, and its tensors. ValueError where shapes do
     not fit."""
@@ -88,7 +89,15 @@ def pack(
             )
             column += r
         slots.append(ProjectionSlot(weight.layout(), index, len(held), bias, tuple(adapters)))
-    return GroupTensors(compute, adapter_dtype, out_dtype or compute, tuple(slots), column, dropout_dtype), tensors
+    adapters = tuple(a for p in slots for a in p.adapters)
+    plain = (
+        dtype == compute == adapter_dtype == (out_dtype or compute)
+        and all(t.dtype == dtype for t in tensors)
+        and all(p.layout.kind == "dense" for p in slots)
+        and not any(a.p > 0 or a.bias >= 0 for a in adapters)
+    )
+    g = GroupTensors(compute, adapter_dtype, out_dtype or compute, tuple(slots), column, adapters, dropout_dtype, plain)
+    return g, tensors
 
 
 def _place(tensors: list[torch.Tensor], new: torch.Tensor | None) -> int:
@@ -102,12 +111,20 @@ def _place(tensors: list[torch.Tensor], new: torch.Tensor | None) -> int:
 def saved_input(g: GroupTensors, x: torch.Tensor) -> torch.Tensor:
     """x as the backward will want it: in the compute dtype where that is smaller and no product of the backward is
     wider."""
+    if g.plain:
+        return x
     return x.to(g.compute) if g.lora == g.compute and g.compute.itemsize < x.element_size() else x
 
 
 def input_needed(g: GroupTensors, needs: Sequence[bool]) -> bool:
     """Does a gradient that is wanted use x?"""
-    return any(needs[p.weight] or any(needs[a.A] for a in p.adapters) for p in g.projections)
+    for p in g.projections:
+        if needs[p.weight]:
+            return True
+    for a in g.adapters:
+        if needs[a.A]:
+            return True
+    return False
 
 
 def trainable(g: GroupTensors, needs: Sequence[bool], index: int) -> bool:
@@ -122,8 +139,10 @@ def source_of(
 ) -> Recomputation | None:
     """How the backward gets x, where x itself is not saved: its recomputation, or a narrower copy, both connected to
     x's graph."""
-    if recomputation is not None or torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+    if recomputation is not None or g.plain or torch.compiler.is_compiling():
         return recomputation
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return None
     narrow = g.lora == g.compute and g.compute.itemsize < x.element_size()
     return lora_formula.narrowed(x, g.compute) if narrow and input_needed(g, [p.requires_grad for p in t]) else None
 
@@ -141,22 +160,27 @@ def _remember(
     g: GroupTensors,
     source: Recomputation | None,
     x: torch.Tensor,
-    parameters,
-    kept: SavedProjections,
+    parameters: tuple[torch.Tensor, ...],
+    xA: torch.Tensor | None,
+    draws: tuple = (),
+    masks: tuple[torch.Tensor, ...] = (),
     first: int = 3,
 ) -> tuple[int, ...]:
     """Saves what the backward needs; the indices of the projections whose output has no gradient. first: the
     parameters' place among the function's arguments."""
-    want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + len(parameters)]
+    n = len(parameters)
+    want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + n]
     xs: tuple[torch.Tensor, ...] = ()
-    trained_B = any(needs[a.B] for a in g.adapters)
+    trained_B = False
+    for a in g.adapters:
+        trained_B = trained_B or needs[a.B]
     # the latter for second derivatives: a recomputation costs nothing
     if input_needed(g, needs) or (want and trained_B and source is not None):
         xs = source.tensors if source is not None else (saved_input(g, x),)
-    kept_xA = (kept.xA,) if kept.xA is not None and trained_B else ()
-    ctx.save_for_backward(*parameters, *xs, *kept_xA, *kept.masks)
+    kept_xA = (xA,) if xA is not None and trained_B else ()
+    ctx.save_for_backward(*parameters, *xs, *kept_xA, *masks)
     ctx.recompute, ctx.formula = (None, None) if source is None else (source.recompute, source.differentiable)
-    ctx.g, ctx.draws, ctx.counts = g, kept.draws, (len(parameters), len(xs), len(kept_xA))
+    ctx.g, ctx.draws, ctx.counts = g, draws or (None,) * len(g.adapters), (n, len(xs), len(kept_xA))
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.set_materialize_grads(False)
     return () if want else tuple(i for i in range(len(g.projections)) if not trainable(g, needs, i))
@@ -165,12 +189,17 @@ def _remember(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: GroupTensors, source: Recomputation | None, x: torch.Tensor, *parameters: torch.Tensor):
-        with group.exact_dtypes(x):
-            ys, kept = group.forward(g, parameters, x)
-            constant = _remember(ctx, g, source, x, parameters, kept)
-        ys = _shaped(ys, x)
-        ctx.mark_non_differentiable(*(ys[i] for i in constant))
-        return ys
+        if g.plain and not torch.is_autocast_enabled(x.device.type):
+            ys, xA = plain_group.forward(g, parameters, x)
+            constant = _remember(ctx, g, source, x, parameters, xA)
+        else:
+            with group.exact_dtypes(x):
+                ys, kept = group.forward(g, parameters, x)
+                constant = _remember(ctx, g, source, x, parameters, *kept)
+            ys = _shaped(ys, x)
+        if constant:
+            ctx.mark_non_differentiable(*(ys[i] for i in constant))
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
@@ -182,13 +211,20 @@ def _gradients(ctx, dys, first: int = 3) -> tuple[torch.Tensor | None, ...]:
     n, n_xs, n_xA = ctx.counts
     saved = ctx.saved_tensors
     parameters, xs, rest = saved[:n], saved[n : n + n_xs], saved[n + n_xs :]
-    if all(dy is None for dy in dys):
+    if not any(dy is not None for dy in dys):
         return (None,) * len(ctx.needs_input_grad)
     want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[first : first + n]
     kept = SavedProjections(rest[0] if n_xA else None, ctx.draws, rest[n_xA:])
     if higher_order.wanted():
         dx, *grads = _differentiable(ctx, dys, parameters, xs, kept, want, needs)
         return None, None, dx, *(None,) * (first - 3), *grads
+    if ctx.g.plain and not torch.is_autocast_enabled(parameters[0].device.type):
+        work = plain_group.PlainBackward(ctx.g, parameters, needs, kept.xA, dys)
+        dx, x = work.input_gradient(want), None
+        if n_xs and input_needed(ctx.g, needs):
+            x = ctx.recompute(*xs) if ctx.recompute is not None else xs[0]
+        grads = work.parameter_gradients(x)
+        return None, None, dx if dx is None else dx.view(ctx.x_shape), *(None,) * (first - 3), *grads
     with group.exact_dtypes(next(dy for dy in dys if dy is not None)):
         work = group.Backward(ctx.g, parameters, needs, kept, dys, ctx.x_shape)
         dx = work.input_gradient(want, ctx.x_dtype)
@@ -220,6 +256,9 @@ def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, 
     return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
 
 
+_apply = apply_directly(_LoraLinear)
+
+
 class _Keep(torch.autograd.Function):
     """The first half of _LoraLinear: saves the same tensors in the same order, and multiplies nothing but xA. Returns
     stand-ins for the outputs, of their shapes and without memory. started: an empty list that receives the state with
@@ -231,7 +270,7 @@ class _Keep(torch.autograd.Function):
     ):
         with group.exact_dtypes(x):
             started.append(group.low_rank(g, parameters, x))
-            constant = _remember(ctx, g, source, x, parameters, started[0].kept, first=4)
+            constant = _remember(ctx, g, source, x, parameters, *started[0].kept, first=4)
         stand_ins = tuple(x.new_empty((), dtype=g.out).expand(*x.shape[:-1], p.layout.shape[0]) for p in g.projections)
         ctx.mark_non_differentiable(*(stand_ins[i] for i in constant))
         return stand_ins
@@ -294,5 +333,17 @@ def lora_linear(
     g, tensors = pack(
         "lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype, dropout_dtype
     )
-    function = _saved_first if recomputing() else _LoraLinear.apply
-    return function(g, source_of(g, tensors, x, recomputation), x, *tensors)
+    if not is_dynamo_compiling() and transforms_active():
+        return _LoraLinear.apply(g, None, x, *tensors)  # torch says why it cannot
+    return run(g, tensors, x, recomputation)
+
+
+def run(
+    g: GroupTensors, tensors: Sequence[torch.Tensor], x: torch.Tensor, recomputation: Recomputation | None
+) -> tuple[torch.Tensor, ...]:
+    """`lora_linear` of what `pack` gave, outside torch.func transforms. g holds for other tensors of the same shapes,
+    dtypes and settings too."""
+    source = source_of(g, tensors, x, recomputation)
+    if is_dynamo_compiling():
+        return _LoraLinear.apply(g, source, x, *tensors)
+    return _saved_first(g, source, x, *tensors) if REPLAY.depth else _apply(g, source, x, *tensors)

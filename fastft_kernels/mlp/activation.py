@@ -83,6 +83,9 @@ def act_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
 
 def act_grad_ref(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
     """act'(x) in the dtype of x."""
+    if act == "silu" and alpha == 1:
+        s = torch.sigmoid(x)
+        return s + torch.sigmoid(-x).mul_(s).mul_(x)
     if act == "silu":
         return torch.sigmoid(alpha * x) + x * _sigmoid_grad_ref(alpha * x) * alpha
     if act == "gelu":

@@ -29,11 +29,20 @@ from fastft_kernels.mlp.activation import (
 )
 from fastft_kernels.runtime import higher_order
 from fastft_kernels.runtime.aot import AotCase
-from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
+from fastft_kernels.runtime.dispatch import (
+    KERNEL_DTYPES,
+    applied,
+    math_dtype,
+    on_device,
+    op,
+    quick_apply,
+    use_triton,
+    wider,
+)
 from fastft_kernels.runtime.language import tl, triton
 
 
-class _GluSettings(NamedTuple):
+class GluSettings(NamedTuple):
     """act, alpha: as `activation.resolve` gives them; limit: None is no clamp."""
 
     act: str
@@ -54,7 +63,7 @@ def glu_ref(
 ) -> torch.Tensor:
     """h in the dtype of gate and up."""
     g, u = _clamped(gate, up, limit)
-    return act_ref(g, act, alpha) * (u + offset)
+    return act_ref(g, act, alpha) * (u + offset if offset else u)
 
 
 def glu_plain(
@@ -71,7 +80,7 @@ def glu_bwd_ref(
 ):
     """(dgate or None, dup or None) in the dtype of gate and up."""
     g, u = _clamped(gate, up, limit)
-    dgate = dh * (u + offset) * act_grad_ref(g, act, alpha) if want_gate else None
+    dgate = dh * (u + offset if offset else u) * act_grad_ref(g, act, alpha) if want_gate else None
     dup = dh * act_ref(g, act, alpha) if want_up else None
     if limit is not None:
         dgate = dgate * (gate <= limit) if want_gate else None
@@ -181,10 +190,13 @@ def _like(x: torch.Tensor, want: bool = True) -> torch.Tensor:
     lambda gate, up, *form: _h(gate, up),
 )
 def _fwd(gate, up, act, alpha, limit, offset):
-    h = _h(gate, up)
     if not _kernels_run(gate, up):
-        f = math_dtype(h.dtype)
-        return h.copy_(glu_ref(gate.to(f), up.to(f), act, alpha, limit, offset))
+        dtype = wider(gate.dtype, up.dtype)
+        f = math_dtype(dtype)
+        if gate.dtype == up.dtype == f:
+            return glu_ref(gate, up, act, alpha, limit, offset).contiguous()
+        return glu_ref(gate.to(f), up.to(f), act, alpha, limit, offset).to(dtype).contiguous()
+    h = _h(gate, up)
     if h.numel():
         t, (gate, up) = tiled(gate, up)
         with on_device(h):
@@ -209,17 +221,22 @@ def _fwd(gate, up, act, alpha, limit, offset):
     return h
 
 
-def _launch_bwd(dh, gate, up, form: _GluSettings, want_gate: bool, want_up: bool, want_h: bool):
+def _bwd_reference(dh, gate, up, form: GluSettings, want_gate: bool, want_up: bool, want_h: bool):
+    dtype = wider(gate.dtype, up.dtype)
+    f = math_dtype(dtype)
+    g, u, d = (t if t.dtype == f else t.to(f) for t in (gate, up, dh))
+    dgate, dup = glu_bwd_ref(d, g, u, *form, want_gate, want_up)
+    dgate = _like(gate, False) if dgate is None else dgate.to(gate.dtype).contiguous()
+    dup = _like(up, False) if dup is None else dup.to(up.dtype).contiguous()
+    return dgate, dup, glu_ref(g, u, *form).to(dtype).contiguous() if want_h else _like(gate, False)
+
+
+def _launch_bwd(dh, gate, up, form: GluSettings, want_gate: bool, want_up: bool, want_h: bool):
     """(dgate, dup, h); what is not wanted has no elements."""
+    if not _kernels_run(gate, up, dh):
+        return _bwd_reference(dh, gate, up, form, want_gate, want_up, want_h)
     dgate, dup = _like(gate, want_gate), _like(up, want_up)
     h = _h(gate, up) if want_h else _like(gate, False)
-    if not _kernels_run(gate, up, dh):
-        f = math_dtype(wider(gate.dtype, up.dtype))
-        gate, up, dh = gate.to(f), up.to(f), dh.to(f)
-        for out, value in zip((dgate, dup), glu_bwd_ref(dh, gate, up, *form, want_gate, want_up)):
-            if value is not None:
-                out.copy_(value)
-        return dgate, dup, h.copy_(glu_ref(gate, up, *form)) if want_h else h
     if gate.numel():
         t, (dh2, gate2, up2) = tiled(dh, gate, up)
         with on_device(gate):
@@ -255,7 +272,7 @@ def _launch_bwd(dh, gate, up, form: _GluSettings, want_gate: bool, want_up: bool
     lambda dh, gate, up, act, alpha, limit, offset, want_gate, want_up: (_like(gate, want_gate), _like(up, want_up)),
 )
 def _bwd(dh, gate, up, act, alpha, limit, offset, want_gate, want_up):
-    return _launch_bwd(dh, gate, up, _GluSettings(act, alpha, limit, offset), want_gate, want_up, False)[:2]
+    return _launch_bwd(dh, gate, up, GluSettings(act, alpha, limit, offset), want_gate, want_up, False)[:2]
 
 
 @op(
@@ -264,7 +281,7 @@ def _bwd(dh, gate, up, act, alpha, limit, offset, want_gate, want_up):
     lambda dh, gate, up, *form: (_like(gate), _like(up), _h(gate, up)),
 )
 def _bwd_recompute(dh, gate, up, act, alpha, limit, offset):
-    return _launch_bwd(dh, gate, up, _GluSettings(act, alpha, limit, offset), True, True, True)
+    return _launch_bwd(dh, gate, up, GluSettings(act, alpha, limit, offset), True, True, True)
 
 
 # autograd
@@ -288,20 +305,44 @@ class _GLU(torch.autograd.Function):
         return dgate if want_gate else None, dup if want_up else None, None, None, None, None
 
 
+_run = quick_apply(_GLU)
 # public
 
 
 def _form(
     gate: torch.Tensor, up: torch.Tensor, activation: str, alpha: float | None, limit: float | None, up_offset: float
-) -> _GluSettings:
-    if gate.shape != up.shape or gate.dim() == 0:
+) -> GluSettings:
+    _check(gate, up)
+    return glu_settings(activation, alpha, limit, up_offset)
+
+
+def _check(gate: torch.Tensor, up: torch.Tensor) -> None:
+    if gate.shape != up.shape or gate.ndim == 0:
         raise ValueError(f"glu: want gate and up of one shape (..., N), got {tuple(gate.shape)} and {tuple(up.shape)}")
-    if not (gate.is_floating_point() and up.is_floating_point()):
+    if not (gate.dtype.is_floating_point and up.dtype.is_floating_point):
         raise ValueError(f"glu: want floating dtypes, got {gate.dtype} and {up.dtype}")
+
+
+def glu_settings(activation: str, alpha: float | None, limit: float | None, up_offset: float) -> GluSettings:
+    """`glu`'s settings as the kernels take them. Raises ValueError as `glu`."""
     if limit is not None and not limit > 0:
         raise ValueError(f"glu: want limit > 0 or None, got {limit}")
     act, alpha = resolve(activation, alpha)
-    return _GluSettings(act, alpha, None if limit is None else float(limit), float(up_offset))
+    return GluSettings(act, alpha, None if limit is None else float(limit), float(up_offset))
+
+
+def run(gate: torch.Tensor, up: torch.Tensor, settings: GluSettings) -> torch.Tensor:
+    """`glu` of settings that were made before, outside torch.func transforms."""
+    _check(gate, up)
+    return _run(gate, up, *settings)
+
+
+def run_again(gate: torch.Tensor, up: torch.Tensor, settings: GluSettings) -> torch.Tensor:
+    """`glu_recompute` of settings that were made before."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _fwd(gate, up, *settings)
+    return _fwd(gate, up, *settings)
 
 
 def glu(
@@ -323,7 +364,7 @@ def glu(
     gate and up (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone. Raises
     ValueError for shapes that differ, dtypes that are not floating, an unknown activation, an alpha that it does not
     have, and limit <= 0."""
-    return _GLU.apply(gate, up, *_form(gate, up, activation, alpha, limit, up_offset))
+    return applied(_GLU, gate, up, *_form(gate, up, activation, alpha, limit, up_offset))
 
 
 def glu_recompute(

@@ -16,7 +16,16 @@ import torch
 
 from fastft_kernels.norm.rms_norm_kernels import bwd_kernel, bwd_wide_kernel, fwd_kernel, fwd_wide_kernel
 from fastft_kernels.runtime import higher_order
-from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton, wider
+from fastft_kernels.runtime.dispatch import (
+    KERNEL_DTYPES,
+    applied,
+    math_dtype,
+    on_device,
+    op,
+    quick_apply,
+    use_triton,
+    wider,
+)
 from fastft_kernels.runtime.rows import (
     BWD_TILES,
     FWD_TILES,
@@ -108,6 +117,11 @@ def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute)
     return y
 
 
+def _is_plain(x, weight, offset, out_dtype) -> bool:
+    """Nothing is cast, and the weight is the factor."""
+    return weight is not None and not offset and x.dtype == weight.dtype == out_dtype == math_dtype(x.dtype)
+
+
 def _fwd_fake(x, weight, eps, offset, cast_before, out_dtype):
     return empty_rows_like(x, out_dtype), x.new_empty(count_rows(x), dtype=math_dtype(x.dtype))
 
@@ -121,11 +135,14 @@ def _fwd(x, weight, eps, offset, cast_before, out_dtype):
     if _runs_kernel(x, weight):
         rstd = x.new_empty(count_rows(x), dtype=torch.float32)
         return _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, False), rstd
-    xm = x.to(math_dtype(x.dtype))
+    math = math_dtype(x.dtype)
+    xm = x if x.dtype == math else x.to(math)
     n = xm.square()
     rstd = n.mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y = _scale_ref(torch.mul(xm, rstd, out=n), x.dtype, weight, offset, cast_before, out_dtype)
-    return in_rows_layout(y, x), rstd.reshape(-1).contiguous()
+    torch.mul(xm, rstd, out=n)
+    if _is_plain(x, weight, offset, out_dtype):
+        return in_rows_layout(n.mul_(weight), x), rstd.view(-1)
+    return in_rows_layout(_scale_ref(n, x.dtype, weight, offset, cast_before, out_dtype), x), rstd.view(-1)
 
 
 def _recompute_fake(x, rstd, weight, offset, cast_before, out_dtype):
@@ -140,6 +157,8 @@ def _recompute_fake(x, rstd, weight, offset, cast_before, out_dtype):
 def _recompute(x, rstd, weight, offset, cast_before, out_dtype):
     if _runs_kernel(x, weight):
         return _launch_fwd(x, weight, 0.0, rstd.contiguous(), offset, cast_before, out_dtype, True)
+    if _is_plain(x, weight, offset, out_dtype):
+        return in_rows_layout((x * rstd.view(*x.shape[:-1], 1)).mul_(weight), x)
     n = x.to(rstd.dtype) * rstd.view(*x.shape[:-1], 1)
     return in_rows_layout(_scale_ref(n, x.dtype, weight, offset, cast_before, out_dtype), x)
 
@@ -195,9 +214,12 @@ def _bwd(dy, x, rstd, weight, offset, need_dx, need_dw):
 
 def _bwd_ref(dy, x, rstd, weight, offset, need_dx, need_dw):
     """In two buffers: on a CPU it is fresh memory that costs the time."""
-    r, u = rstd.view(*x.shape[:-1], 1), None if weight is None else weight.to(rstd.dtype) + offset
-    dy = dy.to(rstd.dtype)
-    n = x.to(rstd.dtype) * r
+    math, r, u = rstd.dtype, rstd.view(*x.shape[:-1], 1), None
+    if weight is not None:
+        u = weight if weight.dtype == math else weight.to(math)
+        u = u + offset if offset else u
+    dy = dy if dy.dtype == math else dy.to(math)
+    n = (x if x.dtype == math else x.to(math)) * r
     products = dy * n
     dw = (
         products.reshape(-1, x.shape[-1]).sum(0, keepdim=True)
@@ -208,7 +230,8 @@ def _bwd_ref(dy, x, rstd, weight, offset, need_dx, need_dw):
         return x.new_empty(0), dw
     mean = (products if u is None else products.mul_(u)).mean(-1, keepdim=True)
     g = products.copy_(dy) if u is None else torch.mul(dy, u, out=products)
-    return in_rows_layout(g.sub_(n.mul_(mean)).mul_(r).to(x.dtype), x), dw
+    dx = g.sub_(n.mul_(mean)).mul_(r)
+    return in_rows_layout(dx if x.dtype == math else dx.to(x.dtype), x), dw
 
 
 # --- autograd
@@ -277,9 +300,22 @@ def rms_norm_with_rstd(
     gradient
     flows through r: it is there to compute y again from x."""
     _check("rms_norm", x, weight, offset, cast)
-    return _RMSNorm.apply(
-        x, weight, float(eps), float(offset), cast == "before", _out_dtype(x, weight, cast, out_dtype)
+    return applied(
+        _RMSNorm, x, weight, float(eps), float(offset), cast == "before", _out_dtype(x, weight, cast, out_dtype)
     )
+
+
+# (x, weight, eps, offset, cast_before, out_dtype) -> `rms_norm_with_rstd` of arguments that are known to fit, outside
+# torch.func transforms
+run = quick_apply(_RMSNorm)
+
+
+def run_again(offset: float, cast_before: bool, out_dtype: torch.dtype, x, rstd, weight=None) -> torch.Tensor:
+    """`rms_norm_recompute` of arguments that are known to fit."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _recompute(x, rstd, weight, offset, cast_before, out_dtype)
+    return _recompute(x, rstd, weight, offset, cast_before, out_dtype)
 
 
 @torch.no_grad()

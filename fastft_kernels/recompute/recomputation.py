@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-_ATTRIBUTE = "_fastft_recomputation"
+from fastft_kernels.runtime.compat import is_dynamo_compiling
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Recomputation:
     """`recompute(*tensors)` gives the tensor again: same shape, same dtype, same bits.
 
@@ -44,14 +45,15 @@ class Recomputation:
 def attach(y: torch.Tensor, recomputation: Recomputation) -> None:
     """Remember on the tensor object y how to recompute it. Does nothing while compiling, or where no graph is being
     built."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if is_dynamo_compiling() or not y.requires_grad:
         return
-    setattr(y, _ATTRIBUTE, (recomputation, y._version))
+    carrier: Any = y
+    carrier._fastft_recomputation = (recomputation, y._version)
 
 
 def recomputation_of(x: torch.Tensor) -> Recomputation | None:
     """The recomputation attached to this tensor object; None if there is none, or if x was changed in place since."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return None
-    recomputation, version = getattr(x, _ATTRIBUTE, (None, 0))
+    recomputation, version = getattr(x, "_fastft_recomputation", (None, 0))
     return recomputation if recomputation is not None and x._version == version else None

@@ -12,22 +12,34 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-import torch
 
-_STATE = threading.local()  # a backward runs in a thread of its own
+class _State(threading.local):
+    """This thread's (a backward runs in one of its own). depth: how many `again()` it is inside; functions then save
+    first and compute their output last. first: how many `first_run()`."""
+
+    depth = 0
+    first = 0
 
 
-def recomputing() -> bool:
-    """Is this thread inside `again()`? (Functions then save first and compute their output last.)"""
-    return not torch.compiler.is_compiling() and getattr(_STATE, "depth", 0) > 0
+REPLAY = _State()
+
+
+@contextlib.contextmanager
+def first_run() -> Iterator[None]:
+    """Surrounds the first run of a reentrant checkpoint, which is without gradients and is repeated with them."""
+    REPLAY.first += 1
+    try:
+        yield
+    finally:
+        REPLAY.first -= 1
 
 
 @contextlib.contextmanager
 def again() -> Iterator[None]:
     """Surrounds the second run of a checkpointed function. Results and saved tensors are those of the first, bit for
     bit."""
-    _STATE.depth = getattr(_STATE, "depth", 0) + 1
+    REPLAY.depth += 1
     try:
         yield
     finally:
-        _STATE.depth -= 1
+        REPLAY.depth -= 1

@@ -30,11 +30,14 @@ cos and sin as they were given (every layer shares them), never q or k."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from fastft_kernels.rotary.rope_kernels import LAYOUTS, RopeSettings, _launch, _table, head_axis
+from fastft_kernels.rotary.rope_kernels import LAYOUTS, RopeSettings, _launch, repeated_dim
 from fastft_kernels.runtime import higher_order
-from fastft_kernels.runtime.dispatch import op
+from fastft_kernels.runtime.compat import is_dynamo_compiling
+from fastft_kernels.runtime.dispatch import applied, op
 
 # reference
 
@@ -46,31 +49,40 @@ from fastft_kernels.runtime.dispatch import op
 
 
 def _check(name: str, xs: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor, form: RopeSettings) -> None:
+    if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
+        raise ValueError(f"{name}: want cos and sin that require no gradient (none is computed for them)")
+    check = _check_shapes.__wrapped__ if is_dynamo_compiling() else _check_shapes
+    dtypes = (*[x.dtype for x in xs], cos.dtype, sin.dtype)
+    check(name, tuple([x.shape for x in xs]), cos.shape, sin.shape, dtypes, form)
+
+
+@functools.lru_cache(256)
+def _check_shapes(name: str, shapes, cos, sin, dtypes, form: RopeSettings) -> None:
+    """shapes: of the tensors that are rotated; cos, sin: theirs. Raises ValueError; what fits is looked up from then
+    on."""
     if form.layout not in LAYOUTS:
         raise ValueError(f"{name}: want layout in {tuple(LAYOUTS)}, got {form.layout!r}")
     if form.sign not in (1.0, -1.0):
         raise ValueError(f"{name}: want sign 1 or -1, got {form.sign}")
-    if not all(t.is_floating_point() for t in (*xs, cos, sin)):
-        raise ValueError(f"{name}: want floating dtypes, got {[t.dtype for t in (*xs, cos, sin)]}")
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise ValueError(f"{name}: want cos and sin that require no gradient (none is computed for them)")
-    dims = cos.dim() + (form.axis is not None)
-    if cos.shape != sin.shape or not 2 <= dims <= 4:
-        raise ValueError(f"{name}: want cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    if form.axis is not None and (not -dims <= form.axis < dims - 1 or form.axis == -1):
-        raise ValueError(f"{name}: want unsqueeze_dim before the last of {dims} dims, got {form.axis}")
-    table = _table(cos, form.axis)
-    r = table.shape[-1] * (2 if LAYOUTS[form.layout].columns == "narrow" else 1)
-    head = head_axis(xs[0], table, form.axis) if xs[0].dim() == dims else 0
-    for x in xs:
-        if x.dim() != dims or r % 2 or not 0 < r <= x.shape[-1]:
-            raise ValueError(f"{name}: want an even number of rotary channels <= head_dim, got {r} of {tuple(x.shape)}")
+    if not all(d.is_floating_point for d in dtypes):
+        raise ValueError(f"{name}: want floating dtypes, got {list(dtypes)}")
+    dims = len(cos) + (form.axis is not None)
+    if cos != sin or not 2 <= dims <= 4:
+        raise ValueError(f"{name}: want cos and sin of one shape, got {tuple(cos)} and {tuple(sin)}")
+    table = tuple(cos)
+    if form.axis is not None:
+        if not -dims <= form.axis < dims - 1 or form.axis == -1:
+            raise ValueError(f"{name}: want unsqueeze_dim before the last of {dims} dims, got {form.axis}")
+        table = (*table[: form.axis % dims], 1, *table[form.axis % dims :])
+    r = table[-1] * (2 if LAYOUTS[form.layout].columns == "narrow" else 1)
+    head = repeated_dim(table, form.axis) if len(shapes[0]) == dims else 0
+    for shape in shapes:
+        if len(shape) != dims or r % 2 or not 0 < r <= shape[-1]:
+            raise ValueError(f"{name}: want an even number of rotary channels <= head_dim, got {r} of {tuple(shape)}")
         for i in range(dims - 1):
-            fits = table.shape[i] == 1 if i == head else table.shape[i] in (1, x.shape[i])
-            if not fits or (i != head and x.shape[i] != xs[0].shape[i]):
-                raise ValueError(
-                    f"{name}: want tables that fit {[tuple(v.shape) for v in xs]}, got {tuple(table.shape)}"
-                )
+            fits = table[i] == 1 if i == head else table[i] in (1, shape[i])
+            if not fits or (i != head and shape[i] != shapes[0][i]):
+                raise ValueError(f"{name}: want tables that fit {[tuple(s) for s in shapes]}, got {table}")
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype | None, order: list[int] | None) -> torch.Tensor:
@@ -83,7 +95,7 @@ def _empty(x: torch.Tensor, dtype: torch.dtype | None, order: list[int] | None) 
 
 def _order(x: torch.Tensor) -> list[int]:
     """Dims of a dense tensor from slowest to fastest in memory."""
-    return sorted(range(x.dim()), key=lambda i: -x.stride(i))
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
 _SETTINGS = "Tensor cos, Tensor sin, str layout, int? axis, float sign, bool transposed"
@@ -124,22 +136,23 @@ class _Rope(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.form = (layout, axis, sign)
         ctx.dtypes, ctx.orders = (q.dtype, k.dtype), (_order(yq), _order(yk))
-        still = [y for y, wanted in zip((yq, yk), ctx.needs_input_grad) if not wanted]
-        if len(still) == 1:
-            ctx.mark_non_differentiable(*still)
+        need_q, need_k = ctx.needs_input_grad[:2]
+        if need_q != need_k:
+            ctx.mark_non_differentiable(yk if need_q else yq)
         return yq, yk
 
     @staticmethod
     def backward(ctx, dyq, dyk):
         cos, sin = ctx.saved_tensors
-        wanted = [dy is not None and need for dy, need in zip((dyq, dyk), ctx.needs_input_grad)]
+        need_q, need_k = ctx.needs_input_grad[:2]
+        wanted = (need_q and dyq is not None, need_k and dyk is not None)
         if higher_order.wanted():
             dq, dk = (
                 _Rotation.apply(dy, cos, sin, ctx.form, True, dtype, order) if want else None
                 for dy, want, dtype, order in zip((dyq, dyk), wanted, ctx.dtypes, ctx.orders)
             )
             return dq, dk, None, None, None, None, None, None
-        if all(wanted):
+        if wanted[0] and wanted[1]:
             dq, dk = _rope(dyq, dyk, cos, sin, *ctx.form, True, *ctx.dtypes, *ctx.orders)
         else:
             dq, dk = (
@@ -217,7 +230,7 @@ def rope(
     gradient."""
     form = RopeSettings(layout, unsqueeze_dim, float(sign))
     _check("rope", (q, k), cos, sin, form)
-    return _Rope.apply(q, k, cos, sin, *form, out_dtype)
+    return applied(_Rope, q, k, cos, sin, *form, out_dtype)
 
 
 def rope_single(
@@ -233,4 +246,4 @@ def rope_single(
     """x rotated: `rope` for one tensor; arguments, saved tensors and errors as there."""
     form = RopeSettings(layout, unsqueeze_dim, float(sign))
     _check("rope_single", (x,), cos, sin, form)
-    return _RopeSingle.apply(x, cos, sin, *form, out_dtype)
+    return applied(_RopeSingle, x, cos, sin, *form, out_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -302,11 +303,12 @@ def _table(t: torch.Tensor, axis: int | None) -> torch.Tensor:
     return t if axis is None else t.unsqueeze(axis)
 
 
-def head_axis(x: torch.Tensor, table: torch.Tensor, axis: int | None) -> int:
-    """The dim of x over which the table is repeated; x.dim() - 1 where every dim before the last is a position."""
+def repeated_dim(table: Sequence[int], axis: int | None) -> int:
+    """The dim over which a table of this shape, as many dims as x, is repeated; the last where every dim before it is a
+    position."""
     if axis is not None:
-        return axis % x.dim()
-    return max((i for i in range(x.dim() - 1) if table.shape[i] == 1), default=x.dim() - 1)
+        return axis % len(table)
+    return max((i for i in range(len(table) - 1) if table[i] == 1), default=len(table) - 1)
 
 
 def _walk(x: torch.Tensor, head: int) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
@@ -317,21 +319,42 @@ def _walk(x: torch.Tensor, head: int) -> tuple[tuple[int, int, int], tuple[int, 
     return sizes, (*(0 if n == 1 else x.stride(i) for i, n in zip(dims, sizes)), x.stride(-1))
 
 
+def _reference(xs, cos, sin, layout: RopeLayout, sign: float, transposed: bool, ys) -> None:
+    """`rope_ref` of each x, in the widest dtype at hand."""
+    widest, plain = cos.dtype, layout is LAYOUTS["half"] and cos.shape[-1] == xs[0].shape[-1]
+    for t in (*xs, *ys, sin):
+        if t.dtype != widest:
+            widest, plain = wider(widest, t.dtype), False
+    math = math_dtype(widest)
+    if math != widest or not plain or xs[0].shape[-1] != xs[-1].shape[-1]:
+        cos, sin = cos.to(math), sin.to(math)
+        for x, y in zip(xs, ys):
+            rope_ref(x, cos, sin, layout, sign, transposed, y)
+        return
+    s1, s2 = sin.chunk(2, -1)
+    if transposed:
+        sign, s1, s2 = -sign, s2, s1
+    for x, y in zip(xs, ys):
+        torch.mul(x, cos, out=y)
+        (x1, x2), (y1, y2) = x.chunk(2, -1), y.chunk(2, -1)
+        if sign > 0:  # rounded as the usual expression rounds: on a CPU the bits are stock's
+            y1.sub_(x2 * s1)
+            y2.add_(x1 * s2)
+        else:
+            y1.add_(x2 * s1)
+            y2.sub_(x1 * s2)
+
+
 def _launch(xs: list[torch.Tensor], cos, sin, form: RopeSettings, transposed: bool, ys: list[torch.Tensor]) -> None:
     """Rotates one or two tensors into ys."""
     layout = LAYOUTS[form.layout]
     cos, sin = _table(cos, form.axis), _table(sin, form.axis)
     if not (use_triton(xs[0]) and all(x.dtype in KERNEL_DTYPES for x in (*xs, *ys))):
-        widest = cos.dtype
-        for t in (*xs, *ys, sin):
-            widest = wider(widest, t.dtype)
-        cos, sin = cos.to(math_dtype(widest)), sin.to(math_dtype(widest))
-        for x, y in zip(xs, ys):
-            rope_ref(x, cos, sin, layout, form.sign, transposed, y)
+        _reference(xs, cos, sin, layout, form.sign, transposed, ys)
         return
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    head = head_axis(xs[0], cos, form.axis)
+    head = repeated_dim(cos.shape, form.axis)
     half = cos.shape[-1] // (1 if layout.columns == "narrow" else 2)
     (batch, length, heads), q_steps = _walk(xs[0], head)
     k_heads, k_steps, yk_steps, k_rest = 0, (0,) * 4, (0,) * 4, 0

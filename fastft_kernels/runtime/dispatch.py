@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fastft_kernels.runtime.compat import apply_directly, dispatch_modes, is_dynamo_compiling, transforms_active
 from fastft_kernels.runtime.language import HAS_TRITON, InterpretedFunction, triton
 
 _LIBRARY = torch.library.Library("fastft", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAUNCHERS: dict[str, Callable] = {}  # an operator's name -> its launcher, for those who ask what it allocates inside
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _plans = 0  # how many `planned_for_cuda` are open
 
 
@@ -46,21 +48,49 @@ def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (a, b) else torch.float32
 
 
-def op(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Decorator: register a launcher as the operator `fastft::<schema>` and return the operator to call.
+def op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Decorator: register a launcher as the operator `fastft::<schema>` and return the function to call: the operator
+    where somebody listens to operators or traces them, else the launcher itself, as the dispatcher costs the host more
+    than most launches.
 
-    schema: "name(Tensor x, float eps) -> (Tensor, Tensor)"; fake: same arguments, returns empty tensors of the right
-    shape, dtype, stride."""
+    schema: "name(Tensor x, float eps) -> (Tensor, Tensor)", a tensor first; fake: same arguments, returns empty tensors
+    of the right shape, dtype, stride."""
     name = schema.split("(")[0]
 
-    def register(launcher: Callable) -> torch._ops.OpOverload:
+    def register(launcher: Callable) -> Callable:
         _LIBRARY.define(schema)
         LAUNCHERS[name] = launcher
         _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastft::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.fastft, name).default
+        overload = getattr(torch.ops.fastft, name).default
+
+        def call(x: torch.Tensor, *args, **kwargs):
+            if is_dynamo_compiling() or dispatch_modes() or type(x) not in _PLAIN:
+                return overload(x, *args, **kwargs)
+            return launcher(x, *args, **kwargs)
+
+        call.__name__ = call.__qualname__ = name
+        return call
 
     return register
+
+
+def applied(function: type[torch.autograd.Function], *args):
+    """function.apply(*args)"""
+    if is_dynamo_compiling() or transforms_active():
+        return function.apply(*args)
+    return apply_directly(function)(*args)
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply, for callers that know that no torch.func transform is active: two calls instead of two for each
+    argument."""
+    direct = apply_directly(function)
+
+    def call(*args):
+        return function.apply(*args) if is_dynamo_compiling() else direct(*args)
+
+    return call
 
 
 def on_device(x: torch.Tensor):

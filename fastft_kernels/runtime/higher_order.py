@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastft_kernels.runtime.compat import is_dynamo_compiling
+
 
 def wanted() -> bool:
     """Asked inside a backward: will its result be differentiated?"""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 def gradients(

@@ -278,10 +278,16 @@ def test_operators_are_registered_right(dtype, device):
     for view in (x, x.transpose(1, 2), x[..., :8].transpose(1, 2)):
         weight, bias = (t[: view.shape[-1]].contiguous() for t in (w, b))
         y, mean, rstd = module._fwd(view, weight, bias, EPS, dtype)
-        torch.library.opcheck(module._fwd, (view, weight, bias, EPS, dtype), test_utils=checks)
-        torch.library.opcheck(module._recompute, (view, mean, rstd, weight, bias, dtype), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.fastft.layer_norm_fwd.default, (view, weight, bias, EPS, dtype), test_utils=checks
+        )
+        torch.library.opcheck(
+            torch.ops.fastft.layer_norm_recompute.default, (view, mean, rstd, weight, bias, dtype), test_utils=checks
+        )
         for need in ((True, True, True), (True, False, False), (False, False, True)):
-            torch.library.opcheck(module._bwd, (y, view, mean, rstd, weight, *need), test_utils=checks)
+            torch.library.opcheck(
+                torch.ops.fastft.layer_norm_bwd.default, (y, view, mean, rstd, weight, *need), test_utils=checks
+            )
 
 
 def test_fake_tensors(dtype):

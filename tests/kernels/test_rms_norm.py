@@ -339,10 +339,16 @@ def test_operators_are_registered_right(dtype, device):
         weight = w[: view.shape[-1]].contiguous()
         y, rstd = module._fwd(view, weight, EPS, 0.0, True, dtype)
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(module._fwd, (view, weight, EPS, 0.0, True, dtype), test_utils=checks)
-        torch.library.opcheck(module._recompute, (view, rstd, weight, 0.0, True, dtype), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.fastft.rms_norm_fwd.default, (view, weight, EPS, 0.0, True, dtype), test_utils=checks
+        )
+        torch.library.opcheck(
+            torch.ops.fastft.rms_norm_recompute.default, (view, rstd, weight, 0.0, True, dtype), test_utils=checks
+        )
         for need_dx, need_dw in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(module._bwd, (y, view, rstd, weight, 0.0, need_dx, need_dw), test_utils=checks)
+            torch.library.opcheck(
+                torch.ops.fastft.rms_norm_bwd.default, (y, view, rstd, weight, 0.0, need_dx, need_dw), test_utils=checks
+            )
 
 
 def test_fake_tensors(dtype):

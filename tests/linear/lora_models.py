@@ -262,4 +262,4 @@ def groups_of(model: nn.Module) -> list:
     from fastft.swapping.swap import slot_of
 
     slots = [slot_of(m) for m in model.modules()]
-    return [g for s in slots if s is not None and HOLDER in s.parts for g, _ in s.state(HOLDER).groups]
+    return [g for s in slots if s is not None and HOLDER in s.parts for g, *_ in s.state(HOLDER).groups]

@@ -252,14 +252,14 @@ def test_the_mask_of_dropout_is_judged(base, wrong, monkeypatch):
 def test_what_goes_wrong_under_autocast_only_is_found(monkeypatch):
     from fastft.linear import group_forward as linear_group
 
-    right = linear_group.lora_linear
+    right = linear_group.run
 
-    def wrong(x, projections, **settings):
-        ys = right(x, projections, **settings)
+    def wrong(g, tensors, x, recomputation):
+        ys = right(g, tensors, x, recomputation)
         return tuple(y * 1.1 for y in ys) if torch.is_autocast_enabled("cpu") else ys
 
     members = pair(64, "dense")
-    monkeypatch.setattr(linear_group, "lora_linear", wrong)
+    monkeypatch.setattr(linear_group, "run", wrong)
     found = proof(members)
     assert not found.ok and "under autocast to bfloat16" in found.reason
 

@@ -83,7 +83,10 @@ def with_mlp(cls, **lora):
 def test_each_member_in_the_mode_of_its_own_call(cls):
     model = both(with_mlp(cls), fast=None)
     went = fallbacks(model)
-    assert any(MISSED in k or "adapters were switched" in k for k in went), went
+    if cls is OtherAdapters:
+        assert any("adapters were switched" in k for k in went), went
+    else:  # a member without gradients is stock's own, and leaves nothing that could be taken
+        assert not went
     assert all(is_fast(m.gate_proj, KIND) for m in model.modules() if isinstance(m, cls))
 
 

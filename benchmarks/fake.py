@@ -177,8 +177,7 @@ def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn
 
 def _causal(backbone: nn.Module) -> None:
     """Whether rows are packed is a question that fake tensors cannot answer, and a dense mask is the careful answer.
-    Here nothing is
-    packed: this instance's forward makes no mask, as a real run makes none."""
+    Here nothing is packed: this instance's forward makes no mask, as a real run makes none."""
     backbone.forward = types.MethodType(
         rebind(type(backbone).forward, {"create_causal_mask": lambda **kwargs: None}), backbone
     )

@@ -12,10 +12,9 @@ determinism  two runs, the same bits; where not, the first operation that does n
 planner      predicted against measured memory
 
 Each section is a process of its own with its share of the time; what one leaves is the next ones'. While one measures,
-the next imports. Rows
-are written as they come: gpu-DEVICE-DATE.json and .md in benchmarks/results (with --tiny: in a temporary folder, and
-all of it on small shapes, on a CPU as well). What ran out of time, memory or luck is a row that says so. Exit code 1
-where a row is red or failed."""
+the next imports. Rows are written as they come: gpu-DEVICE-DATE.json and .md in benchmarks/results (with --tiny: in a
+temporary folder, and all of it on small shapes, on a CPU as well). What ran out of time, memory or luck is a row that
+says so. Exit code 1 where a row is red or failed."""
 
 from __future__ import annotations
 

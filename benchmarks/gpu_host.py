@@ -100,9 +100,8 @@ def attentions(device: torch.device) -> dict[str, Callable]:
 
 def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
     """Three steps, twice, each with a fresh patch; torch is told to be deterministic where it can. Where two runs
-    differ, one step is run
-    twice more with every operator watched: what is ours must repeat, else the row is red; else it names the first
-    operation that does not, and whose it is."""
+    differ, one step is run twice more with every operator watched: what is ours must repeat, else the row is red; else
+    it names the first operation that does not, and whose it is."""
     config, lengths = config_small(tiny, layers=2 if tiny else 4), ([16, 9] if tiny else [512, 300])
 
     def trained(attention: Callable, steps: int) -> list[torch.Tensor]:

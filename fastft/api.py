@@ -39,15 +39,14 @@ def patch(
     forward, or when patched again (do so before torch.compile). No other model, class or library is touched.
 
     activation_policy: which layers keep their activations for the backward, see fastft/checkpointing/policy.py:
-    "trainer" (the default of a
-    first patch: those that the trainer does not checkpoint), "auto", "none", "lean", "full", "offload", a number of
-    layers to recompute, or a memory budget such as "20GiB". Gradients are the same bits under all of them.
+    "trainer" (the default of a first patch: those that the trainer does not checkpoint), "auto", "none", "lean",
+    "full", "offload", a number of layers to recompute, or a memory budget such as "20GiB". Gradients are the same bits
+    under all of them.
 
     unpad: whether padded training batches run without their padding, see fastft/packing/packing.py. None (the default
-    of a first patch):
-    where that is provably the same; True: also where dropout is on, which then draws other values of the same
-    distribution; False: never. Either way only where nothing that leaves the model depends on the padding; logits that
-    are read are a second, padded forward's.
+    of a first patch): where that is provably the same; True: also where dropout is on, which then draws other values of
+    the same distribution; False: never. Either way only where nothing that leaves the model depends on the padding;
+    logits that are read are a second, padded forward's.
 
     Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which
     Liger's kernels stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser

@@ -50,9 +50,8 @@ def run(
     module: Annotated[bool, typer.Option("-m", help="TARGET is a module, as in `python -m`.")] = False,
 ) -> None:
     """Run a training script unchanged, its models patched: `fastft run train.py --lr 1e-4`, `fastft run -m
-    package.train`, or an
-    installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit code is the
-    script's."""
+    package.train`, or an installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit
+    code is the script's."""
     from fastft.tools.run.runner import run_module, run_program, run_script
 
     if not context.args:

@@ -27,9 +27,8 @@ __all__ = ["assert_parity", "parity"]
 
 def assert_parity(stock: nn.Module, patched: nn.Module, batch: dict[str, torch.Tensor]) -> Verdict:
     """Assert that two models of the same weights give the same loss and the same gradient of every trainable parameter,
-    by the judge:
-    `patched` may be at most twice as far from a float64 copy of `stock` as `stock` itself is, and one unit in the last
-    place.
+    by the judge: `patched` may be at most twice as far from a float64 copy of `stock` as `stock` itself is, and one
+    unit in the last place.
 
     stock, patched: on one device, dropout off; batch: keyword arguments with labels. Returns the verdict; raises
     AssertionError that names the worst gradient."""

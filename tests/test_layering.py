@@ -46,8 +46,7 @@ MODULES = {name_of(p): p for p in SOURCES}
 
 
 def imports(tree: ast.AST, module: str, is_package: bool, only_top: bool) -> set[str]:
-    """Every dotted name that `module` imports (its TYPE_CHECKING blocks apart); only_top leaves out imports inside
-    functions."""
+    """Every dotted name that `module` imports; only_top leaves out imports inside functions."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:

@@ -1,5 +1,5 @@
-"""How one layer of a forward is run: kept, recomputed without the last product, recomputed by the trainer's own
-function, recomputed from the host.
+"""How one layer of a forward is run: kept, recomputed without the last matrix product, recomputed by the
+trainer's own function, recomputed from the host.
 
 Each is called as transformers calls a checkpoint function, `run(function, *args)`. All give the same values and
 gradients."""
@@ -38,8 +38,7 @@ class CountedForward:
 
 class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
     """The checkpoint's inputs, which alone pass here (what the layer saves is caught within), are replaced by what
-    gives them again:
-    `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
+    gives them again: `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
 
     def __init__(self, x: torch.Tensor | None, rows: Callable[[], torch.Tensor] | None, offloader: Offloader | None):
         where = None if x is None else x.untyped_storage()._cdata
@@ -65,7 +64,8 @@ def lean(
     offloader: Offloader | None = None,
     again_in_full: bool = False,
 ):
-    """torch's non-reentrant checkpoint of function(*args), whose second run leaves out what no gradient needs.
+    """torch's non-reentrant checkpoint of function(*args). Unless `again_in_full`, the recomputation stops before the
+    last matrix product (see `replay.py`), whose result no gradient needs.
     embedded: args[0] may be the rows of a frozen embedding, and is then not kept; nor is its gradient computed, as
     nobody can ask for it."""
     if not again_in_full:

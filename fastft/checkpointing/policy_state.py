@@ -26,11 +26,10 @@ class Controller:
     stacks: list[Stack] = field(default_factory=list)
     embedded: Embedded | None = None
     meter: Meter | None = None
-    untouched: int | None = (
-        None  # the trainable parameters' versions at the first forward: unchanged until an optimizer's step
-    )
-    passed: bool = False  # a backward has
-    lowered: list[str] = field(default_factory=list)  # what became of "auto" when memory ran out
+    untouched: int | None = None  # sum of the trainable parameters' versions, as the first forward found it: the same
+    # until an optimizer writes to one
+    passed: bool = False  # has a backward reached its end? From then on out of memory lowers nothing
+    lowered: list[str] = field(default_factory=list)  # the policies that took the place of "auto" as memory ran out
 
     def lines(self) -> list[str]:
         """For the report: the policy, and what the last forward of each stack did."""

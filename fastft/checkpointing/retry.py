@@ -1,12 +1,11 @@
 """Out of memory in a first step: the policy is lowered, and the step's forward is run again with the same random state.
 
 Until one backward has passed, the forward of the module that calls the layers is one node of the autograd graph, with
-the trainable
-parameters as its inputs: it runs the module in a graph of its own, and its backward differentiates that graph. So both
-can be tried
-again with more recomputation when they run out of memory: nothing has been added to a gradient yet, the random streams
-are set back, and what comes out is, bit for bit, what a larger device would have given. The LM head, which comes after,
-may ask for the graph's memory (relief.py). After that backward the node is gone, and the policy stays."""
+the trainable parameters as its inputs: it runs the module in a graph of its own, and its backward differentiates that
+graph. So both can be tried again with more recomputation when they run out of memory: nothing has been added to a
+gradient yet, the random streams are set back, and what comes out is, bit for bit, what a larger device would have
+given. The LM head, which comes after, may ask for the graph's memory (`swapping/release_memory.py`). After that
+backward the node is gone, and the policy stays."""
 
 from __future__ import annotations
 

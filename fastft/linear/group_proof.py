@@ -78,8 +78,8 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
 
 def _freeze_bases(siblings: Layer) -> None:
     """A dense layer that does not train runs the stock way, whose sum of the siblings' input gradients rounds each of
-    them to autocast's
-    dtype: it does so from the start where the proof compares runs with different parameters in training."""
+    them to autocast's dtype: it does so from the start where the proof compares runs with different parameters in
+    training."""
     for m in siblings.layers:
         if is_dense(base_of(m)):
             base_of(m).requires_grad_(False)
@@ -221,8 +221,7 @@ def _with_dropout(
     stock: Siblings, swap: Swap, inputs, dtype: torch.dtype, cast: Cast, device: torch.device
 ) -> Proof | None:
     """The group with its dropouts on, from the same random state as stock. None: nothing drops out. The reference drops
-    what stock dropped:
-    on a GPU which elements these are depends on the dtype, in float64 on another."""
+    what stock dropped: on a GPU which elements these are depends on the dtype, in float64 on another."""
     layer = _training(clone(stock))
     if layer is None:
         return None

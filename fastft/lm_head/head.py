@@ -1,10 +1,9 @@
-"""The LM head: in training it returns lazy logits (`lazy`) in place of the product with the vocabulary.
+"""The LM head: in training it returns lazy logits (`lazy_logits`) in place of the product with the vocabulary.
 
 The head is whatever `get_output_embeddings()` answers with, when that is an nn.Linear. What happens to its output is
-not asked beforehand:
-scalars, casts and slices are recorded as they come, a loss or a log-probability is computed without the logits,
-everything else makes them as stock does, and is counted. Weight and bias are read at the call. Outside of training (and
-for the single positions of generation) the head is stock's."""
+not asked beforehand: scalars, casts and slices are recorded as they come, a loss or a log-probability is computed
+without the logits, everything else makes them as stock does, and is counted. Weight and bias are read at the call.
+Outside of training (and for the single positions of generation) the head is stock's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is asked of a lazy tensor that concerns its place in autograd's graph: requires_grad, grad_fn, grad, hooks,
 retain_grad, backward, torch.autograd.grad. It is answered by the lazy tensor itself, which stands where stock's tensor
-would, until its value has been written to:
-from then on by the value, as the name then means another node of the graph."""
+would, until its value has been written to: from then on by the value, as the name then means another node of the
+graph."""
 
 from __future__ import annotations
 

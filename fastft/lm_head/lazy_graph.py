@@ -24,7 +24,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import distributed
 
-Node = LazyTensor = Any  # those of `lazy_node`, which builds on this
+Node = LazyTensor = Any  # those of `lazy_tensor`, which builds on this
 _SINK = getattr(distributed, "_DDPSink", None)
 
 

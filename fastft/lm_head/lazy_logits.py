@@ -4,7 +4,7 @@ Recorded, and folded into what it stands for: products and quotients with scalar
 positions, reshapes that keep the vocabulary last. Answered without the logits: cross-entropy, log_softmax with
 gather or nll_loss, logsumexp, gather of one column by token, argmax, mean, entropies written as -(exp(logp) *
 logp).sum(-1) or logsumexp - (softmax * logits).sum(-1); divergences from other distributions some tokens at a time
-(`lazy_rowwise`). Any other operation makes the logits once, exactly as stock (`lazy_node`), and is counted."""
+(`lazy_divergences`). Any other operation makes the logits once, exactly as stock (`lazy_tensor`), and is counted."""
 
 from __future__ import annotations
 
@@ -54,16 +54,7 @@ def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return _logits(product, "logits", compute, (F.linear, (hidden, weight, bias), {}))
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# recorded
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# positions
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# answered
+# answered without the logits (what is recorded stands in `lazy_logits_type`)
 
 
 def _softmax(func, form: str):

@@ -89,8 +89,7 @@ def _waiting_entropy(node: Node, p: Product) -> Product | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ what
-# keeps the meaning
+# operations that keep the meaning: other shapes, dtypes and signs of the same rows
 
 
 def _relabelled(func, args, kwargs, x: LazyRows, **changes):

@@ -84,13 +84,14 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 
 class Node:
-    """One recorded call. meaning: what the subclass knows of it. `alone`: how to get the value without the nodes it was
-    made from.
-    big: it is of the logits' size. view: its memory may be its input's. apart: cloned without a graph (see
-    `LazyTensor.settle_apart`). made: the value was computed; spare: and nobody has seen it, it is there for the time
-    when the head has learnt.
-    behind: of an unpadded forward, whose logits a caller is given by a second one (memory/reread.py): its value is of
-    use to nobody."""
+    """One recorded call. meaning: what its value stands for, in the terms of the subclass.
+    alone    computes the value without the nodes that it was made from; None: only the recorded call does
+    big      the value is as large as the logits
+    view     the value may share its input's memory
+    apart    a clone made inside an autograd function: its place in the graph is known later (`settle_apart`)
+    made     the value was computed
+    spare    it was, and nobody has asked for it yet: it is there for when the head's weight has changed
+    behind   of an unpadded forward: who reads its logits gets a second forward's (`packing/padded_rerun.py`)"""
 
     def __init__(
         self,

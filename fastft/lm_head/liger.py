@@ -1,11 +1,9 @@
 """Kernels of Liger on a patched model: refused in one line, whichever came first.
 
 `use_liger_kernel=True` lets the trainer bind Liger's forwards on the model's instances just before the first step, over
-whatever class
-they have: fastft's kernels would be silent without a word, and its report wrong. Nothing of transformers, TRL or Liger
-is touched to see
-it: a bound forward says where it comes from. The patch looks at every module; a forward of a patched model at one
-module of each class."""
+whatever class they have: fastft's kernels would be silent without a word, and its report wrong. Nothing of
+transformers, TRL or Liger is touched to see it: a bound forward says where it comes from. The patch looks at every
+module; a forward of a patched model at one module of each class."""
 
 from __future__ import annotations
 

@@ -41,8 +41,7 @@ def autocast_as(state: tuple[str, bool, torch.dtype]):
 @dataclass(eq=False, repr=False)
 class Family:
     """What all logits of one call of the head share. waiting: weak references to the nodes of its lazy tensors.
-    autocast: as it was at the
-    call: it is the head's, whatever is on where a value is made."""
+    autocast: as it was at the call: it is the head's, whatever is on where a value is made."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -117,8 +116,7 @@ class Product:
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in (self.hidden, self.weight, self.bias))
 
-    # ------------------------------------------------------------------------------------------------ what is applied
-    # to the logits
+    # what is applied to the logits
 
     def scaled(self, s: float, step: Callable) -> Product:
         changes = {"b": self.b * s} if self.tanh else {"a": self.a * s}
@@ -161,8 +159,7 @@ class Product:
             z = step(z)
         return z
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # answers
+    # what is computed from them
 
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor, dict]:
         self.family.check()

@@ -3,7 +3,7 @@
 An attention finds its function in its module's global `ALL_ATTENTION_FUNCTIONS`, by the name in the configuration. A
 new name would be registered for the whole process, would be in every saved or pickled configuration, and changes the
 loss of families that read it. So the name stays. The attention's forward is rebound on the instance
-(patching/rebind.py) over globals in which that registry hands out stock's function behind one question: is the mask a
+(swapping/rebind.py) over globals in which that registry hands out stock's function behind one question: is the mask a
 `DocumentMask`? Where it is not, stock's function is called with what it was given."""
 
 from __future__ import annotations

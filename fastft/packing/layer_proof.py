@@ -3,9 +3,8 @@
 That attention within documents is right is one question (attention.py). That nothing else in the model looks beyond a
 token, counts tokens, or reads the mask is another, and only a run answers it. The whole stack of layers is run at its
 real depth and width, in float64, on a few dozen tokens, stock against ours, with all gradients. So that this costs no
-memory, a copy is run in which linear layers
-are of rank 8 and embeddings have 64 rows, all random: they treat each token by itself whatever their weights. Windows
-are made short enough for the few tokens to reach over them."""
+memory, a copy is run in which linear layers are of rank 8 and embeddings have 64 rows, all random: they treat each
+token by itself whatever their weights. Windows are made short enough for the few tokens to reach over them."""
 
 from __future__ import annotations
 

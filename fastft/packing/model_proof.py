@@ -1,10 +1,10 @@
 """Proof that what a whole model returns does not depend on the padding, where the module that calls the layers runs
 without it.
 
-The innermost model is run in float64 on a few tokens, its linear layers of rank 8 as in `structure`: stock's padded
-batch against the same batch unpadded inside. "labels": the loss and all gradients (logits by token, which are read
-again where somebody looks, are not compared). "pooled": everything that it returns, which shows that a classifier takes
-its one position from the real ones."""
+The innermost model is run in float64 on a few tokens, its linear layers of rank 8 as in `layer_proof.small_copy`:
+stock's padded batch against the same batch unpadded inside. "labels": the loss and all gradients (logits by token,
+which are read again where somebody looks, are not compared). "pooled": everything that it returns, which shows that a
+classifier takes its one position from the real ones."""
 
 from __future__ import annotations
 

@@ -127,8 +127,7 @@ def _attributes_kept(model: nn.Module):
 def _without_hooks(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back
     (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
-    forward of the instance, stays in a real
-    run: it brings inputs to a module's device."""
+    forward of the instance, stays in a real run: it brings inputs to a module's device."""
     for m in model.modules():
         for name in _HOOKS:
             if m.__dict__.get(name):
@@ -141,8 +140,7 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
 
 def _exchange_tensors(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones
-    stay tied). Real:
-    buffers become copies, as a forward may write into them."""
+    stay tied). Real: buffers become copies, as a forward may write into them."""
     known: dict[int, torch.Tensor] = {}
 
     def exchanged(t: torch.Tensor) -> torch.Tensor:
@@ -253,9 +251,8 @@ def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> li
 
 def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable], bool], stack: ExitStack) -> None:
     """Listen to the free functions that forwards call, by the mechanism of every other swap: a rebound forward on the
-    instance. A
-    listener knows neither module nor observation: its class may live until the next garbage collection, and must not
-    hold the model."""
+    instance. A listener knows neither module nor observation: its class may live until the next garbage collection, and
+    must not hold the model."""
     noted: list[tuple[int, str, FunctionCall]] = []
 
     def hand_over():

@@ -4,13 +4,11 @@ Two questions, both must be answered yes.
   formula   in float64 (`float64_reference`) outputs and all gradients agree to float64 rounding: it is the same
             function.
   numerics  in float32 and in the training dtype the candidate's error against the float64 reference passes the judge
-            beside the stock
-            module's own error (`fastft_kernels.numerics.compare`).
+            beside the stock module's own error (`fastft_kernels.numerics.compare`).
 Every input is drawn at several scales: an activation that clamps, or a gelu beside its tanh form, look alike on small
 inputs only. Kernels take other branches where some gradients are not wanted (a frozen weight, an input that needs
-none), and a consumer may compute an
-output again in its backward: these runs are compared too. All of it happens on the device and at the dtypes of the
-inputs given."""
+none), and a consumer may compute an output again in its backward: these runs are compared too. All of it happens on the
+device and at the dtypes of the inputs given."""
 
 from __future__ import annotations
 
@@ -37,8 +35,7 @@ FORMULA_EPS = (
 @dataclass(frozen=True)
 class Proof:
     """error, stock_error: max error relative to max|reference| in `dtype`, the candidate's and the stock module's own.
-    device: where it ran;
-    sizes: the shapes of its inputs."""
+    device: where it ran; sizes: the shapes of its inputs."""
 
     ok: bool
     error: float = math.nan

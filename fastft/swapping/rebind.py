@@ -71,8 +71,7 @@ def rebind(fn: Callable, names: Mapping[str, Any]) -> Callable:
 
 def kept_current(forward: Callable, stock: Callable, names: Mapping[str, Any]) -> Callable:
     """`forward`, which is `rebind(stock, names)`, taking over at every call what somebody has put into the globals of
-    stock's module since:
-    under one of `names` too, whose object then counts the call in its `fallbacks`."""
+    stock's module since: under one of `names` too, whose object then counts the call in its `fallbacks`."""
     theirs = innermost(stock).__globals__
     was = {n: theirs[n] for n in _names_in(innermost(stock).__code__) if n in theirs}
     moved: set[str] = set()

@@ -110,8 +110,8 @@ def _behind_fast(cls: type) -> type:
 
 class Fast:
     """Root of all mixins. Lowest in the dynamic class, directly in front of the stock class. It defines what every
-    nn.Module defines, and
-    nothing else: a wrapper's __getattr__ would hand on a __deepcopy__, and copy the module instead of the wrapper."""
+    nn.Module defines, and nothing else: a wrapper's __getattr__ would hand on a __deepcopy__, and copy the module
+    instead of the wrapper."""
 
     def __reduce_ex__(self, protocol):
         get = getattr(self, "__getstate__", None)

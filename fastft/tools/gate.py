@@ -1,10 +1,10 @@
-"""Losses and gradients of a whole model, or of a whole layer, against a high-precision run: the gate of every speed.
+"""Losses and gradients of a whole model, or of a whole layer, against a high-precision run: the accuracy check before
+anything is timed.
 
 Through many products rounding errors add up like a random walk, and one stock run is one sample of it. So results are
-judged per kind, over
-several batches where there are some: every tensor is divided by the largest true value in it; all outputs are one
-vector to the judge, all gradients another. A defect in the smallest adapter shows; one lucky rounding of stock does not
-fail anybody."""
+judged per kind, over several batches where there are some: every tensor is divided by the largest true value in it; all
+outputs are one vector to the judge, all gradients another. A defect in the smallest adapter shows; one lucky rounding
+of stock does not fail anybody."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The most memory that training takes, on any device that says so.
 
 On a GPU torch's allocator counts it: everything that lives, weights included. A CPU's allocator counts nothing, but its
-events can be
-watched: what they add up to, above the parameters, buffers and optimizer states that are there anyway. Both are what
-`fastft.plan` predicts."""
+events can be watched: what they add up to, above the parameters, buffers and optimizer states that are there anyway.
+Both are what `fastft.plan` predicts."""
 
 from __future__ import annotations
 

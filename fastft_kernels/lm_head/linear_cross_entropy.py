@@ -1,5 +1,5 @@
-"""Cross-entropy of softmax(z), z = cap tanh(scale (h W^T + b) / cap) / T, without the (tokens, vocabulary) tensor. By
-row,
+"""Cross-entropy of softmax(z), z = cap tanh(scale (h W^T + b) / cap) / T, without the (tokens, vocabulary) tensor.
+By row,
 
     loss = -(1 - s) log p_t - s (mean z - lse) + k lse^2,      lse = log sum_j exp z_j,  s: label_smoothing,  k: z_loss
     dz_j = a p_j - s / V (j != t),    dz_t = -w + s + 2 k lse p_t - s / V,    a = 1 + 2 k lse,    w = 1 - p_t  (nothing
@@ -10,10 +10,9 @@ which has the form that `linear_logprob` tiles: four ways, chosen by what needs 
 value      nothing: one product.
 jacobian   hidden alone, s = 0: J = dz_t c_t W_t + a w U / A with the sums of the online softmax. Two products.
 resident   hidden alone with s > 0; or weight or bias with a mean or a sum, whose gradient is one number for all rows.
-           The float32
-           logits of few tokens and all columns are kept until their log-sum-exp is known, then turned into dz: two
-           products for hidden, three with dW, which is summed over the token tiles in float32 and kept for the backward
-           to multiply.
+           The float32 logits of few tokens and all columns are kept until their log-sum-exp is known, then turned into
+           dz: two products for hidden, three with dW, which is summed over the token tiles in float32 and kept for the
+           backward to multiply.
 recompute  weight or bias with a gradient by row (reduction "none"), or a dW in float32 too large to keep: four
            products.
 
@@ -257,8 +256,8 @@ def linear_cross_entropy(
     (float64 for float64 inputs), a number or, for reduction "none", of target's shape. Differentiable by hidden, weight
     and bias.
     reduction: "mean" divides by the number of targets that are not ignored (where all are: nan, and gradients of 0, as
-    torch.nn.functional.cross_entropy's), or by
-    num_items_in_batch (a number, or a tensor of one element); "sum"; "none" (0 in ignored rows).
+    torch.nn.functional.cross_entropy's), or by num_items_in_batch (a number, or a tensor of one element); "sum"; "none"
+    (0 in ignored rows).
     label_smoothing: as in torch.nn.functional.cross_entropy. z_loss: adds z_loss * logsumexp(z)^2.
     shift: position i is scored against target[..., i + 1], the last against none; "none" then gives (..., length - 1).
     compact, tile, indices outside of the vocabulary: as in `linear_logprob`.

@@ -8,12 +8,12 @@ Let m and A be the maximum and the sum of exp(z_j - m) over the *other* columns 
 with c_j = dz_j/dx_j = (scale / T)(1 - tanh^2). log p_t depends on its own row of h alone, so whatever gradient g
 arrives, dh_i = g_i J_i. With a frozen head the forward therefore accumulates U beside A (online softmax over vocabulary
 tiles), and saves J / w in h's dtype and w in float32 (and for second derivatives what recomputes h, which lives anyway,
-or h where nothing does):
-two matrix products of 2 tokens H V operations in all, forward and backward; one without gradients. p is rounded
-relative to the largest *other* probability, so J keeps its relative precision where 1 - p_t is 1e-6, and in float16.
+or h where nothing does): two matrix products of 2 tokens H V operations in all, forward and backward; one without
+gradients. p is rounded relative to the largest *other* probability, so J keeps its relative precision where 1 - p_t is
+1e-6, and in float16.
 
-Weight or bias trained, or a gradient for the entropy: the backward projects again and forms the logits' gradient tile
-by tile,
+Weight or bias trained, or a gradient for the entropy: the backward projects again and forms the logits' gradient
+tile by tile,
     dz_j = -g p_j - g_H p_j (z_j - mu) (j != t),      dz_t = g w - g_H p_t (z_t - mu),      mu = sum_j p_j z_j
 (with dh and dW four products in all).
 
@@ -63,7 +63,6 @@ class LogProbs(NamedTuple):
     is_top1: torch.Tensor | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # by row
 
 
@@ -102,7 +101,6 @@ def row_coefficients(s: Stats, mu, g, g_entropy) -> torch.Tensor:
     return torch.stack((s.top, s.log_sum, p1, p2, zero, at_target))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # autograd
 
 
@@ -167,7 +165,6 @@ class _LinearLogProb(torch.autograd.Function):
         return None if dh is None else put(dh, rows, ctx.n), dw, db, *(None,) * 6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # public
 
 
@@ -197,8 +194,8 @@ def linear_logprob(
     ignore_index give 0 (is_top1: False) and no gradient. An index outside of the vocabulary raises IndexError on a CPU;
     on a GPU its row is NaN, as asking would wait for the device.
     compact: leave ignored rows out of all products. Their number is needed on the host, which on a GPU waits for the
-    work queued
-    before: worth it where many rows are ignored. None: on a CPU only. Never while tracing or under fake tensors.
+    work queued before: worth it where many rows are ignored. None: on a CPU only. Never while tracing or under fake
+    tensors.
     tile: (tokens, columns) of a tile; None: from the shapes, see `tile_sizes`.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 with frozen weight and bias (4 when a

@@ -34,7 +34,6 @@ M, A, ZT, BEFORE, PZ, SQ, SUM = range(7)
 STATES = 7
 
 
-# ----------------------------------------------------------------------------------------------------------------
 # references
 
 
@@ -98,7 +97,6 @@ def jacobian_ref(acc, weight, target, alpha, beta, dtype):
     return torch.where(known.unsqueeze(1), out, 0.0).to(dtype)
 
 
-# -------------------------------------------------------------------------------------------------------------------
 # kernels
 
 
@@ -267,7 +265,6 @@ def _jacobian_kernel(
     tl.store(out_ptr + at, tl.where(known, out, 0.0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# -----------------------------------------------------------------------------------------------------------------
 # launchers
 
 
@@ -427,8 +424,7 @@ def jacobian(acc, weight, target, alpha, beta, dtype):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- ahead-of-time
-# cases
+# ahead-of-time cases
 
 
 def _tile_case(kernel, p: str, pointers: dict, flags: dict, note: str) -> AotCase:

@@ -2,10 +2,9 @@
 `linear_cross_entropy`. A tile is (tokens, columns); what is as large as (tokens, vocabulary) never exists.
 
 Forward (`sweep`): a token tile runs over the vocabulary tiles; logits in float32 from operands in hidden's dtype,
-folded into the
-online softmax, and p W_tile accumulated in float32 where a row Jacobian is wanted: one or two products (2 tokens H V
-operations). Backward (`gradient_tiles`), where the Jacobian does not serve: logits again, dz, then dz W and dz^T h: two
-or three products.
+folded into the online softmax, and p W_tile accumulated in float32 where a row Jacobian is wanted: one or two products
+(2 tokens H V operations). Backward (`gradient_tiles`), where the Jacobian does not serve: logits again, dz, then dz W
+and dz^T h: two or three products.
 
 Float32 results of 16-bit operands come from torch.mm and torch.addmm with out_dtype on CUDA; elsewhere a tile's
 operands are cast to float32. p and dz are rounded to hidden's dtype on both, so both give the same precision. Nothing
@@ -52,7 +51,6 @@ class Stats(NamedTuple):
     below: torch.Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # tiles
 
 
@@ -91,7 +89,6 @@ def spans(n: int, size: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, n)) for a in range(0, n, size)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
 # products
 
 
@@ -133,7 +130,6 @@ def _add_product(acc, a, b):
     torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
 
 
-# -------------------------------------------------------------------------------------------------------------------
 # forward
 
 
@@ -224,7 +220,6 @@ def sweep(
     return states[0] if len(states) == 1 else torch.cat(states, 1), j
 
 
-# ------------------------------------------------------------------------------------------------------------------
 # backward
 
 
@@ -317,8 +312,7 @@ def bias_part(dx, row_scale, total) -> torch.Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-# and checks
+# rows and checks
 
 
 def select_rows(target: torch.Tensor, compact: bool) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """The outputs of a group of adapted projections in plain torch, differentiable any number of times: what `higher_order`
 evaluates.
 
-Same formula, dtypes and dropout masks as _lora_group.py, one product at a time.
+Same formula, dtypes and dropout masks as group.py, one product at a time.
 """
 
 from __future__ import annotations

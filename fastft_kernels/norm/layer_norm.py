@@ -6,9 +6,8 @@ With g = dy w (dy without a weight):
 
 Saved for the backward: x, w, m and r (8 bytes a row). y is never saved: `layer_norm_recompute` gives it again, bit for
 bit. Shapes [..., N]; bf16, fp16, fp32 in and out, math in fp32, one rounding at the end; float64 in float64, by the
-reference. dw, db:
-each program sums its own rows into its own line of a [P, N] buffer, P fixed by the shape, and one sum over P follows:
-no atomics."""
+reference. dw, db: each program sums its own rows into its own line of a [P, N] buffer, P fixed by the shape, and one
+sum over P follows: no atomics."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from fastft_kernels.runtime.rows import (
     row_launch,
 )
 
-# --- reference
-# ----------------------------------------------------------------------------------------------------------
+# reference
 
 
 def layer_norm_ref(
@@ -56,12 +54,7 @@ def _affine_ref(n, weight, bias, out_dtype):
     return n.to(out_dtype)
 
 
-# --- kernels
-# ------------------------------------------------------------------------------------------------------------
-
-
-# --- launchers
-# ----------------------------------------------------------------------------------------------------------
+# launchers (of `layer_norm_kernels`)
 
 
 def _runs_kernel(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
@@ -206,8 +199,7 @@ def _bwd_ref(dy, x, mean, rstd, weight, need_dx, need_dw, need_db):
     return in_rows_layout(dx.to(x.dtype), x) if need_dx else x.new_empty(0), dw, db
 
 
-# --- autograd
-# -----------------------------------------------------------------------------------------------------------
+# autograd
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -242,8 +234,7 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
-# --- public
-# -------------------------------------------------------------------------------------------------------------
+# public
 
 
 def layer_norm(
@@ -273,8 +264,7 @@ def layer_norm_with_stats(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`layer_norm`, and m and r: [rows] in fp32 (float64 for float64 x), rows in the order of the leading dimensions.
-    No gradient
-    flows through m and r: they are there to compute y again from x."""
+    No gradient flows through m and r: they are there to compute y again from x."""
     _check("layer_norm", x, weight, bias)
     return _LayerNorm.apply(x, weight, bias, float(eps), out_dtype or x.dtype)
 
@@ -312,5 +302,4 @@ def _check(name: str, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.
         )
 
 
-# --- compilations that stand for real models
-# ------------------------------------------------------------------------------
+# compilations that stand for real models

@@ -139,8 +139,7 @@ def dequantize_4bit(
     launch.
 
     packed: contiguous, ceil(n / 2) bytes, in any storage dtype; absmax: [ceil(n / blocksize)], floating, or uint8 if
-    nested;
-    code: the 16 values of `quant_type`, float32; blocksize: a power of two from 32 to 4096.
+    nested; code: the 16 values of `quant_type`, float32; blocksize: a power of two from 32 to 4096.
     nested: (absmax2 [ceil(blocks / blocksize2)], code2 [256] float32, blocksize2, offset: a float32 scalar tensor).
     Not differentiable. Raises ValueError for another quant_type, dtype or blocksize, and for sizes that do not fit.
     """

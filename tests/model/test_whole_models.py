@@ -1,6 +1,5 @@
 """What a whole model is given and how it is built: masks, positions, attention implementations, classification heads,
-generation. Patched
-against stock: loss, logits and every gradient, judged."""
+generation. Patched against stock: loss, logits and every gradient, judged."""
 
 import pytest
 import torch

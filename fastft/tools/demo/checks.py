@@ -98,8 +98,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 # Plain transformers + PEFT, in a process that never imports fastft: the logits in the checkpoint's own dtype, and in a
-# higher
-# one.
+# higher one.
 RELOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file

@@ -1,9 +1,8 @@
 """One fine-tuning run through TRL's SFTTrainer, with stock or fastft, from the same seed: its losses, time and memory.
 
 A run is what a user writes: load, `SFTTrainer(model=model, args=SFTConfig(...), train_dataset=...)`, `.train()`. The
-trainer is
-only watched: each step's loss is noted to its last bit as training_step returns it (the log holds float32), times in a
-callback. Stock loads with transformers and PEFT alone."""
+trainer is only watched: each step's loss is noted to its last bit as training_step returns it (the log holds float32),
+times in a callback. Stock loads with transformers and PEFT alone."""
 
 from __future__ import annotations
 

@@ -118,9 +118,8 @@ def merge(
     """Write base + adapter to the folder `out` as a plain `dtype` checkpoint, and check it (None with check=False).
 
     base: instead of the one named in the adapter. Raises AdapterError (a part of the adapter that is not known, or that
-    the base has no place
-    for: before anything is written), ModelNotFoundError, MergeError (the check failed; nothing is left at `out`, nor is
-    it for any other error), FolderExistsError for an `out` that is there."""
+    the base has no place for: before anything is written), ModelNotFoundError, MergeError (the check failed; nothing is
+    left at `out`, nor is it for any other error), FolderExistsError for an `out` that is there."""
     adapter, out = Path(adapter), Path(out)
     if out.exists():
         raise FolderExistsError(f"merge: {str(out)!r} exists; give a new folder")

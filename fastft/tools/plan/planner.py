@@ -1,6 +1,6 @@
 """`fastft plan`: the memory that training will take, before a GPU or the weights are there.
 
-The real patched model runs a real step on fake tensors (`plan_predict`), from its configuration alone; stock runs
+The real patched model runs a real step on fake tensors (`predict`), from its configuration alone; stock runs
 beside it. From a few such runs follow the largest batch and the longest sequence that fit a GPU, and what the
 activation policy "auto" would choose there."""
 
@@ -52,16 +52,16 @@ def plan(
     gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
     seq, batch: tokens of a row, rows on the device. accumulate: gradient_accumulation_steps.
     r: LoRA's rank, on all linears but the head (peft_config: any other PEFT config); full: no adapter, everything is
-    trained.
+        trained.
     load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without
-    bfloat16. The step
-        runs under autocast to that dtype; adapters are float32, and in bfloat16 on a 4-bit base (both as TRL does it).
+        bfloat16. The step runs under autocast to that dtype; adapters are float32, and in bfloat16 on a 4-bit base
+        (both as TRL does it).
     optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
     policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL
-    is installed), or
-        "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an allocator's rounding.
+        is installed), or "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an
+        allocator's rounding.
     stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch
-    and longest row.
+        and longest row.
 
     Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs
     its values."""

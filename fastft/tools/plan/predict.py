@@ -84,9 +84,7 @@ class PlannedModel:
     period: int | None
     fake: plan_fake.FakeRun
     runs: dict[tuple, TracedStep] = field(default_factory=dict)
-    has_squares: bool | None = (
-        None  # whether memory grows with the square of a row's length, once `plan_search` has asked
-    )
+    has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
         """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the

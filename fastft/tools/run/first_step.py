@@ -1,11 +1,9 @@
 """Every model that a script trains, patched at its own first training step, at no cost to the steps after it.
 
     armed     torch's global forward pre-hook waits for the first call of a transformers or PEFT model. It costs
-              microseconds at every
-              call of every module, so that call ends the state, whatever kind of call it was.
+              microseconds at every call of every module, so that call ends the state, whatever kind of call it was.
     resting   the model that was called is patched if the call was a training step; each other live model carries one
-              pre-hook of its own,
-              which runs once for a call of that model, and patches it when it trains.
+              pre-hook of its own, which runs once for a call of that model, and patches it when it trains.
 
 What may have brought a new model arms again: a module that is put into a model which is not known (torch's hook on the
 registration of modules, run only where modules are built), the first step of an optimizer that is not known (a model

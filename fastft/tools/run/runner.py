@@ -92,8 +92,7 @@ class Patcher:
 
 def run_patched(body: Callable[[], object]) -> int:
     """Run `body` with its models patched; the exit code that the interpreter would give. Exceptions pass through. What
-    `body` returns lives
-    until the end is told: a script's variables, and so its models."""
+    `body` returns lives until the end is told: a script's variables, and so its models."""
     import fastft.api  # noqa: F401 (a fault of its import is ours to raise, before anything runs)
 
     narrator = Narrator()

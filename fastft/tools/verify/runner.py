@@ -1,11 +1,10 @@
 """`fastft verify`: on the user's machine, model and data, stock against patched, judged against float64.
 
 Two levels. Per group of the patch report one module is taken with its real weights, fed what it really received in the
-stock forward,
-and run three times: stock, patched, and stock in float64 (`float64_reference`). Then the whole model: loss and the
-gradient of every trainable parameter, the same three ways, where float64 copies fit in memory; a larger model is
-verified decoder layer by decoder layer instead, all of them, and then from the last one's output to the loss. Dropout
-is off meanwhile. The verdict is the judge's; whatever fails is named by its group."""
+stock forward, and run three times: stock, patched, and stock in float64 (`float64_reference`). Then the whole model:
+loss and the gradient of every trainable parameter, the same three ways, where float64 copies fit in memory; a larger
+model is verified decoder layer by decoder layer instead, all of them, and then from the last one's output to the loss.
+Dropout is off meanwhile. The verdict is the judge's; whatever fails is named by its group."""
 
 from __future__ import annotations
 

@@ -64,18 +64,20 @@ def lean(
     embedded: Embedded | None = None,
     offloader: Offloader | None = None,
     again_in_full: bool = False,
+    preserve_rng_state: bool = True,
 ):
     """torch's non-reentrant checkpoint of function(*args), whose second run leaves out what no gradient needs.
     embedded: args[0] may be the rows of a frozen embedding, and is then not kept; nor is its gradient computed, as
-    nobody can ask for it."""
+    nobody can ask for it. preserve_rng_state: False for a function that draws nothing."""
     if not again_in_full:
         function = CountedForward(function)
+    settings = _PLAIN if preserve_rng_state else _PLAIN | {"preserve_rng_state": False}
     rows = None if embedded is None else embedded.of(args[0])
     if rows is None and offloader is None:
-        return checkpoint(function, *args, **_PLAIN)
+        return checkpoint(function, *args, **settings)
     x = args[0].detach() if rows is not None else None
     with RestoredInputs(x, rows, offloader):
-        return checkpoint(function, *(args if x is None else (x, *args[1:])), **_PLAIN)
+        return checkpoint(function, *(args if x is None else (x, *args[1:])), **settings)
 
 
 def is_plain(function: CheckpointFunction) -> bool:

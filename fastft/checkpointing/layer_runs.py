@@ -71,7 +71,7 @@ def lean(
     nobody can ask for it. preserve_rng_state: False for a function that draws nothing."""
     if not again_in_full:
         function = CountedForward(function)
-    settings = _PLAIN if preserve_rng_state else _PLAIN | {"preserve_rng_state": False}
+    settings: dict[str, Any] = _PLAIN if preserve_rng_state else _PLAIN | {"preserve_rng_state": False}
     rows = None if embedded is None else embedded.of(args[0])
     if rows is None and offloader is None:
         return checkpoint(function, *args, **settings)

@@ -52,7 +52,7 @@ def copy_into(static: torch.Tensor, source: torch.Tensor) -> None:
     static.copy_(source)
 
 
-def key_of(t: torch.Tensor) -> Hashable:
+def key_of(t: torch.Tensor) -> tuple[Hashable, ...]:
     """Equal for tensors that can share one static tensor."""
     return t.shape, t.stride(), t.dtype, t.device
 

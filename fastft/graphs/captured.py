@@ -66,8 +66,8 @@ class Captured:
     """A capture for one signature of one layer.
 
     below: gives the layer's forward that is captured. recipe: KEPT, LEAN or FULL. shared: for each tensor argument the
-    buffer that it has together with other layers, or None. Raises Unsupported for arguments or results that have no
-    static counterpart."""
+    buffer that it has together with other layers, or None. state: the layer's, now. Raises Unsupported for arguments or
+    results that have no static counterpart."""
 
     def __init__(
         self,
@@ -78,12 +78,13 @@ class Captured:
         recorder: Recorder,
         scratch: Scratch,
         shared: Sequence[SharedBuffer | None],
+        state: LayerState,
     ):
         self.layer, self.below, self.recipe = weakref.ref(layer), below, recipe
         self.template, self.recorder, self.scratch, self.shared = given.template, recorder, scratch, list(shared)
         self.statics = [static_like(t) if b is None else b.static for t, b in zip(given.tensors, shared)]
         self.differentiable = [i for i, t in enumerate(given.tensors) if t.requires_grad]
-        self.state = LayerState(layer)
+        self.state = state
         places: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
         for module in layer.modules():
             for name, p in module._parameters.items():
@@ -146,8 +147,10 @@ class Captured:
                 out = self._call(inputs, self.recipe)
             ys = [t for t in out.tensors if t.requires_grad]
             sources = [inputs[i] for i in self.differentiable] + aliases
-            with self.autocast(False):
-                found = list(torch.autograd.grad(ys, sources, upstream(ys), allow_unused=True)) if ys else []
+            found: Found = []
+            if ys:
+                with self.autocast(False):
+                    found += torch.autograd.grad(ys, sources, upstream(ys), allow_unused=True)
         self.output, self.learns = out.template, [t.requires_grad for t in out.tensors]
         return [t.detach() for t in out.tensors], found
 
@@ -176,7 +179,7 @@ class Captured:
             found = torch.autograd.grad(self._edges, self._sources, self.upstream, retain_graph=True, allow_unused=True)
         there = [g for g in found if g is not None]
         if there:
-            torch._foreach_copy_(self.gradients, there)
+            torch._foreach_copy_(self.gradients, there)  # pyright: ignore[reportPrivateImportUsage]
 
     def capture(self) -> None:
         """Both, in the recorder."""

@@ -138,7 +138,7 @@ class LayerGraphs:
                 stack.shared.for_capture(t, stack.turn) if i and not t.requires_grad else None
                 for i, t in enumerate(given.tensors)
             ]
-            captured = Captured(layer, below, given, recipe, stack.recorder, stack.scratch, shared)
+            captured = Captured(layer, below, given, recipe, stack.recorder, stack.scratch, shared, signature.state)
             findings = prove(captured, layer, given.tensors, stack.turn)
         except Exception as e:  # whatever it is: the eager path is there
             signature.refused = f"capturing failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
@@ -199,7 +199,7 @@ class LayerGraphs:
     def dissolve(self) -> None:
         """The swap is off: nothing is held any more."""
         self.seen.clear()
-        self.stack.restart()
+        self.stack.captures.clear()
 
     def __deepcopy__(self, memo) -> LayerGraphs:
         new = memo[id(self)] = LayerGraphs(copy.deepcopy(self.stack, memo), self.index)

@@ -131,7 +131,9 @@ def prove(captured: Captured, layer: nn.Module, tensors: Sequence[torch.Tensor],
 
 def _prove(captured: Captured, layer: nn.Module, tensors, turn: int, states, before: LayerState, buffers) -> Findings:
     versions = before.versions()
-    eager = []
+    eager: list[Found] = []
+    outputs: Tensors = []
+    found: Found = []
     for _ in range(2):
         outputs, found = captured.recorder.rehearse(lambda: captured.eager(tensors, drawn))
         eager.append([*outputs, *found])

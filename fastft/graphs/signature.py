@@ -90,7 +90,7 @@ def _tables(p: torch.Tensor) -> Iterator[tuple[dict, str]]:
         for name, value in attributes.items():
             if isinstance(value, torch.Tensor):
                 yield attributes, name
-            elif type(value).__name__ == type(p).__name__ or hasattr(value, "absmax"):
+            elif hasattr(value, "absmax"):
                 states.append(value)
 
 

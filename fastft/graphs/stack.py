@@ -51,11 +51,6 @@ class StackGraphs:
     def __init__(self, owner: weakref.ref[nn.Module], recorder: Recorder, asked: bool = False):
         self.owner, self.recorder, self.asked = owner, recorder, asked
         self.lock = threading.RLock()
-        self.thread: int | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Nothing captured, nobody waiting."""
         self.waiting: list[Call] = []
         self.scratch, self.shared = Scratch(), SharedBuffers()
         self.sequence, self.turn, self.last = 0, 0, -1

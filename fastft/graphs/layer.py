@@ -20,7 +20,8 @@ from fastft.graphs.signature import LayerState, environment, obstacle_in
 from fastft.graphs.stack import MOST, OUT_OF_ORDER, REPEATS, StackGraphs, collects_outputs
 from fastft.swapping.swap import KEY, Replacement, order, slot_of
 
-SEEN_MOST = 8  # calls that are remembered, captured or not
+SEEN_MOST = 8  # sorts of calls that are remembered, captured or not
+PATIENCE = 64  # new sorts in a row, without a replay, after which only every 64th call is looked at
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class LayerGraphs:
     def __init__(self, stack: StackGraphs, index: int):
         self.stack, self.index = stack, index
         self.seen: list[Signature] = []
+        self.calls, self.new = 0, 0  # new: sorts of calls since the last replay
 
     def call(self, layer: nn.Module, args: tuple, kwargs: dict, recipe: str, eager: Callable[[], Any]) -> Any:
         """The layer's output for these arguments. eager: runs it as it would run without graphs."""
@@ -70,6 +72,9 @@ class LayerGraphs:
             return "a layer is in eval mode", None
         if why := self.stack.obstacle(x.device):
             return why, None
+        self.calls += 1
+        if self.new >= PATIENCE and self.calls % PATIENCE:
+            return "calls that differ from one to the next (lengths of rows, a layer's attributes)", None
         try:
             given = flatten((args, kwargs))
         except Unsupported as e:
@@ -99,6 +104,7 @@ class LayerGraphs:
                 return found
         found = Signature(key, state, (x.shape, x.dtype), refused=obstacle_in(layer, x.device, collects_outputs))
         self.seen.append(found)
+        self.new += 1
         self._forget()
         return found
 
@@ -180,6 +186,7 @@ class LayerGraphs:
         call = Call(captured, self.index, signature.sequence, stack.backward)
         output = call.apply(given.tensors)
         stack.replays += 1
+        self.new = 0
         stack.waiting.append(call)
         for buffer in captured.shared:
             if buffer is not None:

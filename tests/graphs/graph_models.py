@@ -1,4 +1,4 @@
-"""A patched tiny Llama whose layers are replayed by a recorder that runs the captured code again, and `train`, which
+"""A patched tiny Llama whose layers are replayed by a recorder for tests (tape.py), and `train`, which
 runs the same steps with and without it."""
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import fastft
 from fastft.checkpointing.layer_stack import GRAPHS, stacks
 from fastft.graphs.attach import attach
 from fastft.graphs.layer import LayerGraphs
-from fastft.graphs.recorder import RerunRecorder
+from fastft.graphs.recorder import Recorder
 from fastft.patching.patcher import innermost
 from fastft.swapping.swap import state_of
+from tests.graphs.tape import TapeRecorder
 from tests.linear.lora_models import BASES, gradients, tokens
 
 LAYERS = 3
@@ -27,8 +28,8 @@ def patched(graphs: bool = True, base: str = "dense", config: dict | None = None
     return with_graphs(model) if graphs else model
 
 
-def with_graphs(model: nn.Module, recorder: RerunRecorder | None = None) -> nn.Module:
-    attach(innermost(model), True, recorder or RerunRecorder())
+def with_graphs(model: nn.Module, recorder: Recorder | None = None) -> nn.Module:
+    attach(innermost(model), True, recorder or TapeRecorder())
     return model
 
 

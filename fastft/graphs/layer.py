@@ -90,6 +90,8 @@ class LayerGraphs:
                 return "a call that has not come often enough to be captured", None
             if why := self.stack.conflict(self.index, None):
                 return why, None
+            if self.stack.recorder.is_short(x.device):
+                return "too little memory is free on the device to hold activations between steps", None
             self._capture(layer, found, given, recipe)
             if found.refused:
                 return found.refused, None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 LEAST = (7, 0)  # compute capability
-SPARE = 0.2  # of the device: with less than that free outside the allocator, its cache is given back before a capture
+SPARE = 0.2  # of the device's memory, that captures leave free; what they use comes from outside the allocator's cache
 
 
 class Recorder(Protocol):
@@ -25,6 +25,10 @@ class Recorder(Protocol):
 
     def place(self, device: torch.device) -> Hashable:
         """Where a replay would run now (a stream): replays in two places are not ordered."""
+        ...
+
+    def is_short(self, device: torch.device) -> bool:
+        """Is too little memory free for another capture, which holds its activations between steps as well?"""
         ...
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
@@ -48,6 +52,9 @@ class RerunRecorder:
 
     def place(self, device: torch.device) -> Hashable:
         return device
+
+    def is_short(self, device: torch.device) -> bool:
+        return False
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
         return run()
@@ -77,6 +84,11 @@ class CudaRecorder:
 
     def place(self, device: torch.device) -> Hashable:
         return device, torch.cuda.current_stream(device).cuda_stream
+
+    def is_short(self, device: torch.device) -> bool:
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached < SPARE * total
 
     def _stream(self) -> Any:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -1,17 +1,21 @@
 """Mistakes, planted one at a time. Each is seen: by the proof at the capture, which then leaves the eager path, or by a
 comparison of bits with eager training. The same steps without the mistake agree."""
 
+import types
+
 import pytest
 import torch
+from peft import LoraConfig
 
+import fastft
 from fastft.graphs import captured, layer, proof
 from fastft.graphs.buffers import SharedBuffer, copy_into
 from fastft.graphs.captured import Captured
-from fastft.graphs.recorder import RerunRecorder
 from fastft.graphs.signature import LayerState
 from fastft.graphs.stack import StackGraphs
 from tests.graphs.graph_models import differing, eager, layers_of, loss_of, patched, replays, train, with_graphs
-from tests.linear.lora_models import gradients
+from tests.graphs.tape import TapeRecorder
+from tests.linear.lora_models import ALL, dense, drawn, gradients
 
 
 def unproven(monkeypatch):
@@ -55,7 +59,7 @@ def gradients_alias(monkeypatch):
         for static, g in zip(self.upstream, upstream):
             static.copy_(g)
         self.backward_replay()
-        found = iter(self.gradients)
+        found = iter([t.detach() for t in self.gradients])
         return [next(found) if used else None for used in self.used]
 
     monkeypatch.setattr(Captured, "backward", backward)
@@ -70,19 +74,19 @@ def outputs_alias(monkeypatch):
 
 
 def wrong_scaling_in_the_replay(monkeypatch):
-    class Doubling(RerunRecorder):
-        def capture(self, run):
-            run()
-            owner = run.__self__
+    capture = TapeRecorder.capture
 
-            def replay():
-                run()
-                for t in owner.gradients[-1:] if run.__name__ == "_run_backward" else []:
-                    t.mul_(1 + 2**-20)
+    def scaled(self, run):
+        sound = capture(self, run)
 
-            return replay
+        def replay():
+            sound()
+            for t in run.__self__.gradients[-1:] if run.__name__ == "_run_backward" else []:
+                t.mul_(1 + 2**-20)
 
-    monkeypatch.setattr(RerunRecorder, "capture", Doubling.capture)
+        return replay
+
+    monkeypatch.setattr(TapeRecorder, "capture", scaled)
 
 
 def varied(model, i):
@@ -164,8 +168,8 @@ CHANGES = {
     ],
     "replaced parameter": lambda m, i: i == 4 and _replace(m),
     "moved parameter": lambda m, i: i == 4 and _move(m),
-    "frozen parameter": lambda m, i: [
-        p.requires_grad_(i < 4) for p in layers_of(m)[0].mlp.parameters() if p.dim() == 2
+    "parameter that learns from now on": lambda m, i: [
+        p.requires_grad_(i >= 4) for n, p in layers_of(m)[0].mlp.named_parameters() if "default" in n
     ],
     "attribute": lambda m, i: [setattr(layer.self_attn, "scaling", 0.1) for layer in layers_of(m) if i >= 4],
     "merged": lambda m, i: m.merge_adapter() if i == 4 else m.unmerge_adapter() if i == 5 else None,
@@ -185,15 +189,9 @@ def _move(model):
 
 
 def adapted_twice(graphs):
-    from peft import LoraConfig
-
-    from tests.linear.lora_models import ALL, dense, drawn
-
     model = dense(config={"layers": 3})
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules=ALL, task_type="CAUSAL_LM"))
     drawn(model)
-    import fastft
-
     fastft.patch(model)
     return with_graphs(model) if graphs else model
 
@@ -279,7 +277,7 @@ def test_a_forward_between_a_forward_and_its_backward_is_seen(monkeypatch):
 
 def test_a_call_that_is_over_is_known_by_what_autograd_holds(monkeypatch):
     """A call that waits for ever would leave everything eager; one that never waits, the wrong gradients."""
-    monkeypatch.setattr(captured.weakref, "ref", lambda t: lambda: t)
+    monkeypatch.setattr(captured, "weakref", types.SimpleNamespace(ref=lambda t: lambda: t))
     model = patched()
     train(model, steps=5)
     assert replays(model) <= 3

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastft
+from fastft.graphs.recorder import RerunRecorder
 from tests.graphs.graph_models import differing, eager, graphs_of, loss_of, patched, replays, train, with_graphs
 from tests.linear.lora_models import ALL, BASES, drawn, llama, tokens
 from tests.trainers import harness as h
@@ -30,6 +31,13 @@ def same(step=None, before=None, least=0.7, **how):
 def test_every_step(base, policy):
     model = same(base=base, policy=policy)
     assert replays(model) == (STEPS - 2) * N and not eager(model)
+
+
+@pytest.mark.parametrize("policy", [None, "lean"])
+def test_where_the_captured_code_runs_again(policy):
+    plain, model = patched(False, policy=policy), with_graphs(patched(False, policy=policy), RerunRecorder())
+    assert not differing(train(plain, steps=6), train(model, steps=6))
+    assert replays(model) == 4 * N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

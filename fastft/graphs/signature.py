@@ -8,6 +8,7 @@ set to."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from fastft.swapping.swap import KEY
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of the layer itself: hooks run outside the captured call, and the switches are the activation policy's
 _OUTSIDE = frozenset({n for n in nn.Module().__dict__ if "hook" in n} | {SWITCH, FUNCTION, KEY})
+_SWITCHES = (SWITCH, FUNCTION)
+_attributes = operator.attrgetter("__dict__")
 _COPIED = (dict, list, set)
 _SHARDED = ("ds_id", "_fsdp_flattened")
 
@@ -31,6 +34,9 @@ class _Anything:
         return True
 
     __hash__ = None  # type: ignore[assignment]
+
+
+_ANYTHING = _Anything()
 
 
 class _SameTensors:
@@ -48,38 +54,17 @@ class _SameTensors:
 
 def _kept(name: str, value: Any) -> Any:
     """An attribute as it is now: containers are copied, as they may change in place."""
-    if name in ("_parameters", "_buffers") and value:
-        return _SameTensors(value)
+    if name in ("_parameters", "_buffers") and any(t is not None and t.numel() < 2 for t in value.values()):
+        return _SameTensors(value)  # (larger ones are told apart by identity, or cannot be compared)
     kind = type(value)
     if kind in _COPIED or (isinstance(value, dict) and kind.__module__ == "collections"):
         return value.copy()
-    return _Anything() if name == KEY else value
+    return value
 
 
-class _Holder:
-    """Something with attributes (a module, a configuration) as it was."""
-
-    __slots__ = ("attributes", "cls")
-
-    def __init__(self, thing: object, is_layer: bool = False):
-        self.cls = type(thing)
-        self.attributes = {
-            n: _Anything() if is_layer and n in _OUTSIDE else _kept(n, v) for n, v in thing.__dict__.items()
-        }
-        if is_layer:
-            for n in (SWITCH, FUNCTION):
-                self.attributes.pop(n, None)
-
-    def matches(self, thing: object, is_layer: bool = False) -> bool:
-        if type(thing) is not self.cls:
-            return False
-        now = thing.__dict__
-        if is_layer and (SWITCH in now or FUNCTION in now):
-            now = {n: v for n, v in now.items() if n not in (SWITCH, FUNCTION)}
-        try:
-            return now == self.attributes
-        except Exception:  # an attribute that cannot be compared with the one that stood there
-            return False
+def _as_it_is(thing: object, but: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The attributes of a module or a configuration, to be compared with what they are later."""
+    return {n: _ANYTHING if n in but else _kept(n, v) for n, v in thing.__dict__.items()}
 
 
 def _tables(p: torch.Tensor) -> Iterator[tuple[dict, str]]:
@@ -98,29 +83,43 @@ class LayerState:
     """One layer as it stood when this was made. It holds the modules below the layer, and not the layer."""
 
     def __init__(self, layer: nn.Module):
-        below = [m for m in layer.modules() if m is not layer]
-        self.root, self.below = _Holder(layer, is_layer=True), [(m, _Holder(m)) for m in below]
+        self.cls, self.layer = type(layer), _as_it_is(layer, _OUTSIDE)
+        self.here: list[Any] = [m for m in layer.modules() if m is not layer]
         configs = {id(c): c for m in layer.modules() if hasattr(c := m.__dict__.get("config"), "__dict__")}
-        self.configs = [(c, _Holder(c)) for c in configs.values()]
+        self.here += configs.values()
+        self.classes, self.attributes = list(map(type, self.here)), [_as_it_is(thing) for thing in self.here]
         held = {
             id(t): t for m in layer.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
         }
-        self.tensors = [(t, t.data_ptr(), t.requires_grad) for t in held.values()]
+        self.tensors = list(held.values())
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.learning = [t.requires_grad for t in self.tensors]
         self.tables = [(a, n, a[n], a[n].data_ptr()) for t in held.values() for a, n in _tables(t)]
 
     def matches(self, layer: nn.Module) -> bool:
         """Is the layer what it was?"""
-        return (
-            self.root.matches(layer, is_layer=True)
-            and all(holder.matches(m) for m, holder in self.below)
-            and all(holder.matches(c) for c, holder in self.configs)
-            and all(t.data_ptr() == address and t.requires_grad == learns for t, address, learns in self.tensors)
-            and all(a.get(n) is t and t.data_ptr() == address for a, n, t, address in self.tables)
-        )
+        now = layer.__dict__
+        if len(now) != len(self.layer):  # the policy's switches come and go
+            was = {n: v for n, v in self.layer.items() if n not in _SWITCHES}
+            now = {n: v for n, v in now.items() if n not in _SWITCHES}
+        else:
+            was = self.layer
+        try:
+            return (
+                type(layer) is self.cls
+                and now == was
+                and list(map(type, self.here)) == self.classes
+                and list(map(_attributes, self.here)) == self.attributes
+                and [t.data_ptr() for t in self.tensors] == self.addresses
+                and [t.requires_grad for t in self.tensors] == self.learning
+                and all(a.get(n) is t and t.data_ptr() == address for a, n, t, address in self.tables)
+            )
+        except Exception:  # an attribute that cannot be compared with the one that stood there: tensors, arrays
+            return False
 
     def versions(self) -> int:
         """Grows when a parameter or buffer is changed in place."""
-        return sum(t._version for t, _, _ in self.tensors)
+        return sum([t._version for t in self.tensors])
 
 
 def obstacle_in(layer: nn.Module, device: torch.device, is_ours: Callable[[Any], bool]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastft.checkpointing.controller import control, controller_of, release
 from fastft.checkpointing.policy import Policy, parse
+from fastft.graphs import attach as graphs
 from fastft.kinds import kinds
 from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
@@ -30,6 +31,7 @@ def patch(
     strict: bool = False,
     activation_policy: str | int | Policy | None = None,
     unpad: bool | None = None,
+    cuda_graphs: bool | str | None = None,
 ) -> Model:
     """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same
     instance.
@@ -48,7 +50,12 @@ def patch(
     the same distribution; False: never. Either way only where nothing that leaves the model depends on the padding;
     logits that are read are a second, padded forward's.
 
-    Raises TypeError for what is no torch module, PolicyError for what is no policy, LigerError for a model on which
+    cuda_graphs: whether a training call of a decoder layer that has come twice is replayed as a CUDA graph, after a
+    proof on the batch, see docs/GRAPHS.md. "auto" (None at a first patch): where the model is on a CUDA device of
+    compute capability 7.0 or more; True: the same, and the report says why where nothing can be; False: never.
+
+    Raises TypeError for what is no torch module, PolicyError for what is no policy, GraphsError for what
+    is no setting of cuda_graphs, LigerError for a model on which
     Liger's kernels stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser
     looked at stays stock."""
     if not isinstance(model, nn.Module):
@@ -56,6 +63,7 @@ def patch(
             f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}"
         )
     policy = None if activation_policy is None else parse(activation_policy)
+    graphs.check(cuda_graphs)
     refuse(innermost(model).modules(), "set it to False, or train without fastft")
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     # the user's random stream stands where it stood: proofs draw from a copy
@@ -65,10 +73,11 @@ def patch(
         base = innermost(model)
         trl_head.watch(model, base)
         trl_head.bind(base)
-    watch_moves(model, kinds, teach_again)  # in front of the hooks that look at the batch
+    watch_moves(model, kinds, _renew)  # in front of the hooks that look at the batch
     attach(model, base, unpad)
     if policy is not None or controller_of(base) is None:
         control(base, policy or Policy())
+    graphs.attach(base, cuda_graphs)
     if strict:
         try:
             strict_check(report(model))
@@ -76,6 +85,12 @@ def patch(
             unpatch(model)
             raise
     return model
+
+
+def _renew(base: nn.Module) -> None:
+    """What stands over the swaps of a model that was moved."""
+    teach_again(base)
+    graphs.renew(base)
 
 
 def unpatch(model: Model) -> Model:
@@ -97,10 +112,11 @@ def patched(
     strict: bool = False,
     activation_policy: str | int | Policy | None = None,
     unpad: bool | None = None,
+    cuda_graphs: bool | str | None = None,
 ) -> Iterator[Model]:
     """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an
     exception."""
-    patch(model, strict=strict, activation_policy=activation_policy, unpad=unpad)
+    patch(model, strict=strict, activation_policy=activation_policy, unpad=unpad, cuda_graphs=cuda_graphs)
     try:
         yield model
     finally:
@@ -114,6 +130,7 @@ def report(model: nn.Module) -> PatchReport:
     found = replace(found, notes=(*found.notes, *moved_lines(model)))
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
+    found = replace(found, notes=(*found.notes, *graphs.lines(innermost(model))))
     if (packing := packing_of(innermost(model))) is not None:
         found = replace(
             found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines())

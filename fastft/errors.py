@@ -43,5 +43,9 @@ class PolicyError(FastftError):
     """An activation policy that is none."""
 
 
+class GraphsError(FastftError):
+    """A setting of `cuda_graphs` that is none."""
+
+
 class PlanError(FastftError):
     """What `plan` was asked for is not there, or the model cannot be followed without its values."""

@@ -27,6 +27,7 @@ ORDER = [
     "fastft.kinds",
     "fastft.checkpointing",
     "fastft.packing",
+    "fastft.graphs",
     "fastft.api",
     "fastft.loading",
     "fastft.tools",

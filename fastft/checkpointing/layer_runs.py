@@ -63,19 +63,21 @@ def lean(
     embedded: Embedded | None = None,
     offloader: Offloader | None = None,
     again_in_full: bool = False,
+    preserve_rng_state: bool = True,
 ):
     """torch's non-reentrant checkpoint of function(*args). Unless `again_in_full`, the recomputation stops before the
     last matrix product (see `replay.py`), whose result no gradient needs.
     embedded: args[0] may be the rows of a frozen embedding, and is then not kept; nor is its gradient computed, as
-    nobody can ask for it."""
+    nobody can ask for it. preserve_rng_state: False for a function that draws nothing."""
     if not again_in_full:
         function = CountedForward(function)
+    settings: dict[str, Any] = _PLAIN if preserve_rng_state else _PLAIN | {"preserve_rng_state": False}
     rows = None if embedded is None else embedded.of(args[0])
     if rows is None and offloader is None:
-        return checkpoint(function, *args, **_PLAIN)
+        return checkpoint(function, *args, **settings)
     x = args[0].detach() if rows is not None else None
     with RestoredInputs(x, rows, offloader):
-        return checkpoint(function, *(args if x is None else (x, *args[1:])), **_PLAIN)
+        return checkpoint(function, *(args if x is None else (x, *args[1:])), **settings)
 
 
 def as_asked(theirs: CheckpointFunction, function: Callable, *args):

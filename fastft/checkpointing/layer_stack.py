@@ -6,12 +6,14 @@ import copy
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastft.swapping.swap import stock_class
+from fastft.swapping.swap import slot_of, stock_class
 
+GRAPHS = "CUDA graphs"  # the kind of swap under which a layer's calls are replayed (fastft/graphs)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -63,3 +65,9 @@ def _walk(module: nn.Module, owner: nn.Module) -> Iterator[tuple[nn.Module, nn.M
 def kind_of(layer: nn.Module) -> Hashable:
     """Layers of one kind keep the same bytes for the same batch."""
     return stock_class(layer), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters())
+
+
+def graphs_of(layer: nn.Module) -> Any:
+    """What replays this layer's calls as CUDA graphs; None where nothing does."""
+    slot = slot_of(layer)
+    return slot.state(GRAPHS) if slot is not None and GRAPHS in slot.parts else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Hashable
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
 from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, is_plain, lean
-from fastft.checkpointing.layer_stack import Stack, kind_of
+from fastft.checkpointing.layer_stack import Stack, graphs_of, kind_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
 from fastft.checkpointing.policy_state import Controller
@@ -38,7 +39,7 @@ class Forward:
 
     def begin(self) -> None:
         first = self.controller.policy.layers or 0
-        if self.mode == "auto" and _saved_tensors_are_hooked():
+        if self.mode == "auto" and saved_tensors_are_hooked():
             # somebody moves what is saved already (TRL's activation offloading)
             self.mode, self.why = "trainer", " (as the trainer says: saved tensors are hooked)"
         everything = self.controller.is_explicit and self.mode != "none"
@@ -91,7 +92,9 @@ class Forward:
             offloader = self.offloader = self.offloader or Offloader(x.device)
         self.counts["recomputed" if offloader is None else "offloaded"] += 1
         embedded = self.controller.embedded if index == 0 and not has_foreign_hooks(self.layers[0]) else None
-        return lean(function, args, embedded, offloader, again_in_full=self.mode == "full")
+        in_full, graphs = self.mode == "full", graphs_of(self.layers[index]) if offloader is None else None
+        run = functools.partial(lean, args=args, embedded=embedded, offloader=offloader, again_in_full=in_full)
+        return run(function) if graphs is None else graphs.recomputed(function, args, run, in_full)
 
     def _decide(self, x: torch.Tensor) -> Split | None:
         """The split of a forward whose first layer is given x [..., tokens, hidden]; None while a kind of layer is not
@@ -101,6 +104,9 @@ class Forward:
             return {"none": Split(0), "offload": Split(n, n), "layers": Split(min(policy.layers or 0, n))}.get(
                 self.mode, Split(n)
             )
+        graphs = graphs_of(self.layers[0])
+        if graphs is not None and (captured := graphs.stack.split(x)) is not None:
+            return captured
         tokens, length, kept = x.numel() // x.shape[-1], x.shape[-2], []
         self.kinds = self.kinds or [kind_of(layer) for layer in self.layers]
         for kind in self.kinds:
@@ -118,7 +124,10 @@ class Forward:
             )
             return Split(n)
         reserve = WORKSPACE + HEAD_BYTES * x.numel() + max(kept, default=0) + self.controller.missing()
-        return choose(kept, [x.numel() * x.element_size()] * n, int(available * self.stack.share), reserve)
+        split = choose(kept, [x.numel() * x.element_size()] * n, int(available * self.stack.share), reserve)
+        if graphs is not None:
+            graphs.stack.remember(x, split)
+        return split
 
     def _is_longer(self, index: int, x: torch.Tensor) -> bool:
         found = self.stack.measured.get(self.kinds[index]) if self.mode == "auto" else None
@@ -151,6 +160,7 @@ def asked_for(layer: nn.Module) -> CheckpointFunction | None:
     return found.theirs if isinstance(found, Run) else found
 
 
-def _saved_tensors_are_hooked() -> bool:
+def saved_tensors_are_hooked() -> bool:
+    """Does somebody see what autograd saves now?"""
     top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None

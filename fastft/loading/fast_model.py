@@ -14,6 +14,7 @@ import torch
 from fastft.api import patch, report
 from fastft.checkpointing.policy import parse
 from fastft.errors import AdapterError, ModelNotFoundError
+from fastft.graphs.attach import check
 from fastft.loading.adapter import attach_adapter, default_lora_config, load_adapter
 from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_length, is_path, load_config, model_class
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
@@ -41,6 +42,7 @@ class FastModel:
         auto_class: Any = None,
         is_trainable: bool = True,
         activation_policy: str | int = "auto",
+        cuda_graphs: bool | str = "auto",
         **kwargs: Any,
     ) -> Any:
         """Load a model, attach an adapter, patch, print the report once. Other keywords go to transformers'
@@ -68,12 +70,15 @@ class FastModel:
         activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about the
             layers that the trainer checkpoints (TRL does by default): of these it recomputes as few as the free memory
             asks for. The others: see `fastft.patch`. Gradients are the same bits under all of them.
+        cuda_graphs: whether decoder layers are replayed as CUDA graphs where a training call repeats itself: "auto"
+            (where the device has them), True or False; see `fastft.patch`.
 
         Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock
         returns it. The tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path). Raises FastftError (a
         ValueError): ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError,
-        SequenceLengthError, PolicyError. Errors of transformers beyond these pass through unchanged."""
+        SequenceLengthError, PolicyError, GraphsError. Errors of transformers beyond these pass through unchanged."""
         policy = parse(activation_policy)
+        check(cuda_graphs)
         name = os.fspath(name_or_path)
         if is_path(name) and not os.path.exists(name):
             raise ModelNotFoundError(
@@ -121,7 +126,7 @@ class FastModel:
                 model, default_lora_config() if default_lora else peft_config, kwargs.get("revision")
             )
 
-        patch(model, activation_policy=policy)
+        patch(model, activation_policy=policy, cuda_graphs=cuda_graphs)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console
 

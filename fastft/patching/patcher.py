@@ -46,9 +46,10 @@ class Record:
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fallbacks: Counter = field(default_factory=Counter)
+    cuda_graphs: bool | str = "auto"  # what was asked for
 
     def __deepcopy__(self, memo) -> Record:
-        return Record(dict(self.outcomes), list(self.notes), Counter(self.fallbacks))
+        return Record(dict(self.outcomes), list(self.notes), Counter(self.fallbacks), self.cuda_graphs)
 
     def __reduce__(self):
         """A pickled model is a stock model: None comes back, and the standard library alone unpickles it."""

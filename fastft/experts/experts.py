@@ -6,9 +6,11 @@ proof of its own; the inner ones are only called where that goes the stock way."
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from fastft.experts.layer import KIND, chain, install_experts, wraps_experts
+from fastft.experts.layer import KIND, chain, install_experts, is_wrapper
 from fastft.experts.proof import prove_experts, runs, small_experts
 from fastft.experts.structure import ExpertsStructure, experts_of, structure_of, with_gating
 from fastft.linear.projection import is_hooked
@@ -26,7 +28,7 @@ class Experts:
         self._known: dict = {}
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
-        if wraps_experts(module):
+        if is_wrapper(module):
             return self._wrapper(module, context)
         if not (count := experts_of(module)):
             return None
@@ -36,13 +38,17 @@ class Experts:
         how = getattr(getattr(module, "config", None), "_experts_implementation", None) or "own"
         return f"{count} experts in 3-D parameters: stock's {how} implementation is kept ({found})"
 
-    def _wrapper(self, module: nn.Module, context: Context) -> Candidate | str | None:
+    def _wrapper(self, module: Any, context: Context) -> Candidate | str | None:
         """None for an inner wrapper."""
         inner = context.shared.setdefault("wrappers inside", set())
         wrappers, experts = chain(module)
         inner.update(wrappers[1:])
         if module in inner:
             return None
+        if not experts_of(experts):
+            return (
+                None if module.get_param().dim() != 3 else "adapters on a 3-D parameter of something else than experts"
+            )
         found = self._structure(experts)
         if isinstance(found, str):
             return f"adapters on experts that stay stock ({found})"

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from fastft.experts.structure import ExpertsStructure, arguments, experts_of
+from fastft.experts.structure import ExpertsStructure, arguments
 from fastft.linear.projection import Inexpressible, is_hooked, parameter, plain_parameter
 from fastft.swapping.stock_only import stands_aside
 from fastft.swapping.swap import KEY, Replacement, install, order, stock_class
@@ -35,8 +35,7 @@ class ExpertsState(NamedTuple):
     def of(cls, module: nn.Module, structure: ExpertsStructure) -> ExpertsState:
         """module: the experts themselves, or the outermost of their wrappers."""
         experts = chain(module)[1]
-        children = list(experts._modules) if stock_class(experts) is not ParamWrapper else []
-        return cls(structure, ModuleSnapshot(experts, children), tuple(arguments(experts)))
+        return cls(structure, ModuleSnapshot(experts, list(experts._modules)), tuple(arguments(experts)))
 
 
 @order(30)
@@ -67,15 +66,15 @@ def install_experts(module: nn.Module, structure: ExpertsStructure) -> None:
 def chain(module: Module) -> tuple[list[Module], Module]:
     """(PEFT's wrappers from this one inwards, what they stand around)."""
     wrappers = []
-    while stock_class(module) is ParamWrapper:
+    while is_wrapper(module):
         wrappers.append(module)
         module = module._modules["base_layer"]
     return wrappers, module
 
 
-def wraps_experts(module: Module) -> bool:
-    """A wrapper of PEFT's around a parameter of experts."""
-    return stock_class(module) is ParamWrapper and experts_of(chain(module)[1]) > 0
+def is_wrapper(module: Module) -> bool:
+    """PEFT's wrapper around a parameter of what it stands around."""
+    return stock_class(module) is ParamWrapper
 
 
 def _inputs(state: ExpertsState, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,7 +111,9 @@ def described(module: Module, state: ExpertsState, x: torch.Tensor):
             raise Inexpressible(f"an adapter on {wrapper.parameter_name}")
         adapters[wrapper.parameter_name] += _adapters(wrapper, s)
     up, down = (
-        ExpertsProjection(_parameter(experts, name, 3), s.transposed, _parameter(experts, bias, 2), tuple(adapters[name]))
+        ExpertsProjection(
+            _parameter(experts, name, 3), s.transposed, _parameter(experts, bias, 2), tuple(adapters[name])
+        )
         for name, bias in ((s.up, s.up_bias), (s.down, s.down_bias))
     )
     weight = up.weight
@@ -151,9 +152,7 @@ def _adapters(wrapper: Module, s: ExpertsStructure) -> list[ExpertsAdapter]:
         return []
     if wrapper.num_experts != s.experts:
         raise Inexpressible("an adapter of another number of experts")
-    return [
-        adapter(wrapper, name, s.transposed) for name in wrapper.active_adapters if name in wrapper.lora_A._modules
-    ]
+    return [adapter(wrapper, name, s.transposed) for name in wrapper.active_adapters if name in wrapper.lora_A._modules]
 
 
 def adapter(wrapper: Module, name: str, transposed: bool) -> ExpertsAdapter:

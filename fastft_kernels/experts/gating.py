@@ -58,20 +58,18 @@ class Gating:
                 return self.plain(p).to(p.dtype)
             return glu_recompute(*self.parts(p), self.act, alpha=self.alpha, limit=self.limit, up_offset=self.offset)
 
-    def backward(
-        self, p: torch.Tensor, dh: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale times the gradient of p under dh, contiguous; h). scale: [S, 1]."""
+    def backward(self, p: torch.Tensor, dh: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the gradient of p under dh times scale, contiguous; h). scale: [S, 1], float32 or wider, in which the
+        product stays until the gradient is rounded."""
+        dh = dh.to(scale.dtype) * scale
         if self.function is not None or not self.layout:
             with torch.enable_grad():
                 leaf = p.detach().requires_grad_()
                 h = self.plain(leaf)
                 (dp,) = torch.autograd.grad(h, leaf, dh.to(h.dtype))
-            return (dp * scale).to(p.dtype), h.detach().to(p.dtype)
+            return dp.to(p.dtype).contiguous(), h.detach().to(p.dtype)
         gate, up = self.parts(p)
         form = {"alpha": self.alpha, "limit": self.limit, "up_offset": self.offset}
         dgate, dup, h = glu_bwd_recompute(dh, gate, up, self.act, **form)
-        dp = torch.empty_like(p)
-        for to, part in zip(self.parts(dp), (dgate, dup)):
-            torch.mul(part, scale, out=to)
-        return dp, h
+        a, b = (dup, dgate) if self.swapped else (dgate, dup)
+        return torch.cat([a, b], -1) if self.layout == "chunk" else torch.stack([a, b], -1).flatten(-2), h

@@ -79,9 +79,7 @@ class _Experts(torch.autograd.Function):
         kept_x = x if form.up.needs_input(needs) else None
         low_up = low_up if form.up.needs_low_rank(needs) else None
         low_down = low_down if form.down.needs_low_rank(needs) else None
-        ctx.save_for_backward(
-            index, routing.order, routing.groups.ends, kept_x, weights, p, low_up, low_down, *t
-        )
+        ctx.save_for_backward(index, routing.order, routing.groups.ends, kept_x, weights, p, low_up, low_down, *t)
         ctx.form, ctx.host, ctx.x_dtype = form, routing.groups.host, x.dtype
         return y
 

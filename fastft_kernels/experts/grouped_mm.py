@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastft_kernels.runtime.dispatch import goes_to_cuda, op
+from fastft_kernels.runtime.dispatch import goes_to_cuda, math_dtype, op
 
 ALIGN = 16  # bytes
 
@@ -80,6 +80,19 @@ def grouped_mm_t_ref(
     return g
 
 
+def grouped_sum_ref(
+    y: torch.Tensor, scale: torch.Tensor | None, ends: torch.Tensor, host: Sequence[int] | None = None
+) -> torch.Tensor:
+    """[E, N]: the sum of a group's rows; zeros for an empty one."""
+    f = math_dtype(y.dtype)
+    g = y.new_zeros(ends.shape[0], y.shape[1])
+    for e, (start, end) in enumerate(_spans(ends, host, len(y))):
+        if end > start:
+            part = y[start:end].to(f)
+            g[e] = (part if scale is None else part * scale[start:end]).sum(0)
+    return g
+
+
 # launchers
 
 
@@ -102,6 +115,14 @@ def _mm(x, w, ends, host):
 )
 def _mm_t(x, y, ends, host):
     return _torch_kernel(x.t(), y, ends) if native(x, x.dtype) else grouped_mm_t_ref(x, y, ends, host)
+
+
+@op(
+    "grouped_sum(Tensor y, Tensor? scale, Tensor ends, int[]? host) -> Tensor",
+    lambda y, scale, ends, host: y.new_empty(ends.shape[0], y.shape[1]),
+)
+def _sum(y, scale, ends, host):
+    return grouped_sum_ref(y, scale, ends, host)
 
 
 # layout
@@ -173,3 +194,16 @@ def grouped_mm_t(x: torch.Tensor, y: torch.Tensor, groups: Groups) -> torch.Tens
     g = g[:, : x.shape[1], : y.shape[1]].contiguous() if k or n else g
     empty = torch.diff(groups.ends, prepend=groups.ends.new_zeros(1)) == 0
     return g.masked_fill_(empty[:, None, None], 0.0)
+
+
+def grouped_sum(y: torch.Tensor, scale: torch.Tensor | None, groups: Groups) -> torch.Tensor:
+    """g [E, N]: the sum of each group's rows, zeros for an empty one.
+
+    y: [S, N], whose dtype is g's; scale: [S, 1], float32 or wider, by which rows are multiplied, or None; sums in
+    float32 or wider. No autograd."""
+    if not native(y, y.dtype):
+        return _sum(y, scale, groups.ends, groups.host)
+    ones = y.new_ones(len(y), 1) if scale is None else scale.to(y.dtype)
+    rest = None if scale is None else (scale - ones).to(y.dtype)  # what was rounded away
+    thin = ones if rest is None else torch.cat([ones, rest], 1)
+    return grouped_mm_t(thin, y, groups).sum(1)

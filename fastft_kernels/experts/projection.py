@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastft_kernels.experts.grouped_mm import Groups, grouped_mm, grouped_mm_t
+from fastft_kernels.experts.grouped_mm import Groups, grouped_mm, grouped_mm_t, grouped_sum
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,7 @@ def forward(
     return y, low
 
 
-def backward_low_rank(
-    slot: Slot, t: Sequence[torch.Tensor], dy: torch.Tensor, groups: Groups
-) -> torch.Tensor | None:
+def backward_low_rank(slot: Slot, t: Sequence[torch.Tensor], dy: torch.Tensor, groups: Groups) -> torch.Tensor | None:
     """s dy G^T [S, ranks]; None without adapters."""
     if not slot.scalings:
         return None
@@ -163,19 +161,34 @@ def parameter_gradients(
     """One gradient, or None, for each tensor of the slot, in its dtype. scale: [S, 1], by which dy is multiplied before
     it is summed, or None. x(): [S, in], called where it is needed."""
     grads: list[torch.Tensor | None] = [None] * slot.count
-    scaled = lambda v: v if scale is None else (v * scale).to(dy.dtype)
-    rows = scaled(x()) if slot.needs_input(needs) else None
+    rows = x() if slot.needs_input(needs) else None
     if needs[slot.at] and rows is not None:
-        grads[0] = grouped_mm_t(rows, dy, groups) if slot.transposed else grouped_mm_t(dy, rows, groups)
+        scaled = rows if scale is None else (rows * scale).to(dy.dtype)
+        grads[0] = grouped_mm_t(scaled, dy, groups) if slot.transposed else grouped_mm_t(dy, scaled, groups)
     if slot.has_bias and needs[slot.bias]:
-        ones = scaled(dy.new_ones(len(dy), 1))
-        grads[1] = grouped_mm_t(ones, dy, groups)[:, 0].to(t[slot.bias].dtype)
+        grads[1] = grouped_sum(dy, scale, groups).to(t[slot.bias].dtype)
     wanted = [(first, rows is not None and needs[first], second, needs[second]) for first, second in slot.adapters]
-    dfirst = grouped_mm_t(rows, dlow, groups) if any(w for _, w, _, _ in wanted) else None
-    dsecond = grouped_mm_t(scaled(_scaled(slot, low)), dy, groups) if any(w for *_, w in wanted) else None
-    for (start, end), (first, want_first, second, want_second) in zip(slot.spans, wanted):
+    dfirst = dsecond = None
+    if dlow is not None and rows is not None and any(w for _, w, _, _ in wanted):
+        dfirst = _grouped_outer(dlow, scale, rows, groups)
+    if low is not None and any(w for *_, w in wanted):
+        dsecond = _grouped_outer(low, scale, dy, groups)
+    for (start, end), s, (first, want_first, second, want_second) in zip(slot.spans, slot.scalings, wanted):
         if want_first and dfirst is not None:
-            grads[first - slot.at] = dfirst[:, :, start:end].to(t[first].dtype)
+            grads[first - slot.at] = dfirst[:, start:end].transpose(1, 2).to(t[first].dtype)
         if want_second and dsecond is not None:
-            grads[second - slot.at] = dsecond[:, start:end].to(t[second].dtype)
+            grads[second - slot.at] = s * dsecond[:, start:end].to(t[second].dtype)
     return grads
+
+
+def _grouped_outer(thin: torch.Tensor, scale: torch.Tensor | None, wide: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """[E, thin, wide]: the sums of (scale thin)^T wide. In 16 bits the product with scale is two numbers, what was
+    rounded and the rest: columns are few, and a rounding that all of a row shares is not averaged away."""
+    if scale is None:
+        return grouped_mm_t(thin, wide, groups)
+    exact = thin * scale
+    high = exact.to(wide.dtype)
+    if exact.dtype == high.dtype:
+        return grouped_mm_t(high, wide, groups)
+    both = grouped_mm_t(torch.cat([high, (exact - high).to(wide.dtype)], 1), wide, groups).to(exact.dtype)
+    return both[:, : thin.shape[1]] + both[:, thin.shape[1] :]

@@ -135,9 +135,7 @@ def _combine(rows, places, weights, dtype):
     return y
 
 
-def combine(
-    rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def combine(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """y [T, H] in `dtype`: the weighted sum of each token's rows, in the order of its choices, in one pass.
 
     rows: [S, H]; places: int64 [T, k] into them; weights: [T, k], floating, or None for ones. No autograd."""

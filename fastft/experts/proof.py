@@ -29,8 +29,8 @@ Module = Any
 
 
 def small_sizes(s: ExpertsStructure, large: bool) -> tuple[int, int, int]:
-    """(experts, hidden, inner) of the stand-in, those of the module up to a limit; sizes that are equal, or double, stay
-    so."""
+    """(experts, hidden, inner) of the stand-in, those of the module up to a limit; sizes that are equal, or double,
+    stay so."""
     if s.experts in (s.hidden, s.inner, 2 * s.inner):
         return s.experts, s.hidden, s.inner
     most_hidden, most_inner = (LARGE_HIDDEN, LARGE_INNER) if large else (HIDDEN, INNER)
@@ -52,7 +52,7 @@ def small_experts(module: nn.Module, s: ExpertsStructure) -> nn.Module:
     new = _bare(experts, sizes)
     new._modules = {n: None if c is None else clone(c) for n, c in experts._modules.items()}
     new._parameters = {
-        n: None if p is None else _drawn(p, [e, *(sizes.get(d, d) for d in p.shape[1:])], generator, device)
+        n: None if p is None else _drawn(p, [e, *(sizes.get(int(d), int(d)) for d in p.shape[1:])], generator, device)
         for n, p in experts._parameters.items()
     }
     for wrapper in reversed(wrappers):
@@ -141,8 +141,8 @@ def _make(experts: int, hidden: int, device: torch.device):
 
 
 def prove_experts(module: nn.Module, s: ExpertsStructure) -> Proof:
-    """Stand-in and candidate: outputs, gradients of hidden states, weights, and every parameter. Large numbers, on which
-    clamps and gates show, go through the experts; adapters, which change no gate, are then proven around them."""
+    """Stand-in and candidate: outputs, gradients of hidden states, weights, and every parameter. Large numbers, on
+    which clamps and gates show, go through the experts; adapters, which change no gate, are then proven around them."""
     small = small_experts(module, s)
     wrappers, experts = chain(small)
     proof = _prove(experts, s, (1.0, 30.0))

@@ -94,6 +94,7 @@ def parameter(module: Layer, name: str) -> torch.Tensor | None:
 
 
 def is_hooked(module: Layer) -> bool:
+    """Would a call of this module do more than its class's forward?"""
     d = module.__dict__
     hooks = (
         d.get("_forward_hooks")

@@ -4,8 +4,8 @@ mixture, with their adapters, as ONE autograd function.
 Rows are sorted by expert once. With dy_s = dy[token of s], u = dy_s W_down^T (adapters included, `projection`):
     dw = <h, u> + <b_down, dy_s>       dp = w gating'(p) u       dx = the sum of each token's rows of dp W_up^T
 Kept are x, the order of the rows, the first product p and the low-rank products: not the permuted x, not h (computed
-again from p), not the rows before the weighted sum (dw is taken from u), nothing of the size of the weights. Sums run in
-a fixed order: the same inputs give the same bits."""
+again from p), not the rows before the weighted sum (dw is taken from u), nothing of the size of the weights. Sums run
+in a fixed order: the same inputs give the same bits."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _gradients(form: ExpertsForm, routing: Routing, x, weights, p, lows, t, want
     dp, h = form.gating.backward(p, dh, w)
     dw = _weights_gradient(form, routing, weights, h, dh, dy, t) if want_w else None
     del dh
-    down = projection.parameter_gradients(form.down, t, needs, lambda: h, lows[1], dy, dlow, w, groups)
+    down = projection.parameter_gradients(form.down, t, needs, lambda h=h: h, lows[1], dy, dlow, w, groups)
     del dy, h, dlow
     dlow = projection.backward_low_rank(form.up, t, dp, groups)
     tokens = lambda: x.to(form.dtype)[routing.tokens()]
@@ -175,7 +175,8 @@ def _form(x, index, weights, up: ExpertsProjection, down: ExpertsProjection, gat
         )
     if not (x.is_floating_point() and weights.is_floating_point()) or index.dtype.is_floating_point:
         raise ValueError(
-            f"grouped_experts: want floating x and weights, integer index, got {x.dtype}, {weights.dtype}, {index.dtype}"
+            "grouped_experts: want floating x and weights, integer index, got "
+            f"{x.dtype}, {weights.dtype}, {index.dtype}"
         )
     experts, width = len(up.weight), gating.width(up.widths[1])
     if up.widths[0] != x.shape[1] or down.widths != (width, x.shape[1]) or len(down.weight) != experts:

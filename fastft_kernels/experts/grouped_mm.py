@@ -93,6 +93,24 @@ def grouped_sum_ref(
     return g
 
 
+def grouped_outer_ref(
+    thin: torch.Tensor,
+    scale: torch.Tensor | None,
+    wide: torch.Tensor,
+    ends: torch.Tensor,
+    host: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """[E, R, N], float32 or wider: the sum of (scale thin)^T wide over a group's rows."""
+    f = math_dtype(wide.dtype)
+    g = wide.new_zeros(ends.shape[0], thin.shape[1], wide.shape[1], dtype=f)
+    for e, (start, end) in enumerate(_spans(ends, host, len(wide))):
+        if end > start:
+            part = thin[start:end].to(f)
+            part = part if scale is None else part * scale[start:end]
+            torch.mm(part.t(), wide[start:end].to(f), out=g[e])
+    return g
+
+
 # launchers
 
 
@@ -123,6 +141,16 @@ def _mm_t(x, y, ends, host):
 )
 def _sum(y, scale, ends, host):
     return grouped_sum_ref(y, scale, ends, host)
+
+
+@op(
+    "grouped_outer(Tensor thin, Tensor? scale, Tensor wide, Tensor ends, int[]? host) -> Tensor",
+    lambda thin, scale, wide, ends, host: wide.new_empty(
+        ends.shape[0], thin.shape[1], wide.shape[1], dtype=math_dtype(wide.dtype)
+    ),
+)
+def _outer(thin, scale, wide, ends, host):
+    return grouped_outer_ref(thin, scale, wide, ends, host)
 
 
 # layout
@@ -207,3 +235,19 @@ def grouped_sum(y: torch.Tensor, scale: torch.Tensor | None, groups: Groups) -> 
     rest = None if scale is None else (scale - ones).to(y.dtype)  # what was rounded away
     thin = ones if rest is None else torch.cat([ones, rest], 1)
     return grouped_mm_t(thin, y, groups).sum(1)
+
+
+def grouped_outer(thin: torch.Tensor, scale: torch.Tensor | None, wide: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """G [E, R, N], float32 or wider: the sums of (scale thin)^T wide over the rows of each group.
+
+    thin: [S, R], of few columns; wide: [S, N], of thin's dtype; scale: [S, 1], float32 or wider, or None. What all of a
+    row shares is not averaged away by the sum, so that thin times scale is not rounded: in 16 bits torch's kernel takes
+    it as two numbers, what was rounded and the rest. No autograd."""
+    if not native(wide, wide.dtype):
+        return _outer(thin, scale, wide, groups.ends, groups.host)
+    if scale is None:
+        return grouped_mm_t(thin, wide, groups).float()
+    exact = thin * scale
+    high = exact.to(wide.dtype)
+    both = grouped_mm_t(torch.cat([high, (exact - high).to(wide.dtype)], 1), wide, groups).float()
+    return both[:, : thin.shape[1]] + both[:, thin.shape[1] :]

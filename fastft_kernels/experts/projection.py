@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastft_kernels.experts.grouped_mm import Groups, grouped_mm, grouped_mm_t, grouped_sum
+from fastft_kernels.experts.grouped_mm import Groups, grouped_mm, grouped_mm_t, grouped_outer, grouped_sum
 
 
 @dataclass(frozen=True)
@@ -170,25 +170,12 @@ def parameter_gradients(
     wanted = [(first, rows is not None and needs[first], second, needs[second]) for first, second in slot.adapters]
     dfirst = dsecond = None
     if dlow is not None and rows is not None and any(w for _, w, _, _ in wanted):
-        dfirst = _grouped_outer(dlow, scale, rows, groups)
+        dfirst = grouped_outer(dlow, scale, rows, groups)
     if low is not None and any(w for *_, w in wanted):
-        dsecond = _grouped_outer(low, scale, dy, groups)
+        dsecond = grouped_outer(low, scale, dy, groups)
     for (start, end), s, (first, want_first, second, want_second) in zip(slot.spans, slot.scalings, wanted):
         if want_first and dfirst is not None:
             grads[first - slot.at] = dfirst[:, start:end].transpose(1, 2).to(t[first].dtype)
         if want_second and dsecond is not None:
             grads[second - slot.at] = s * dsecond[:, start:end].to(t[second].dtype)
     return grads
-
-
-def _grouped_outer(thin: torch.Tensor, scale: torch.Tensor | None, wide: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """[E, thin, wide]: the sums of (scale thin)^T wide. In 16 bits the product with scale is two numbers, what was
-    rounded and the rest: columns are few, and a rounding that all of a row shares is not averaged away."""
-    if scale is None:
-        return grouped_mm_t(thin, wide, groups)
-    exact = thin * scale
-    high = exact.to(wide.dtype)
-    if exact.dtype == high.dtype:
-        return grouped_mm_t(high, wide, groups)
-    both = grouped_mm_t(torch.cat([high, (exact - high).to(wide.dtype)], 1), wide, groups).to(exact.dtype)
-    return both[:, : thin.shape[1]] + both[:, thin.shape[1] :]

@@ -63,7 +63,8 @@ class Experts:
 
     def _candidate(self, module: nn.Module, s: ExpertsStructure) -> Candidate:
         wrappers = chain(module)[0]
-        kernel = s.kernel + (f" with adapters on {len(wrappers)} parameters" if wrappers else "")
+        adapted = sorted(w.parameter_name for w in wrappers)
+        kernel = s.kernel + (f" with adapters on {', '.join(adapted)}" if wrappers else "")
         return Candidate(
             kernel,
             (fingerprint(module), s, *(_adapters_key(w) for w in wrappers)),

@@ -17,7 +17,7 @@ import torch
 from fastft_kernels.experts import projection
 from fastft_kernels.experts.gating import Gating
 from fastft_kernels.experts.grouped_mm import Groups
-from fastft_kernels.experts.projection import ExpertsProjection, Slot
+from fastft_kernels.experts.projection import ExpertsProjection, ExpertsSlot
 from fastft_kernels.experts.routing import Routing, combine, route
 from fastft_kernels.lora.group import exact_dtypes
 from fastft_kernels.runtime import higher_order
@@ -27,8 +27,8 @@ from fastft_kernels.runtime.dispatch import math_dtype
 class ExpertsForm(NamedTuple):
     """up, down: where their tensors are. experts: how many. dtype: of the products."""
 
-    up: Slot
-    down: Slot
+    up: ExpertsSlot
+    down: ExpertsSlot
     gating: Gating
     experts: int
     dtype: torch.dtype
@@ -55,7 +55,7 @@ def grouped_experts_ref(
     return y.to(x.dtype)
 
 
-def _plain_product(slot: Slot, t: Sequence[torch.Tensor], x: torch.Tensor, e: int) -> torch.Tensor:
+def _plain_product(slot: ExpertsSlot, t: Sequence[torch.Tensor], x: torch.Tensor, e: int) -> torch.Tensor:
     w = t[slot.at][e]
     y = x @ (w if slot.transposed else w.t())
     for (first, second), scaling in zip(slot.adapters, slot.scalings):
@@ -196,5 +196,5 @@ def _form(x, index, weights, up: ExpertsProjection, down: ExpertsProjection, gat
                 )
         if p.bias is not None and p.bias.shape != (experts, p.widths[1]):
             raise ValueError(f"grouped_experts: want a bias {(experts, p.widths[1])}, got {tuple(p.bias.shape)}")
-    at = Slot.of(up, 0)
-    return ExpertsForm(at, Slot.of(down, at.count), gating, experts, up.weight.dtype)
+    at = ExpertsSlot.of(up, 0)
+    return ExpertsForm(at, ExpertsSlot.of(down, at.count), gating, experts, up.weight.dtype)

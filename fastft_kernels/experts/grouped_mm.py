@@ -32,8 +32,9 @@ class Groups:
     @classmethod
     def of(cls, ends: torch.Tensor, dtype: torch.dtype, whole: bool = True) -> Groups:
         """Reads the ends from the device where products in `dtype` will need them there, and only then."""
-        known = native(ends, dtype) or torch.compiler.is_compiling() or isinstance(ends, torch._subclasses.FakeTensor)
-        return cls(ends, None if known else ends.tolist(), whole)
+        unread = native(ends, dtype) or torch.compiler.is_compiling()
+        unread = unread or ends.is_meta or isinstance(ends, torch._subclasses.FakeTensor)
+        return cls(ends, None if unread else ends.tolist(), whole)
 
 
 def native(like: torch.Tensor, dtype: torch.dtype) -> bool:

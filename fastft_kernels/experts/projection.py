@@ -47,7 +47,7 @@ class ExpertsProjection:
         return own + [t for a in self.adapters for t in (a.first, a.second)]
 
 
-class Slot(NamedTuple):
+class ExpertsSlot(NamedTuple):
     """Where an `ExpertsProjection`'s tensors are in a list: weight first, then the bias, then each adapter's two.
     spans: the columns of each adapter's ranks."""
 
@@ -58,7 +58,7 @@ class Slot(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, p: ExpertsProjection, at: int) -> Slot:
+    def of(cls, p: ExpertsProjection, at: int) -> ExpertsSlot:
         ends, end = [], 0
         for a in p.adapters:
             ends.append((end, end + a.first.shape[2]))
@@ -87,25 +87,25 @@ class Slot(NamedTuple):
         return any(needs[second] for _, second in self.adapters)
 
 
-def _matrices(slot: Slot, t: Sequence[torch.Tensor]) -> torch.Tensor:
+def _matrices(slot: ExpertsSlot, t: Sequence[torch.Tensor]) -> torch.Tensor:
     """[E, in, out], a view."""
     w = t[slot.at]
     return w if slot.transposed else w.transpose(1, 2)
 
 
-def _firsts(slot: Slot, t: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _firsts(slot: ExpertsSlot, t: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """[E, in, ranks]"""
     found = [t[first].to(dtype) for first, _ in slot.adapters]
     return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
-def _seconds(slot: Slot, t: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _seconds(slot: ExpertsSlot, t: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """[E, ranks, out]"""
     found = [t[second].to(dtype) for _, second in slot.adapters]
     return found[0].contiguous() if len(found) == 1 else torch.cat(found, 1)
 
 
-def _scaled(slot: Slot, low: torch.Tensor) -> torch.Tensor:
+def _scaled(slot: ExpertsSlot, low: torch.Tensor) -> torch.Tensor:
     """Each adapter's columns times its scaling."""
     if len(set(slot.scalings)) == 1:
         return low * slot.scalings[0]
@@ -116,7 +116,7 @@ def _scaled(slot: Slot, low: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    slot: Slot, t: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor | None, groups: Groups
+    slot: ExpertsSlot, t: Sequence[torch.Tensor], x: torch.Tensor, ids: torch.Tensor | None, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y [S, out], x F [S, ranks] or None). x: [S, in], in the dtype of the weight; ids: [S], the expert of each row,
     where there is a bias."""
@@ -130,7 +130,9 @@ def forward(
     return y, low
 
 
-def backward_low_rank(slot: Slot, t: Sequence[torch.Tensor], dy: torch.Tensor, groups: Groups) -> torch.Tensor | None:
+def backward_low_rank(
+    slot: ExpertsSlot, t: Sequence[torch.Tensor], dy: torch.Tensor, groups: Groups
+) -> torch.Tensor | None:
     """s dy G^T [S, ranks]; None without adapters."""
     if not slot.scalings:
         return None
@@ -138,7 +140,7 @@ def backward_low_rank(slot: Slot, t: Sequence[torch.Tensor], dy: torch.Tensor, g
 
 
 def input_gradient(
-    slot: Slot, t: Sequence[torch.Tensor], dy: torch.Tensor, dlow: torch.Tensor | None, groups: Groups
+    slot: ExpertsSlot, t: Sequence[torch.Tensor], dy: torch.Tensor, dlow: torch.Tensor | None, groups: Groups
 ) -> torch.Tensor:
     """dx [S, in]. dlow: of `backward_low_rank`."""
     dx = grouped_mm(dy, _matrices(slot, t).transpose(1, 2), groups)
@@ -148,7 +150,7 @@ def input_gradient(
 
 
 def parameter_gradients(
-    slot: Slot,
+    slot: ExpertsSlot,
     t: Sequence[torch.Tensor],
     needs: Sequence[bool],
     x: Callable[[], torch.Tensor],

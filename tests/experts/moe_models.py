@@ -12,8 +12,8 @@ from fastft.experts.structure import experts_of
 from fastft.patching.kind import Context
 from fastft.patching.observe import Observation
 
-# concatenated and interleaved gates, biases, stored either way round, no gate, a gate of its own, shared experts
-FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe_swa", "nemotron_h", "aria", "step3p7"]
+# concatenated and interleaved gates, biases, stored either way round, no gate, shared experts, a router of its own
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe_swa", "nemotron_h", "phimoe", "olmoe"]
 
 
 def build(family: str, dtype: torch.dtype = torch.float32):
@@ -30,7 +30,7 @@ def stacks(model) -> list[str]:
 
 
 def with_adapters(model, r: int = 4, **settings):
-    """LoRA on all experts, lora_B drawn: the first step trains both factors."""
+    """LoRA on all experts, both factors drawn: the first step trains both."""
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=stacks(model), **settings)
     return drawn(get_peft_model(model, config))
 
@@ -38,8 +38,8 @@ def with_adapters(model, r: int = 4, **settings):
 def drawn(model, seed: int = 3):
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
+        if "lora_" in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * (0.2 if "lora_B" in name else 0.1))
     return model
 
 

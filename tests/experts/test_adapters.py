@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 import fastft
 from benchmarks import tiny
@@ -23,9 +23,7 @@ def both(family="qwen3_moe", **settings):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize(
-    "settings", [dict(r=1), dict(r=5), dict(use_rslora=True), dict(rank_pattern={"experts": 3})], ids=str
-)
+@pytest.mark.parametrize("settings", [dict(r=1), dict(r=5), dict(use_rslora=True)], ids=str)
 def test_ranks_and_scalings(family, settings):
     stock, fast, batch = both(family, **settings)
     assert_parity(stock, fast, batch)
@@ -36,12 +34,10 @@ def test_ranks_and_scalings(family, settings):
 def test_one_parameter_alone(which):
     stock = build("qwen3_moe")
     names = [n for n in stacks(stock) if n.endswith(which)]
-    from peft import get_peft_model
-
     model = drawn(get_peft_model(stock, LoraConfig(r=4, target_modules=[], target_parameters=names)))
     fast = patched(model)
     assert_parity(model, fast, tiny.batch(build("qwen3_moe")))
-    assert any("with adapters on 1 parameters" in r.kernel for r in rows(fast)[0])
+    assert any(r.kernel.endswith(f"with adapters on {which}") for r in rows(fast)[0])
 
 
 def test_base_trains_too():
@@ -104,7 +100,7 @@ def test_adapters_put_on_after_the_patch_run_stock_until_patched_again():
 
 def test_unload_leaves_the_experts_swapped():
     stock, fast, batch = both()
-    fast, stock = fast.unload(), stock.unload()
+    fast, stock = fast.unload().requires_grad_(), stock.unload().requires_grad_()
     assert sum(is_fast(m, layer.KIND) for m in fast.modules()) == 2
     assert_parity(stock, fast, batch)
 

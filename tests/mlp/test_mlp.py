@@ -11,7 +11,6 @@ from torch import nn
 
 import fastft
 from benchmarks.models import one_way
-from fastft.experts.experts import Experts
 from fastft.mlp.recogniser import MLPs
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import ModuleCall, Observation
@@ -90,13 +89,6 @@ class Attention(nn.Module):
     def forward(self, x, position=None):
         q, v = self.qkv(x).chunk(2, -1)
         return self.out(torch.softmax(q * position[0], -1) * v)
-
-
-class Stacked(nn.Module):
-    def __init__(self, experts=4):
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.ones(experts, WIDTH, 2 * INNER))
-        self.down = nn.Parameter(torch.ones(experts, INNER, WIDTH))
 
 
 def recognise(module, kind=MLPs, tensors=1):
@@ -214,10 +206,6 @@ def test_another_leaf_inside_a_layer_is_left(act):
     context = Context(layer, Observation(), {m: n for n, m in layer.named_modules()})
     assert MLPs().recognise(layer.act, context) is None
 
-
-def test_experts_stay_stock_and_say_so():
-    assert recognise(Stacked(), Experts) == "4 experts in 3-D parameters: stock's own implementation is kept"
-    assert recognise(Stacked(experts=1), Experts) is None
     assert recognise(nn.Conv1d(4, 4, 3), Experts) is None
 
 

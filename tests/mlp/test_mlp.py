@@ -11,6 +11,7 @@ from torch import nn
 
 import fastft
 from benchmarks.models import one_way
+from fastft.experts.experts import Experts
 from fastft.mlp.recogniser import MLPs
 from fastft.patching.kind import Candidate, Context
 from fastft.patching.observe import ModuleCall, Observation

@@ -1,6 +1,7 @@
 """Tiny mixtures of experts of several layouts, stock and patched, trained in full and with adapters on the experts."""
 
 import copy
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -53,7 +54,7 @@ def rows(model):
     return [r for r in found if r.is_swapped], [r for r in found if not r.is_swapped]
 
 
-def experts_in(model):
+def experts_in(model) -> Any:
     """The first module of experts, or the outermost wrapper around them."""
     return next(m for m in model.modules() if experts_of(m) or is_wrapper(m))
 

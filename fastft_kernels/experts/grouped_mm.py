@@ -162,12 +162,19 @@ def _missing(width: int, dtype: torch.dtype) -> int:
     return -width % (ALIGN // dtype.itemsize)
 
 
+def _misplaced(t: torch.Tensor) -> bool:
+    """Does t not start on 16 bytes? (Memory that an allocator gave does; a slice, or a mapped file, may not.)"""
+    if isinstance(t, torch._subclasses.FakeTensor) or torch.compiler.is_compiling():
+        return t.storage_offset() * t.element_size() % ALIGN != 0
+    return t.data_ptr() % ALIGN != 0
+
+
 def _rows(x: torch.Tensor, missing: int) -> torch.Tensor:
     """x [S, K], contiguous, with `missing` columns of zeros behind it, its start on 16 bytes."""
     if missing:
         return F.pad(x, (0, missing))
     x = x.contiguous()
-    return x.clone() if x.data_ptr() % ALIGN else x
+    return x.clone() if _misplaced(x) else x
 
 
 def _matrices(w: torch.Tensor, missing_k: int, missing_n: int) -> torch.Tensor:
@@ -176,7 +183,7 @@ def _matrices(w: torch.Tensor, missing_k: int, missing_n: int) -> torch.Tensor:
         return F.pad(w, (0, missing_n, 0, missing_k))
     _, k, n = w.shape
     straight, turned = w.stride() == (k * n, n, 1), w.stride() == (k * n, 1, k)
-    return (w if straight or turned else w.contiguous()) if w.data_ptr() % ALIGN == 0 else w.clone()
+    return (w if straight or turned else w.contiguous()) if not _misplaced(w) else w.clone()
 
 
 # public

@@ -1,7 +1,7 @@
 """Kernels with hand-derived backward passes, on torch and, where it exists, Triton. Knows nothing of transformers.
 
     runtime/    how kernels are launched, and compiled ahead of time
-    norm/  rotary/  mlp/  lora/  lm_head/    the operations, by the part of a model that uses them
+    norm/  rotary/  mlp/  experts/  lora/  lm_head/    the operations, by the part of a model that uses them
     quant/      formats of frozen weights
     recompute/  what a backward computes again in place of keeping it
     numerics    `compare`, the judge of errors
@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastft_kernels.experts.grouped_experts import grouped_experts
     from fastft_kernels.lm_head.linear_cross_entropy import linear_cross_entropy
     from fastft_kernels.lm_head.linear_logprob import linear_logprob
     from fastft_kernels.lm_head.linear_logsumexp import linear_logsumexp
@@ -32,6 +33,7 @@ _WHERE = {
     "compare": "numerics",
     "gated_rms_norm": "norm.gated_rms_norm",
     "glu": "mlp.glu",
+    "grouped_experts": "experts.grouped_experts",
     "layer_norm": "norm.layer_norm",
     "linear_cross_entropy": "lm_head.linear_cross_entropy",
     "linear_logprob": "lm_head.linear_logprob",
@@ -45,6 +47,7 @@ __all__ = [
     "compare",
     "gated_rms_norm",
     "glu",
+    "grouped_experts",
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprob",

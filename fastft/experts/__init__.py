@@ -1,4 +1,7 @@
 """Mixture-of-experts layers.
 
-experts  recogniser: stock's implementation is kept, and the report says so
+experts    recogniser of experts in 3-D parameters, and of PEFT's wrappers around them
+structure  which parameters, which way round, which gate
+layer      the replacement, and the adapters as they are at a call
+proof      a small stand-in, stock beside the candidate
 """

@@ -207,7 +207,7 @@ class LinearGroups:
             self._groups = find_groups(context, self._inner)
         if not is_unit(module):
             if _is_adapter(module):
-                return "an adapter layer of another kind"
+                return None if _on_a_stack(module) else "an adapter layer of another kind"
             return refusal(module) if is_quantised_otherwise(module) and module not in self._inner else None
         if module not in self._groups:
             return None
@@ -258,6 +258,11 @@ def _swap_siblings(layers: list[nn.Module]) -> None:
 
 def _is_adapter(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def _on_a_stack(module: Any) -> bool:
+    """An adapter on a 3-D parameter: experts', which are a kind of their own."""
+    return hasattr(module, "parameter_name") and module.get_param().dim() == 3
 
 
 def find_groups(

@@ -79,7 +79,7 @@ def _is_4bit(module: Layer) -> bool:
     return stock_class(module) is _BNB.get("Linear4bit")
 
 
-def _plain(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
+def plain_parameter(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
     """A parameter whose values are all here and are what they seem: no DTensor, no torchao subclass, no shard, no meta
     tensor."""
     if p is None or (type(p) is nn.Parameter and not p.is_meta and p.dim() == dim):
@@ -98,7 +98,8 @@ def parameter(module: Layer, name: str) -> torch.Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _hooked(module: Layer) -> bool:
+def is_hooked(module: Layer) -> bool:
+    """Would a call of this module do more than its class's forward?"""
     d = module.__dict__
     hooks = (
         d.get("_forward_hooks")
@@ -113,12 +114,12 @@ def base_weight(base: Layer) -> FrozenWeight:
     """The weight [out, in] of a linear layer, a Conv1D (a view) or a bitsandbytes layer, uncopied."""
     weight: Any = parameter(base, "weight")
     if stock_class(base) is Conv1D:
-        _plain(weight, "the base weight")
+        plain_parameter(weight, "the base weight")
         if weight.shape != (base.nx, base.nf):
             raise Inexpressible("the base weight is sharded or gathered elsewhere")
         return as_weight(weight.t())
     if stock_class(base) is nn.Linear:
-        _plain(weight, "the base weight")
+        plain_parameter(weight, "the base weight")
         if weight.shape != (base.out_features, base.in_features):
             raise Inexpressible("the base weight is sharded or gathered elsewhere")
         return as_weight(weight)
@@ -195,18 +196,18 @@ def adapters(layer: Layer) -> tuple[Adapter, ...]:
         if (
             type(a) is not nn.Linear
             or type(b) is not nn.Linear
-            or _hooked(a)
-            or _hooked(b)
-            or _hooked(drop)
+            or is_hooked(a)
+            or is_hooked(b)
+            or is_hooked(drop)
             or parameter(a, "bias") is not None
         ):
             raise Inexpressible("lora_A, lora_B or the dropout is no plain module or carries a hook")
         A: Any = parameter(a, "weight")
         B: Any = parameter(b, "weight")
         bias = parameter(b, "bias")
-        _plain(A, "lora_A")
-        _plain(B, "lora_B")
-        _plain(bias, "the bias of lora_B", 1)
+        plain_parameter(A, "lora_A")
+        plain_parameter(B, "lora_B")
+        plain_parameter(bias, "the bias of lora_B", 1)
         scaling, p = layer.scaling[name], 0.0
         if isinstance(scaling, torch.Tensor):
             raise Inexpressible("the scaling is a tensor")
@@ -224,7 +225,7 @@ def describe(module: Layer) -> Projection:
         base = module._modules["base_layer"]
         if stock_class(base) not in BASES:
             raise Inexpressible(f"its base layer is a {type(base).__name__}")
-        if _hooked(base):
+        if is_hooked(base):
             raise Inexpressible("its base layer carries a hook")
         if getattr(module, "fan_in_fan_out", False) and stock_class(base) is not Conv1D:
             raise Inexpressible("fan_in_fan_out")
@@ -237,7 +238,7 @@ def describe(module: Layer) -> Projection:
 
 def _bias(base: Layer) -> torch.Tensor | None:
     bias = parameter(base, "bias")
-    _plain(bias, "the bias", 1)
+    plain_parameter(bias, "the bias", 1)
     return bias
 
 

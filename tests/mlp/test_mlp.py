@@ -92,13 +92,6 @@ class Attention(nn.Module):
         return self.out(torch.softmax(q * position[0], -1) * v)
 
 
-class Stacked(nn.Module):
-    def __init__(self, experts=4):
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.ones(experts, WIDTH, 2 * INNER))
-        self.down = nn.Parameter(torch.ones(experts, INNER, WIDTH))
-
-
 def recognise(module, kind=MLPs, tensors=1):
     seen = Observation()
     seen.calls[module] = [ModuleCall(0, None, [torch.empty(1, 2, WIDTH, device="meta")] * tensors, None, tensors)]
@@ -214,10 +207,6 @@ def test_another_leaf_inside_a_layer_is_left(act):
     context = Context(layer, Observation(), {m: n for n, m in layer.named_modules()})
     assert MLPs().recognise(layer.act, context) is None
 
-
-def test_experts_stay_stock_and_say_so():
-    assert recognise(Stacked(), Experts) == "4 experts in 3-D parameters: stock's own implementation is kept"
-    assert recognise(Stacked(experts=1), Experts) is None
     assert recognise(nn.Conv1d(4, 4, 3), Experts) is None
 
 

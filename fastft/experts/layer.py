@@ -14,7 +14,7 @@ from torch import nn
 
 from fastft.experts.structure import ExpertsStructure, arguments
 from fastft.linear.projection import Inexpressible, is_hooked, parameter, plain_parameter
-from fastft.swapping.stock_only import stands_aside
+from fastft.swapping.stock_only import stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order, stock_class
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.experts.grouped_experts import grouped_experts
@@ -44,7 +44,7 @@ class FastExperts(Replacement):
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
-        if slot is None or stands_aside(slot.fallbacks, KIND):
+        if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
             return super().forward(*args, **kwargs)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or self.training):
             return super().forward(*args, **kwargs)

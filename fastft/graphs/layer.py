@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -198,11 +199,15 @@ class LayerGraphs:
     def recomputed(self, function: Any, args: tuple, run: Callable[[Callable], Any], in_full: bool) -> Any:
         """A call that the activation policy runs as run(function): recomputed in the backward. function: the layer's
         forward with its keyword arguments bound, as transformers makes it."""
-        bound = getattr(function, "args", ())
-        if len(bound) != 1 or not _is_owner(bound[0], self):
+        if not isinstance(function, functools.partial):
             return run(function)
-        layer, kwargs = bound[0], function.keywords
-        plain = functools.partial(below(layer), **kwargs)
+        # the forward of a class and its instance, or (transformers before 5.20) the instance's own __call__
+        called = not function.args
+        layer: Any = getattr(function.func, "__self__", None) if called else function.args[0]
+        if len(function.args) > 1 or not isinstance(layer, nn.Module) or not _is_owner(layer, self):
+            return run(function)
+        kwargs = function.keywords
+        plain = WithoutGraphs(function) if called else functools.partial(below(layer), **kwargs)
         return self.call(layer, args, kwargs, FULL if in_full else LEAN, lambda: run(plain))
 
     def dissolve(self) -> None:
@@ -220,13 +225,35 @@ def _is_owner(layer: nn.Module, graphs: LayerGraphs) -> bool:
     return slot is not None and slot.owner() is layer and GRAPHS in slot.parts and slot.state(GRAPHS) is graphs
 
 
+class _Inside(threading.local):
+    depth = 0
+
+
+_INSIDE = _Inside()  # of how many `WithoutGraphs` this thread is inside
+
+
+class WithoutGraphs:
+    """A layer's `__call__` that its mixin lets pass, in a recomputation too: the graphs have been asked before."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args):
+        _INSIDE.depth += 1
+        try:
+            return self.function(*args)
+        finally:
+            _INSIDE.depth -= 1
+
+
 @order(-20)
 class GraphedLayer(Replacement):
     """Mixin of a layer, outermost of all."""
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
-        if slot is None or torch.compiler.is_compiling() or slot.owner() is not self:  # (a replica's is another)
+        # (a replica's owner is another)
+        if slot is None or _INSIDE.depth or torch.compiler.is_compiling() or slot.owner() is not self:
             return super().forward(*args, **kwargs)
         graphs: LayerGraphs = slot.state(GRAPHS)
         forward = super().forward

@@ -28,12 +28,13 @@ from fastft.linear.projection import (
     would_repack,
 )
 from fastft.linear.reading import Reading, is_4bit, is_at_rest, read
-from fastft.swapping.stock_only import stood_aside, transformed, without_gradients
+from fastft.swapping.stock_only import stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, is_fast, order
 from fastft_kernels.lora.group import GroupTensors
 from fastft_kernels.lora.lora_linear import Projection, pack, run
 from fastft_kernels.quant.weights import as_weight
 from fastft_kernels.recompute.recomputation import recomputation_of
+from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime.compat import dispatch_modes, is_dynamo_compiling
 from fastft_kernels.runtime.dispatch import wider
 
@@ -225,9 +226,9 @@ class LinearGroup:
         for ref in self.refs:
             member = ref()
             if member is module:
-                found.append(module)
+                found += (module,)
             elif found and member is not None and KEY in member.__dict__ and is_fast(member, KIND):
-                found.append(member)
+                found += (member,)
         return found or [module]
 
     def __deepcopy__(self, memo):
@@ -301,7 +302,8 @@ class FastLinear(Replacement):
         slot = d[KEY] if KEY in d else None
         if slot is None:
             return super().forward(*args, **kwargs)
-        idle = without_gradients() or is_at_rest(slot, self)  # nothing to gain: stock's own, at stock's price
+        no_grad = not torch.is_grad_enabled() and not REPLAY.first
+        idle = no_grad or is_at_rest(slot, self)  # nothing to gain: stock's own, at stock's price
         if idle and not is_4bit(slot, self):
             return super().forward(*args, **kwargs)
         group: LinearGroup = slot.parts[KIND][1]

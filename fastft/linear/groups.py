@@ -14,6 +14,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +27,6 @@ from fastft.patching.patcher import Outcome, Record, record_of
 from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, undisturbed
 from fastft.swapping.out_of_memory import is_out_of_memory
-from fastft.swapping.stock_only import without_gradients
 from fastft.swapping.swap import (
     KEY,
     Replacement,
@@ -39,6 +39,7 @@ from fastft.swapping.swap import (
     stock_class,
     uninstall,
 )
+from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime.compat import is_dynamo_compiling
 
 HOLDER = "linear group holder"
@@ -173,7 +174,7 @@ def holder_mixin(cls: type) -> type:
             return super(mixin, self).forward(*args, **kwargs)
         held: HolderGroups = slot.parts[HOLDER][1]
         held.adopt(self)
-        if without_gradients():  # the members are stock's own
+        if not torch.is_grad_enabled() and not REPLAY.first:  # the members are stock's own
             return super(mixin, self).forward(*args, **kwargs)
         before = held.begin()
         try:

@@ -14,7 +14,7 @@ from fastft.proving.float64 import float64_reference
 from fastft.proving.proof_sizes import elementwise_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
-from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed, without_gradients
+from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
@@ -30,7 +30,7 @@ class FastActivation(Replacement):
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
-        if without_gradients() and gains_nothing(args):
+        if not torch.is_grad_enabled() and gains_nothing(args):
             return super().forward(*args, **kwargs)
         if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
             return super().forward(*args, **kwargs)

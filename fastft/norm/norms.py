@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed, without_gradients
+from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
@@ -121,7 +121,7 @@ class FastNorm(Replacement):
     def forward(self, *args, **kwargs):
         d = self.__dict__
         slot = d[KEY] if KEY in d else None
-        if without_gradients() and gains_nothing(args):
+        if not torch.is_grad_enabled() and gains_nothing(args):
             return super().forward(*args, **kwargs)
         if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
             return super().forward(*args, **kwargs)

@@ -21,7 +21,7 @@ from fastft.proving.float64 import float64_reference
 from fastft.proving.prove import Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.rebind import global_calls, kept_current, rebind
-from fastft.swapping.stock_only import gains_nothing, transformed, without_gradients
+from fastft.swapping.stock_only import gains_nothing, transformed
 from fastft.swapping.swap import Replacement, counts_itself, install, order, stock_class
 from fastft_kernels.rotary.rope import rope, rope_single
 from fastft_kernels.rotary.rope_kernels import LAYOUTS
@@ -78,7 +78,7 @@ def make_fast(stock: Callable, variant: Variant, always: bool = False) -> Any:
     in_order = names[:4] == ordinary and all(n in known for n in names)
 
     def run(*args, **kwargs):
-        if not always and without_gradients() and gains_nothing(args):
+        if not always and not torch.is_grad_enabled() and gains_nothing(args):
             return stock(*args, **kwargs)
         xs: Any
         cos: Any

@@ -32,17 +32,11 @@ def transformed() -> bool:
     return dispatch_modes() > 0 and is_proxy_traced()
 
 
-def without_gradients() -> bool:
-    """Will nobody ask for this call's gradients? (The first run of a reentrant checkpoint, which the second repeats
-    with
-    gradients, is not one of these: both give the same bits.)"""
-    return not torch.is_grad_enabled() and not REPLAY.first
-
-
 def gains_nothing(args: tuple) -> bool:
-    """Asked where no gradients are wanted: does the first argument lie on a device without kernels? Stock is then as
-    good as the references, and costs the host less."""
-    return bool(args) and isinstance(args[0], torch.Tensor) and not use_triton(args[0])
+    """Asked where gradients are off: does the first argument lie on a device without kernels? Stock is then as good as
+    the references, and costs the host less. (False in the first run of a reentrant checkpoint, as the second, with
+    gradients, has to repeat its bits.)"""
+    return not REPLAY.first and bool(args) and isinstance(args[0], torch.Tensor) and not use_triton(args[0])
 
 
 def stood_aside(fallbacks: Counter, kind: str) -> bool:

@@ -180,7 +180,7 @@ def _remember(
     kept_xA = (xA,) if xA is not None and trained_B else ()
     ctx.save_for_backward(*parameters, *xs, *kept_xA, *masks)
     ctx.recompute, ctx.formula = (None, None) if source is None else (source.recompute, source.differentiable)
-    ctx.g, ctx.draws, ctx.counts = g, draws or (None,) * len(g.adapters), (n, len(xs), len(kept_xA))
+    ctx.g, ctx.draws, ctx.counts = g, draws or (None,) * len(g.adapters), (n, len(xs), 1 if kept_xA else 0)
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.set_materialize_grads(False)
     return () if want else tuple(i for i in range(len(g.projections)) if not trainable(g, needs, i))

@@ -62,7 +62,7 @@ def forward(
         A = t[adapters[0].A] if not adapters[1:] else torch.cat([t[a.A] for a in adapters])
         xA = torch.mm(rows(x), A.T)
         few = xA.shape[0] < FEW
-    ys: list = [None] * len(g.projections)
+    ys: list = list(g.projections)  # each in the place of its projection
     for i, p in enumerate(g.projections):
         ys[i] = y = F.linear(x, t[p.weight], None if p.bias < 0 else t[p.bias])
         if p.adapters:

@@ -24,7 +24,7 @@ import torch
 from fastft_kernels.runtime.compat import is_dynamo_compiling
 
 
-@dataclass(slots=True)
+@dataclass
 class Recomputation:
     """`recompute(*tensors)` gives the tensor again: same shape, same dtype, same bits.
 
@@ -45,7 +45,7 @@ class Recomputation:
 def attach(y: torch.Tensor, recomputation: Recomputation) -> None:
     """Remember on the tensor object y how to recompute it. Does nothing while compiling, or where no graph is being
     built."""
-    if is_dynamo_compiling() or not y.requires_grad:
+    if is_dynamo_compiling() or not torch.is_grad_enabled():
         return
     carrier: Any = y
     carrier._fastft_recomputation = (recomputation, y._version)

@@ -120,7 +120,7 @@ class _Now(threading.local):
 
 
 @dataclass
-class Plan:
+class GroupPlan:
     """What `LinearGroup.compute` found out for a member, for as long as the facts that it read hold. run: the places of
     the members whose outputs are computed, among those that were read."""
 
@@ -144,7 +144,7 @@ class LinearGroup:
 
     refs: list[Callable[[], Layer | None]]
     now: _Now = field(default_factory=_Now)
-    plans: dict[tuple, Plan] = field(default_factory=dict)
+    plans: dict[tuple, GroupPlan] = field(default_factory=dict)
     wasted: int = 0  # results in a row that their member could not take
 
     @classmethod
@@ -207,7 +207,7 @@ class LinearGroup:
         if key is not None and (readings := read(members)) is not None:
             if len(self.plans) >= PLANS:
                 self.plans.clear()
-            self.plans[key] = Plan([facts for facts, _ in readings], tuple(places), g)
+            self.plans[key] = GroupPlan([facts for facts, _ in readings], tuple(places), g)
         return self._finish(call, members, tuple(places), x, run(g, tensors, x, recomputation_of(x)))
 
     def _finish(self, call: HolderCall | None, members: list[Layer], places: tuple[int, ...], x: torch.Tensor, ys):

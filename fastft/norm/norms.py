@@ -18,7 +18,8 @@ from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
-from fastft_kernels.norm.rms_norm import rms_norm, run, run_again
+from fastft_kernels.norm.rms_norm import rms_norm, run_again
+from fastft_kernels.norm.rms_norm import run as rms_norm_with_rstd
 from fastft_kernels.recompute.recomputation import Recomputation, attach
 from fastft_kernels.runtime.dispatch import wider
 
@@ -145,7 +146,7 @@ class FastNorm(Replacement):
                 tensors = tuple([t for t in (x, mean, rstd, weight, bias) if t is not None])
                 attach(y, Recomputation(tensors, settings.recompute, settings.formula))
             return y
-        y, rstd = run(x, weight, settings.eps, f.offset, settings.cast_before, settings.out)
+        y, rstd = rms_norm_with_rstd(x, weight, settings.eps, f.offset, settings.cast_before, settings.out)
         if y.requires_grad:
             tensors = (x, rstd) if weight is None else (x, rstd, weight)
             attach(y, Recomputation(tensors, settings.recompute, settings.formula))

@@ -131,6 +131,7 @@ def _combine(rows, places, weights, dtype):
                 K=top_k,
                 BLOCK_N=block,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return y
 

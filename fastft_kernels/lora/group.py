@@ -25,44 +25,10 @@ from typing import NamedTuple
 import torch
 
 from fastft_kernels.lora import dropout
+from fastft_kernels.lora.layout import AdapterSlot, GroupTensors, ProjectionSlot
 from fastft_kernels.lora.plain_group import add_to, product, product_into, rows
-from fastft_kernels.quant.weights import WeightLayout, expand
+from fastft_kernels.quant.weights import expand
 from fastft_kernels.runtime.dispatch import goes_to_cuda, wider
-
-
-class AdapterSlot(NamedTuple):
-    """One adapter's place: its columns of xA, and the indices of A, B and c (or -1) in the group's tensors."""
-
-    rank: int
-    column: int
-    scaling: float
-    p: float
-    A: int
-    B: int
-    bias: int
-
-
-class ProjectionSlot(NamedTuple):
-    """Where the tensors of one projection lie among those of its group."""
-
-    layout: WeightLayout
-    weight: int  # index of the first of n_weight tensors
-    n_weight: int
-    bias: int  # or -1
-    adapters: tuple[AdapterSlot, ...]
-
-
-class GroupTensors(NamedTuple):
-    """A group without its tensors: hashable, and what an autograd.Function keeps on its context."""
-
-    compute: torch.dtype
-    lora: torch.dtype
-    out: torch.dtype
-    projections: tuple[ProjectionSlot, ...]
-    rank: int
-    adapters: tuple[AdapterSlot, ...]  # of all projections, in order
-    drawn: torch.dtype | None = None  # the dtype of x in which dropout draws; None: that of A
-    plain: bool = False  # every tensor, x and the outputs are of one dtype; no dropout, no adapter bias: `plain_group`
 
 
 class SavedProjections(NamedTuple):

@@ -1,7 +1,7 @@
 """y_i = x W_i^T + b_i + sum_a s_a (drop_a(x) A_a^T B_a^T + c_a): adapted projections of one input, as ONE autograd
 function.
 
-Gradients: _lora_group.py. The input is saved once for the whole group, in the smaller of its own and the compute dtype;
+Gradients: group.py. The input is saved once for the whole group, in the smaller of its own and the compute dtype;
 or not at all, where a `Recomputation` tells how to recompute it from tensors that are saved anyway. Beside it only x
 A^T is kept (rank values a token), never a cast copy of a parameter, never a dropout mask (masks are drawn again), never
 an expanded weight."""

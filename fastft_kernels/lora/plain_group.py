@@ -4,16 +4,12 @@ outputs are of one dtype. The same formulas in fewer calls, as a small model's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from fastft_kernels.lora.layout import GroupTensors
 from fastft_kernels.runtime.compat import is_dynamo_compiling
-
-if TYPE_CHECKING:
-    from fastft_kernels.lora.group import GroupTensors
-
 
 FEW = 4  # rows
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 
-class _State(threading.local):
+class _ReplayState(threading.local):
     """This thread's (a backward runs in one of its own). depth: how many `again()` it is inside; functions then save
     first and compute their output last. first: how many `first_run()`."""
 
@@ -21,7 +21,7 @@ class _State(threading.local):
     first = 0
 
 
-REPLAY = _State()
+REPLAY = _ReplayState()
 
 
 @contextlib.contextmanager

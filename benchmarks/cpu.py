@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils as trl_utils
 
 import fastft
+from benchmarks import host_calls
 from benchmarks.fake import FORMULAS, Live, layer_cost
 from fastft.linear.groups import HOLDER
 from fastft.linear.projection import describe
@@ -231,6 +232,25 @@ def _group_ns(model: torch.nn.Module, repeats: int) -> tuple[float, float]:
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
 
+# ceilings of the forward with gradients, of the backward, and of the forward without gradients
+CALLS = {"LoRA on all linears": (600, 450, 560), "LoRA on q and v": (465, 240, 325)}
+
+
+def _calls() -> list[Figure]:
+    """Calls of the interpreter a decoder layer; they do not depend on the machine."""
+    found = []
+    for targets, (forward, backward, without) in CALLS.items():
+        stock, ours = (host_calls.calls(targets, patched, True) for patched in (False, True))
+        plain, quick = (host_calls.calls(targets, patched, False)[0] for patched in (False, True))
+        name = lambda part, targets=targets: f"Python and C calls, {targets}, {part}"
+        found += [
+            Figure("host", name("forward"), "a layer", ours[0], stock[0], forward),
+            Figure("host", name("backward"), "a layer", ours[1], stock[1], backward),
+            Figure("host", name("forward without gradients"), "a layer", quick, plain, without),
+        ]
+    return found
+
+
 def host(quick: bool) -> list[Figure]:
     config = LlamaConfig(
         hidden_size=64,
@@ -260,6 +280,7 @@ def host(quick: bool) -> list[Figure]:
     theirs, mine, reading = (statistics.median(r[who][i] for r in groups) for who, i in ((0, 0), (1, 0), (1, 1)))
     return [
         *found,
+        *_calls(),
         Figure("host", "one group call (three adapted projections of one input), forward", "ns", mine, theirs),
         Figure("host", "of it, reading and packing the three layers as they are now", "ns", reading),
     ]

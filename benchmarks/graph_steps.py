@@ -26,13 +26,9 @@ from benchmarks.gpu_models import Batch, batch, build, config_8b, config_small
 from benchmarks.gpu_steps import _autocast, sft_loss, tuned
 from benchmarks.header import header
 from fastft.patching.patcher import record_of
+from fastft.tools.bench.timing import synchronize
 
 Context = Callable[[nn.Module], contextlib.AbstractContextManager]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measured(model: nn.Module, b: Batch, device: torch.device, context: Context, repeats: int) -> dict:
@@ -52,7 +48,7 @@ def measured(model: nn.Module, b: Batch, device: torch.device, context: Context,
     with context(model):
         for _ in range(6):
             step()
-        _synchronize(device)
+        synchronize(device)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         times, queued = [], []
@@ -60,7 +56,7 @@ def measured(model: nn.Module, b: Batch, device: torch.device, context: Context,
             start = time.perf_counter()
             loss = step()
             queued.append(time.perf_counter() - start)
-            _synchronize(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         row = {"step_ms": statistics.median(times) * 1e3, "host_ms": statistics.median(queued) * 1e3}
         row["loss"] = float(loss)
@@ -68,7 +64,7 @@ def measured(model: nn.Module, b: Batch, device: torch.device, context: Context,
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             with profile(activities=[ProfilerActivity.CUDA]) as found:
                 step()
-                _synchronize(device)
+                synchronize(device)
             events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
             row |= {"busy_ms": sum(e.device_time for e in events) / 1e3, "launches": len(events)}
             row["busy_share"] = row["busy_ms"] / row["step_ms"]

@@ -3,18 +3,16 @@
 TRL's trainers round the adapters of a quantised model to bfloat16 when they are made, whatever they then train in. On a
 card without bfloat16 they train with `fp16=True`, and float16's gradient scaler takes no bfloat16 gradient: the first
 step fails. So when a forward that trains in float16 enters a quantised model, trainable parameters in bfloat16 become
-float32, before anything has read them; what an optimizer keeps of them already (a run that was resumed) becomes float32
-too. TRL's classes stay as they are, a run in bfloat16 or without a scaler is not touched.
+float32, before anything has read them. TRL's classes stay as they are; a run in bfloat16 or without a scaler is not
+touched. (Of a run that is resumed PEFT makes them float32 as it loads the checkpoint.)
 
 Under DistributedDataParallel it is too late by then, as its buckets have been made: a warning says what to write."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 import weakref
-from collections.abc import Iterator
 
 import torch
 from accelerate.state import AcceleratorState
@@ -61,22 +59,18 @@ class Float32Adapters:
             self.cast(base)
 
     def cast(self, base: nn.Module) -> None:
-        """Trainable bfloat16 parameters of `base`, their gradients, and what optimizers keep of them."""
+        """Trainable bfloat16 parameters of `base`, and their gradients."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
                 if not self.warned:
                     self.warned = True
                     warnings.warn(TOO_LATE, stacklevel=2)
                 return
-        rounded = {id(p): p for p in base.parameters() if p.requires_grad and p.dtype == torch.bfloat16}
-        for p in rounded.values():
+        rounded = [p for p in base.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+        for p in rounded:
             grad, p.grad = p.grad, None
             p.data = p.data.float()
             p.grad = None if grad is None else grad.float()
-        for state in _kept_of(rounded):
-            state.update(
-                {k: v.float() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16}
-            )
         self.count = len(rounded)
 
     def __deepcopy__(self, memo: dict) -> Float32Adapters:
@@ -90,14 +84,6 @@ class Float32Adapters:
         """A pickled model is a stock model: what comes back returns its arguments, and needs the standard library
         alone."""
         return getattr, ({}, "get")
-
-
-def _kept_of(parameters: dict[int, nn.Parameter]) -> Iterator[dict]:
-    """What every live optimizer keeps for these parameters. A sweep over all objects, once for a training."""
-    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]:
-        for p, state in list(optimizer.state.items()):
-            if id(p) in parameters and isinstance(state, dict):
-                yield state
 
 
 def cast_adapters(model: nn.Module, base: nn.Module) -> Float32Adapters | None:

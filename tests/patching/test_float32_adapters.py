@@ -69,6 +69,12 @@ def losses(trainer):
     return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e], dtype=torch.float64)
 
 
+def close(ours, stock):
+    """Within what float16 rounds; and something was learnt."""
+    a, b = losses(ours), losses(stock)
+    return len(b.unique()) == 4 and float((a - b).abs().max()) < 8 * torch.finfo(torch.float16).eps * float(b.max())
+
+
 def dtypes(model):
     return {p.dtype for p in model.parameters() if p.requires_grad}
 
@@ -90,9 +96,7 @@ def test_stock_fails_and_fastft_trains_as_stock_by_hand(folder, tmp_path):
     assert dtypes(model) == {torch.float32}
     assert len(notes(model)) == 1 and notes(model)[0].startswith(f"{sum(p.requires_grad for p in model.parameters())} ")
     assert {id(o.proof) for o in model.get_base_model()._fastft_record.outcomes.values()} == proven, "proven again"
-    eps = torch.finfo(torch.float16).eps
-    assert len(losses(ours).unique()) == 4
-    assert float((losses(ours) - losses(stock)).abs().max()) < 8 * eps * float(losses(stock).max())
+    assert close(ours, stock)
     again = trainer_of(model, tmp_path, steps=1)  # a second training, rounded a second time
     again.train()
     assert dtypes(model) == {torch.float32}
@@ -107,9 +111,10 @@ def test_a_run_that_is_resumed(folder, tmp_path):
     kept = [v for s in rest.optimizer.optimizer.state.values() for v in s.values() if v.dim()]
     assert kept and {v.dtype for v in kept} == {torch.float32}
     assert dtypes(rest.model) == {torch.float32}
-    # its adapter was loaded into the trainer's bfloat16
-    bound = torch.finfo(torch.bfloat16).eps * float(losses(whole).max())
-    assert float((losses(rest) - losses(whole))[2:].abs().max()) < bound
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stock = trainer_of(h.load(folder, "stock", four_bit=True), tmp_path, callbacks=[ByHand()])
+    stock.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert close(rest, stock)
 
 
 def test_fastft_run(folder, tmp_path, capsys):
@@ -167,8 +172,9 @@ def test_under_ddp_a_line_says_what_to_write(folder, monkeypatch):
     for p in model.parameters():
         p.data = p.data.bfloat16() if p.requires_grad else p.data
     hook = Float32Adapters(model.get_base_model())
-    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match=r"before train\(\), write") as said:
-        hook(model)
-        hook(model)
-    assert len(said) == 1 and dtypes(model) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.float16):
+        with pytest.warns(UserWarning, match=r"before train\(\), write"):
+            hook(model)
+        hook(model)  # once: a second warning would be an error
+    assert dtypes(model) == {torch.bfloat16}
     assert float32_adapters.TOO_LATE.count("\n") == 0

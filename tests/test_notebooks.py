@@ -11,7 +11,7 @@ import torch
 from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
-SMALL = dict(SPLIT="train", STEPS=6, BATCH=2, MAX_LENGTH=96)
+SMALL = support.SMALL
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,12 @@ def kernel(folder):
 
 @pytest.fixture
 def execute(folder, kernel):
-    def run(name, data, ask, **parameters):
-        given = dict(SMALL, MODEL=str(folder / "model"), DATASET=str(folder / data), **parameters)
-        return support.execute(name, kernel, folder / name, given, ask)
+    """Runs a notebook; what is committed with it are the outputs of such a run."""
+
+    def run(name, ask):
+        notebook, found = support.execute(name, kernel, folder, ask)
+        assert support.kinds(notebook) == support.kinds(support.read(name)), "run `python -m tests.notebook_support`"
+        return notebook, found
 
     return run
 
@@ -60,7 +63,7 @@ def holds(notebook, *words) -> None:
 def test_01_quickstart(execute, folder):
     ask = """dict(stock=stock_losses, fast=fast_losses, measured=[stock_memory.bytes, fast_memory.bytes],
     predicted=[next(x for x in plan.lines if x.stack == 'stock').peak.total, plan.chosen.peak.total])"""
-    notebook, found = execute("01_quickstart_sft", "chat", ask, MAX_LENGTH=48)
+    notebook, found = execute("01_quickstart_sft", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook)
@@ -72,7 +75,7 @@ def test_02_qlora(execute):
     measured=[stock_memory.bytes, fast_memory.bytes], predicted=[*predicted.values()],
     difference=difference.item(),
     four_bit=model.is_loaded_in_4bit if 'model' in globals() else plain.is_loaded_in_4bit)"""
-    notebook, found = execute("02_qlora_t4", "chat", ask, MAX_LENGTH=48)
+    notebook, found = execute("02_qlora_t4", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook, "on T4")
@@ -82,7 +85,7 @@ def test_02_qlora(execute):
 def test_03_dpo(execute):
     ask = """dict(stock=[e['loss'] for e in stock_log], fast=[e['loss'] for e in fast_log],
     measured=[stock_memory.bytes, fast_memory.bytes])"""
-    notebook, found = execute("03_dpo", "preferences", ask, MAX_LENGTH=200)
+    notebook, found = execute("03_dpo", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook, "fused head")
@@ -92,7 +95,7 @@ def test_04_grpo(execute):
     ask = """dict(stock=[e['reward'] for e in stock_log], fast=[e['reward'] for e in fast_log],
     measured=[stock_memory.bytes, fast_memory.bytes],
     losses=[e['loss'] for e in stock_log])"""
-    notebook, found = execute("04_grpo", "prompts", ask, ANSWERS=4, NEW_TOKENS=8, TARGET=12)
+    notebook, found = execute("04_grpo", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     assert len(set(found["losses"])) > 1
@@ -105,7 +108,7 @@ def test_05_prove_it(execute):
     pairs=[(m.bytes, x.peak.total) for ms, xs in ((stock_memory, [p.lines[-1] for p in predicted]),
                                (fast_memory, [p.chosen for p in predicted]))
            for m, x in zip(ms, xs)])"""
-    notebook, found = execute("05_prove_it_on_your_gpu", "chat", ask, LENGTHS=[24, 48])
+    notebook, found = execute("05_prove_it_on_your_gpu", ask)
     curves_agree(found)
     text = support.shown(notebook)
     assert "stock again, bit for bit" in text and "the same bits in plain transformers" in text

@@ -31,7 +31,7 @@ TOO_LATE = (
 
 def trains_in_float16(module: nn.Module, device: str) -> bool:
     """Is float16's autocast on, or about to be: in the forward that Accelerate has prepared of this module?"""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16
     prepared = "_original_forward" in module.__dict__ and accelerate_is_there()
     return prepared and AcceleratorState().mixed_precision == "fp16"

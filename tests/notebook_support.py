@@ -9,6 +9,8 @@ variables comes last.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import nbformat
 import torch
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import start_new_kernel
+from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 # of each notebook in CI: its data set's folder, and parameters beside SMALL
@@ -166,6 +169,18 @@ def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     return found
 
 
+def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An output as it is committed: no terminal colours, no blanks at the ends of lines, pictures in 64 colours."""
+    if output.output_type == "stream":
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
+        output.text = "\n".join(line.rstrip() for line in plain.split("\n"))
+    elif "image/png" in output.data:
+        picture, small = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), io.BytesIO()
+        picture.convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+        output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+    return output
+
+
 def kinds(notebook: nbformat.NotebookNode) -> list[tuple[str, list[str]]]:
     """(cell, the kinds of its outputs)."""
     return [(c.id, [o.output_type for o in kept(c.outputs)]) for c in notebook.cells if c.cell_type == "code"]
@@ -177,7 +192,7 @@ def commit(name: str, executed: nbformat.NotebookNode) -> None:
     for cell, ran in zip(notebook.cells, executed.cells):
         if cell.cell_type == "code" and "install" not in cell.metadata.get("tags", []):
             count += 1
-            cell.outputs, cell.execution_count = kept(ran.outputs), count
+            cell.outputs, cell.execution_count = [slim(o) for o in kept(ran.outputs)], count
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = count

@@ -18,7 +18,8 @@ from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
 SMALL = support.SMALL
-REPOSITORY = "https://github.com/fastft/fastft"
+PROJECT = tomllib.loads((support.FOLDER.parent / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Homepage"]
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +188,7 @@ def test_what_the_install_cell_asks_of_pip(kernel):
 
 def test_what_is_said_of_kaggle_holds():
     """Kaggle's torch is 2.10.0: pip stops, as long as fastft wants a newer one."""
-    project = tomllib.loads((support.FOLDER.parent / "pyproject.toml").read_text())["project"]
-    (bound,) = (Requirement(r) for r in project["dependencies"] if Requirement(r).name == "torch")
+    (bound,) = (Requirement(r) for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     stops = "2.10.0" not in bound.specifier
     for text in [
         (support.FOLDER / "README.md").read_text(),

@@ -6,11 +6,11 @@ import difflib
 import json
 import re
 import shlex
+import tomllib
 from importlib.metadata import version
 
 import nbformat
 import pytest
-import tomllib
 import torch
 from packaging.requirements import Requirement
 

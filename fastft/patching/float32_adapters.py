@@ -52,8 +52,10 @@ class Float32Adapters:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "_is_replica" in module.__dict__:
             return
         base = self.base()
-        first = None if base is None else next((p for p in base.parameters() if p.requires_grad), None)
-        if first is None or first.dtype != torch.bfloat16 or not base.training:
+        if base is None or not base.training:
+            return
+        first = next((p for p in base.parameters() if p.requires_grad), None)
+        if first is None or first.dtype != torch.bfloat16:
             return
         if trains_in_float16(module, first.device.type) and not transformed():
             self.cast(base)
@@ -99,7 +101,9 @@ def cast_adapters(model: nn.Module, base: nn.Module) -> Float32Adapters | None:
 
 def watch_adapters(model: nn.Module, base: nn.Module, hook: Float32Adapters | None) -> None:
     """The hook where forwards enter."""
-    for module in entrances(model, base) if hook is not None else ():
+    if hook is None:
+        return
+    for module in entrances(model, base):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook)
 

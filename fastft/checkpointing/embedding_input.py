@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
+from fastft.compat.torch_private import FakeTensor
 
 
 class Embedded:

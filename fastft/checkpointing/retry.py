@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
 from fastft.checkpointing.layer_stack import Stack
 from fastft.checkpointing.stack_forward import Forward
+from fastft.compat.torch_private import tree_flatten, tree_leaves, tree_unflatten
 from fastft.swapping.release_memory import GIVERS
 from fastft.swapping.stock_only import transformed
 

@@ -16,10 +16,11 @@ from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
 from fastft.checkpointing.policy_state import Controller
 from fastft.checkpointing.split import Split, choose
+from fastft.compat.torch_private import hooks_on_saved_tensors
+from fastft.compat.transformers_private import FUNCTION, SWITCH
 
 WORKSPACE = 2**29  # bytes for the head's tiles and other buffers that do not grow with the batch
 HEAD_BYTES = 8  # for each value of the hidden states: the head's float32 row Jacobian and the gradient that it becomes
-SWITCH, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"  # transformers' names, on each layer
 
 
 class Forward:
@@ -162,5 +163,4 @@ def asked_for(layer: nn.Module) -> CheckpointFunction | None:
 
 def saved_tensors_are_hooked() -> bool:
     """Does somebody see what autograd saves now?"""
-    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+    return hooks_on_saved_tensors(True) is not None

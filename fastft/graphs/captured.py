@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.layer_runs import lean
+from fastft.compat.torch_private import copy_each
 from fastft.graphs.arguments import Arguments, flatten, rebuild
 from fastft.graphs.buffers import Scratch, SharedBuffer, copy_into, static_like
 from fastft.graphs.recorder import Recorder
@@ -179,7 +180,7 @@ class Captured:
             found = torch.autograd.grad(self._edges, self._sources, self.upstream, retain_graph=True, allow_unused=True)
         there = [g for g in found if g is not None]
         if there:
-            torch._foreach_copy_(self.gradients, there)  # pyright: ignore[reportPrivateImportUsage]
+            copy_each(self.gradients, there)
 
     def capture(self) -> None:
         """Both, in the recorder."""

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.layer_stack import GRAPHS
+from fastft.compat.transformers_private import is_collecting_hook
 from fastft.graphs.arguments import Arguments, Unsupported, flatten
 from fastft.graphs.buffers import is_dense
 from fastft.graphs.captured import FULL, KEPT, LEAN, Call, Captured
 from fastft.graphs.proof import prove
 from fastft.graphs.signature import LayerState, environment, obstacle_in
-from fastft.graphs.stack import MOST, OUT_OF_ORDER, REPEATS, StackGraphs, collects_outputs
+from fastft.graphs.stack import MOST, OUT_OF_ORDER, REPEATS, StackGraphs
 from fastft.swapping.swap import KEY, Replacement, order, slot_of
 
 SEEN_MOST = 8  # sorts of calls that are remembered, captured or not
@@ -105,7 +106,7 @@ class LayerGraphs:
             if self.seen[i].state is state and self.seen[i].key == key:
                 self.seen.append(found := self.seen.pop(i))
                 return found
-        found = Signature(key, state, (x.shape, x.dtype), refused=obstacle_in(layer, x.device, collects_outputs))
+        found = Signature(key, state, (x.shape, x.dtype), refused=obstacle_in(layer, x.device, is_collecting_hook))
         self.seen.append(found)
         self.new += 1
         self._forget()

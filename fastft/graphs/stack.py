@@ -9,12 +9,10 @@ and the last of them decides."""
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,26 +20,16 @@ from torch import nn
 from fastft.checkpointing.controller import RetryingForward
 from fastft.checkpointing.split import Split
 from fastft.checkpointing.stack_forward import saved_tensors_are_hooked
+from fastft.compat.torch_private import current_backward, function_modes
+from fastft.compat.transformers_private import is_collecting_outputs
 from fastft.graphs.buffers import Scratch, SharedBuffers
 from fastft.graphs.captured import Call, Found
 from fastft.graphs.recorder import Recorder
 from fastft.swapping.stock_only import transformed
+from fastft_kernels.runtime.compat import dispatch_modes
 
 MOST = 4  # captures of one layer
 REPEATS = 2  # times that a call has come before it is captured
-
-
-def collected() -> bool:
-    """Does transformers collect what layers pass on (hidden states, attentions, router logits)?"""
-    module: Any = sys.modules.get("transformers.utils.output_capturing")
-    collector = getattr(module, "_active_collector", None)
-    return collector is not None and bool(collector.get())
-
-
-def collects_outputs(hook: Any) -> bool:
-    """Is this transformers' hook that does nothing unless outputs are collected?"""
-    there = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-    return there and hasattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector")
 
 
 class StackGraphs:
@@ -93,15 +81,15 @@ class StackGraphs:
             return "no gradients are asked for"
         if transformed() or torch.is_inference_mode_enabled():
             return "under a torch.func transform, a tracer or inference mode"
-        if torch._C._current_graph_task_id() != -1:
+        if current_backward() != -1:
             return "inside a backward"
         if saved_tensors_are_hooked():
             return "saved tensors are hooked (a checkpoint, activation offloading)"
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        if dispatch_modes() or function_modes():
             return "a torch mode listens to every operation"
         if torch.is_anomaly_enabled():
             return "anomaly detection is on"
-        if collected():
+        if is_collecting_outputs():
             return "hidden states, attentions or router logits are asked for"
         owner = self.owner()
         if owner is not None and isinstance(owner.__dict__.get("forward"), RetryingForward):

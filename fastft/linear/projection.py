@@ -18,6 +18,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.swapping.swap import stock_class
 from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
@@ -84,9 +85,7 @@ def plain_parameter(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
     tensor."""
     if p is None or (type(p) is nn.Parameter and not p.is_meta and p.dim() == dim):
         return
-    if p.device.type == "meta" or not (
-        type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, torch._subclasses.FakeTensor)
-    ):
+    if p.device.type == "meta" or not (type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, FakeTensor)):
         raise Inexpressible(f"{what} is a {type(p).__name__} on {p.device.type}")
     if p.dim() != dim:
         raise Inexpressible(f"{what} is sharded or gathered elsewhere")

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastft.compat.torch_private import tree_leaves, tree_map_only
 from fastft.lm_head.lazy_tensor import LazyTensor, Node, answered, argument
 from fastft.lm_head.product import Product, autocast_as
 

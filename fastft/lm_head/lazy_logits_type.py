@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.torch_private import without_overrides
 from fastft.lm_head.lazy_tensor import LazyTensor, Node, argument, is_last
 from fastft.lm_head.product import Product, autocast_state
 
@@ -216,7 +217,7 @@ def _reshape(func):
         x = args[0]
         if not isinstance(x, LazyLogits):
             return NotImplemented
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             probe = torch.empty(x.shape, dtype=torch.float32, device="meta")
             probe = func(probe, *args[1:], **kwargs)
         if (

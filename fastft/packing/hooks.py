@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.utils.generic import ModelOutput
 
 from fastft.checkpointing.layer_stack import stacks
+from fastft.compat.torch_private import is_under_fake_tensors
+from fastft.compat.transformers_private import attention_implementation, supports_sdpa
 from fastft.packing.batch import Unpadded
 from fastft.packing.entrance import ForwardFrame, named, random_state
 from fastft.packing.interface import KIND, attentions, teach
@@ -58,7 +58,7 @@ class OwnerPreHook(_Hook):
         if torch.compiler.is_compiling() or module is not self.packing.owner():  # a replica of DataParallel
             return None
         self.running.append(None)
-        if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+        if is_under_fake_tensors():
             return None  # how rows are padded or packed is a question to values
         given = named(module, args, kwargs)
         plan = None if given is None else self.packing.plan(module, given)
@@ -135,7 +135,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     if before is not None:
         packing.unpad = before.unpad if unpad is None else unpad
         packing.counts, packing.used, packing.proofs = before.counts, before.used, before.proofs
-    packing.implementation = owner.config._attn_implementation or ""
+    packing.implementation = attention_implementation(owner.config) or ""
     packing.why_not = _prepare(packing, owner)
     look = OwnerPreHook(packing)
     owner.register_forward_pre_hook(look, with_kwargs=True)
@@ -160,7 +160,7 @@ def teach_again(base: nn.Module) -> None:
 def _prepare(packing: Packing, owner: nn.Module) -> str:
     """Teach the attentions; or why not."""
     name, cls = packing.implementation, type(owner)
-    if name != "sdpa" and not (name == "eager" and not getattr(cls, "_supports_sdpa", True)):
+    if name != "sdpa" and not (name == "eager" and not supports_sdpa(cls)):
         return f"the attention implementation is {name or 'unknown'}, which was chosen and stays"
     found = list(attentions(owner))
     if not found:

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.compat.torch_private import AnyDropout, FakeTensor
+from fastft.compat.transformers_private import attention_implementation
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
@@ -226,8 +227,8 @@ class Packing:
             return f"the model is given {', '.join(more)}"
         if given.get("return_dict", getattr(config, "return_dict", True)) is False:
             return "a tuple is asked for (return_dict=False)"
-        if config._attn_implementation != self.implementation:
-            return f"the attention implementation was changed to {config._attn_implementation} after the patch"
+        if (now := attention_implementation(config)) != self.implementation:
+            return f"the attention implementation was changed to {now} after the patch"
         if not all((m := r()) is not None and is_fast(m, KIND) for r in self.attentions):
             return "an attention was replaced after the patch"
         if hook := _foreign_hook(module):
@@ -354,4 +355,4 @@ def _dropout(module: nn.Module, kind: str, attentions: list[nn.Module]) -> str:
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
+    return isinstance(module, AnyDropout) and module.p > 0 and module.training

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.compat.torch_private import REPLICA, FakeTensor
 from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
 from fastft.patching.patcher import Record, apply_kinds, devices_note, innermost, record_of
@@ -90,7 +90,7 @@ class Moved:
         return False
 
     def __call__(self, module: nn.Module, args) -> None:
-        if torch.compiler.is_compiling() or "_is_replica" in module.__dict__ or not self.has_moved():
+        if torch.compiler.is_compiling() or REPLICA in module.__dict__ or not self.has_moved():
             return
         base = self.base()
         if base is not None and not transformed():

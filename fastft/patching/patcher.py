@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import is_hooked
+from fastft.compat.torch_private import COMPILED_MODULE
 from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.report import PatchReport, Row
@@ -62,7 +64,7 @@ def innermost(model: Any) -> Any:
         if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
             base = model.get_base_model()
         else:
-            base = model.__dict__.get("_modules", {}).get("_orig_mod") or (
+            base = model.__dict__.get("_modules", {}).get(COMPILED_MODULE) or (
                 model.module if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
             )
         if base is model:
@@ -147,7 +149,7 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
 def devices_note(model: nn.Module) -> list[str]:
     """Lines where the parameters lie on several devices, or are fetched for each call by Accelerate's hooks."""
     where = {str(p.device) for p in model.parameters()}
-    hooked = "meta" in where and any("_hf_hook" in m.__dict__ for m in model.modules())
+    hooked = "meta" in where and any(is_hooked(m) for m in model.modules())
     if len(where) < 2 and not hooked:
         return []
     places = sorted(where - {"meta"}) + ["offloaded"] * hooked

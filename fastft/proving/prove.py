@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fastft.compat.torch_private import without_modes
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
 from fastft.swapping.out_of_memory import not_for_want_of_memory
@@ -54,7 +54,7 @@ def undisturbed() -> Iterator[None]:
     """Inside somebody's forward (autocast, no_grad, inference mode, a checkpoint's or an offloader's hooks on saved
     tensors, fake tensors) a proof runs as it would outside, and leaves the random stream where it stood."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))

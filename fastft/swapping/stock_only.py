@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch.autograd import forward_ad
 
+from fastft.compat.torch_private import forward_ad
 from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime.compat import (
     compiler,

@@ -13,9 +13,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.transformers_private import LOADED
 from fastft.swapping.swap import KEY, stock_class
 
-_OWN = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward", "layer_idx", "_is_hf_initialized"}
+_OWN = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward", "layer_idx", LOADED}
 _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
 _MISSING = object()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fastft.compat.transformers_private import prepare_inputs, set_prepare_inputs
 from fastft.proving.float64 import float64_reference
 from fastft.tools.bench.cells import lengths_in, make_trainer
 from fastft.tools.bench.spec import Spec
@@ -80,12 +81,12 @@ class StepMeter(TrainerCallback):
 
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             prepared: list[Any] = []
-            prepare = trainer._prepare_inputs
-            trainer._prepare_inputs = lambda x: prepared.append(prepare(x)) or prepared[-1]
+            prepare = prepare_inputs(trainer)
+            set_prepare_inputs(trainer, lambda x: prepared.append(prepare(x)) or prepared[-1])
             try:
                 loss = step(model, inputs, *args, **kwargs)
             finally:
-                trainer._prepare_inputs = prepare
+                set_prepare_inputs(trainer, prepare)
             self.losses.append(float(loss.detach()))
             self.lengths.append(lengths_in(prepared[0]) if prepared else [])
             return loss

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fastft.compat.accelerate_private import ORIGINAL_FORWARD
 from fastft.tools.bench.spec import DRAWS, Spec
 
 
@@ -102,7 +103,7 @@ class Worker:
         import torch
 
         for module, forward in self.forwards.values():
-            for name in ("forward", "_original_forward"):
+            for name in ("forward", ORIGINAL_FORWARD):
                 module.__dict__.pop(name, None)
             if forward is not None:
                 module.__dict__["forward"] = forward

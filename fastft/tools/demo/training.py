@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.transformers_private import prepare_inputs
 from fastft.proving.float64 import float64_reference
 from fastft.tools.tokenizer import load_tokenizer
 
@@ -260,7 +261,7 @@ def saved_bytes(trainer) -> int:
             kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = prepare_inputs(trainer)(next(iter(trainer.get_train_dataloader())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = trainer.compute_loss(model, batch)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
+from transformers import PretrainedConfig
+
+from fastft.compat.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    tree_map_only,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig
-
 from fastft.errors import PlanError, QuantizationError
 from fastft.tools.report import on_meta
 

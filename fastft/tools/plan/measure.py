@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastft.compat.torch_private import TorchDispatchMode, operator_name, storage_id
 from fastft.tools.plan.fake import tensors_in
 from fastft.tools.plan.workspace import inside
 from fastft_kernels.runtime.dispatch import LAUNCHERS
@@ -63,18 +63,18 @@ class AllocationLedger(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.for_cuda and func.namespace == "fastft":
             with self:
-                return LAUNCHERS[func._opname](*args, **kwargs)
+                return LAUNCHERS[operator_name(func)](*args, **kwargs)
         out = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return out
         given = None
         for t in (out,) if isinstance(out, torch.Tensor) else tensors_in((out,), {}):
             storage = t.untyped_storage()
-            key = storage._cdata
+            key = storage_id(storage)
             if key in self.alive or key in self.static:
                 continue
             if given is None:
-                given = {a.untyped_storage()._cdata for a in tensors_in(args, kwargs)}
+                given = {storage_id(a.untyped_storage()) for a in tensors_in(args, kwargs)}
             if key not in given and (size := storage.nbytes()):
                 self._born(storage, key, size)
         if (taken := inside(func, args, kwargs, self.for_cuda)) > 0:
@@ -96,8 +96,8 @@ class AllocationLedger(TorchDispatchMode):
     def adopt(self, t: torch.Tensor, name: str) -> None:
         """Count a tensor that was made before."""
         storage = t.untyped_storage()
-        if storage._cdata not in self.alive:
-            self._born(storage, storage._cdata, storage.nbytes())
+        if (key := storage_id(storage)) not in self.alive:
+            self._born(storage, key, storage.nbytes())
             self.tag([t], name)
 
     def tag(self, tensors: Iterable[torch.Tensor] | None, name: str) -> None:
@@ -105,7 +105,7 @@ class AllocationLedger(TorchDispatchMode):
         if tensors is None:
             records = [r for r in self.alive.values() if r.tag == 0]
         else:
-            keys = (t.untyped_storage()._cdata for t in tensors)
+            keys = (storage_id(t.untyped_storage()) for t in tensors)
             records = [self.alive[k] for k in keys if k in self.alive]
         for r in records:
             r.tag = TAGS.index(name)

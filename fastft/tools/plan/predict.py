@@ -22,6 +22,7 @@ from fastft.api import patch
 from fastft.checkpointing.controller import control
 from fastft.checkpointing.layer_stack import kind_of, stacks
 from fastft.checkpointing.policy import Policy
+from fastft.compat.torch_private import storage_id
 from fastft.patching.patcher import innermost
 from fastft.tools.plan import fake as plan_fake
 from fastft.tools.plan.gpus import BLOCK
@@ -172,7 +173,7 @@ class PlannedModel:
                 t.untyped_storage()
                 for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))
             ]
-            ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
+            ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, set(map(storage_id, held)))
             with ledger:
                 for t in kept:
                     ledger.adopt(t, "optimizer")
@@ -235,8 +236,8 @@ def _static(model: nn.Module, rounding: int) -> dict[str, int]:
         total = 0
         for t in tensors:
             storage = t.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
+            if (key := storage_id(storage)) not in seen:
+                seen.add(key)
                 total += -(-storage.nbytes() // rounding) * rounding
         return total
 

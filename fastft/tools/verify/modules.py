@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import OLD_FORWARD
 from fastft.linear.group_proof import dense_in_float64
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
@@ -20,13 +21,13 @@ from fastft.swapping.swap import KEY
 def as_stock(module: nn.Module) -> Iterator[nn.Module]:
     """A patched module and all below it as they were before the patch, inside; swapped again afterwards."""
     swapped = [
-        (m, m.__dict__[KEY], type(m), m.__dict__.get("_old_forward")) for m in module.modules() if KEY in m.__dict__
+        (m, m.__dict__[KEY], type(m), m.__dict__.get(OLD_FORWARD)) for m in module.modules() if KEY in m.__dict__
     ]
     for m, slot, _, old in swapped:
         del m.__dict__[KEY]
         m.__class__ = slot.stock
         if old is not None and slot.old_forward is not None:
-            m.__dict__["_old_forward"] = slot.old_forward
+            m.__dict__[OLD_FORWARD] = slot.old_forward
     try:
         yield module
     finally:
@@ -34,7 +35,7 @@ def as_stock(module: nn.Module) -> Iterator[nn.Module]:
             m.__class__ = cls
             m.__dict__[KEY] = slot
             if old is not None:
-                m.__dict__["_old_forward"] = old
+                m.__dict__[OLD_FORWARD] = old
 
 
 def results(

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parent.parent
 
 
-def holds(symbol: str, truth: object, library: str = "torch") -> None:
+def holds(symbol: str, claim: object, library: str = "torch") -> None:
     """Fail by name: library, its version, symbol."""
-    assert truth, (
+    assert claim, (
         f"{library} {importlib.import_module(library).__version__}: {symbol} is not what fastft/compat takes it for"
     )
 

@@ -27,11 +27,9 @@ from fastft.graphs.buffers import Scratch, SharedBuffer, copy_into, static_like
 from fastft.graphs.recorder import Recorder
 from fastft.graphs.signature import LayerState
 
-KEPT, LEAN, FULL = (
-    "kept",
-    "lean",
-    "full",
-)  # what a forward keeps: everything, or its input (see checkpointing/policy.py)
+# a layer's activation policy: everything is kept; only its input is, and the recomputation leaves out products whose
+# results no gradient needs; or only its input is, and all of it is recomputed (fastft/checkpointing/policy.py)
+KEPT, LEAN, FULL = "kept", "lean", "full"
 Tensors = list[torch.Tensor]
 Found = list[torch.Tensor | None]
 
@@ -66,7 +64,7 @@ def autocast_of_now(kind: str) -> Callable[[bool], contextlib.AbstractContextMan
 class Captured:
     """A capture for one signature of one layer.
 
-    below: gives the layer's forward that is captured. recipe: KEPT, LEAN or FULL. shared: for each tensor argument the
+    below: gives the layer's forward that is captured. policy: KEPT, LEAN or FULL. shared: for each tensor argument the
     buffer that it has together with other layers, or None. state: the layer's, now. Raises Unsupported for arguments or
     results that have no static counterpart."""
 
@@ -75,13 +73,13 @@ class Captured:
         layer: nn.Module,
         below: Callable[[nn.Module], Callable],
         given: Arguments,
-        recipe: str,
+        policy: str,
         recorder: Recorder,
         scratch: Scratch,
         shared: Sequence[SharedBuffer | None],
         state: LayerState,
     ):
-        self.layer, self.below, self.recipe = weakref.ref(layer), below, recipe
+        self.layer, self.below, self.policy = weakref.ref(layer), below, policy
         self.template, self.recorder, self.scratch, self.shared = given.template, recorder, scratch, list(shared)
         self.statics = [static_like(t) if b is None else b.static for t, b in zip(given.tensors, shared)]
         self.differentiable = [i for i, t in enumerate(given.tensors) if t.requires_grad]
@@ -126,15 +124,15 @@ class Captured:
                 for module, name in places:
                     (module or layer)._parameters[name] = p
 
-    def _call(self, tensors: Sequence[torch.Tensor], recipe: str) -> Arguments:
+    def _call(self, tensors: Sequence[torch.Tensor], policy: str) -> Arguments:
         args, kwargs = rebuild(self.template, list(tensors))
         layer = self.layer()
         assert layer is not None
         function = LayerForward(layer, self.below, kwargs)
-        if recipe == KEPT:
+        if policy == KEPT:
             return flatten(function(*args))
         # nothing random is drawn in what is captured, so that there is no state to preserve
-        return flatten(lean(function, args, again_in_full=recipe == FULL, preserve_rng_state=False))
+        return flatten(lean(function, args, again_in_full=policy == FULL, preserve_rng_state=False))
 
     def _leaves(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         return [t.detach().requires_grad_() if i in self.differentiable else t.detach() for i, t in enumerate(tensors)]
@@ -145,7 +143,7 @@ class Captured:
         with torch.enable_grad(), self._aliased() as aliases:
             inputs = self._leaves(tensors)
             with self.autocast(True):
-                out = self._call(inputs, self.recipe)
+                out = self._call(inputs, self.policy)
             ys = [t for t in out.tensors if t.requires_grad]
             sources = [inputs[i] for i in self.differentiable] + aliases
             found: Found = []
@@ -167,7 +165,7 @@ class Captured:
         with torch.enable_grad(), self._aliased() as aliases:
             inputs = self._leaves(self.statics)
             with self.autocast(True):
-                out = self._call(inputs, self.recipe)
+                out = self._call(inputs, self.policy)
             # edges keep what was saved for the backward, and not the outputs
             self._edges = [torch.autograd.graph.get_gradient_edge(t) for t in out.tensors if t.requires_grad]
             self._sources = [inputs[i] for i in self.differentiable] + aliases

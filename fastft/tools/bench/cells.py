@@ -33,7 +33,7 @@ def make_trainer(
     """TRL's trainer of `cell` for `steps` steps. rate: learning rate; 0 leaves the adapter as it is."""
     from transformers import PrinterCallback
 
-    exact = spec.stack == "truth"
+    exact = spec.stack == "reference"
     low = None if exact else autocast()
     common = dict(
         output_dir=str(Path(spec.folder) / "trainer"),

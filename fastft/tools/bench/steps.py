@@ -25,13 +25,13 @@ BEFORE = 2  # steps that are not timed: the first, and the one whose memory is w
 
 def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draws: int) -> dict[str, torch.Tensor]:
     """ "0:loss", "0:name of an adapter", "1:loss", ...: of `draws` training steps at learning rate 0, float32 (the
-    truth's in its own dtype), on the CPU."""
+    reference's in its own dtype), on the CPU."""
     seq = min(spec.seq, GATE_SEQ)
     trainer = make_trainer(
         spec, cell, model, tokenizer, steps=draws, checkpointing=False, seq=seq, rate=0.0, callbacks=[]
     )
     found: dict[str, torch.Tensor] = {}
-    exact = spec.stack == "truth"
+    exact = spec.stack == "reference"
     wide = (
         next((p.dtype for p in model.parameters() if p.dtype == torch.float64), torch.float32)
         if exact

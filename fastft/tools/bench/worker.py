@@ -122,7 +122,7 @@ class Worker:
 
     def _gate(self, cell: str) -> None:
         """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for
-        stock and the truth."""
+        stock and the reference."""
         from safetensors.torch import load_file, save_file
 
         from fastft.tools.bench.steps import losses_and_gradients
@@ -131,13 +131,13 @@ class Worker:
         found = losses_and_gradients(self.spec, cell, self.model, self.tokenizer, DRAWS)
         path = lambda who: self.folder / f"gate-{cell}-{who}.safetensors"
         save_file(found, str(path(self.spec.stack)))
-        if self.spec.stack in ("truth", "stock"):
+        if self.spec.stack in ("reference", "stock"):
             return
-        if not (path("truth").exists() and path("stock").exists()):
+        if not (path("reference").exists() and path("stock").exists()):
             self.refused[cell] = "nothing to judge it by: the high-precision run or stock's failed"
             return
         verdict = gate(
-            found, {k: v.double() for k, v in load_file(str(path("truth"))).items()}, load_file(str(path("stock")))
+            found, {k: v.double() for k, v in load_file(str(path("reference"))).items()}, load_file(str(path("stock")))
         )
         self.say(
             gate=cell,

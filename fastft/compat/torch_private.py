@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "call_hooks",
-    "copy_each",
     "current_backward",
     "forward_ad",
     "function_modes",
@@ -123,10 +122,6 @@ def schema_name(operator: Any) -> str:
 def storage_id(storage: torch.UntypedStorage) -> int:
     """What tells a live storage from all others, on fake tensors too (their data_ptr cannot be read)."""
     return storage._cdata
-
-
-# (targets, sources): one launch for many copies. torch's optimizers use it; there is no public name for it.
-copy_each: Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], object] = vars(torch)["_foreach_copy_"]
 
 
 # What an nn.Module keeps in its __dict__

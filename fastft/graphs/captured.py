@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.layer_runs import lean
-from fastft.compat.torch_private import copy_each
 from fastft.graphs.arguments import Arguments, flatten, rebuild
 from fastft.graphs.buffers import Scratch, SharedBuffer, copy_into, static_like
 from fastft.graphs.recorder import Recorder
 from fastft.graphs.signature import LayerState
+from fastft_kernels.runtime.compat import copy_each
 
 # a layer's activation policy: everything is kept; only its input is, and the recomputation leaves out products whose
 # results no gradient needs; or only its input is, and all of it is recomputed (fastft/checkpointing/policy.py)

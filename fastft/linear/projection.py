@@ -135,10 +135,7 @@ def _weight_4bit(base: Layer, weight) -> FrozenWeight:
         raise Inexpressible("the 4-bit weight is not quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
         raise Inexpressible("the 4-bit weight was repacked for CPU inference")
-    nested = None
-    if state.nested:
-        nested = (state.state2.absmax, state.state2.code, state.state2.blocksize, state.offset)
-    return NF4(weight.data, state.absmax, state.code, state.blocksize, tuple(state.shape), state.quant_type, nested)
+    return NF4.from_quant_state(weight.data, state)
 
 
 def _weight_8bit(base: Layer, weight) -> FrozenWeight:

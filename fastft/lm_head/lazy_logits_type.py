@@ -171,10 +171,7 @@ def _at(x: LazyLogits, hidden: torch.Tensor, call: tuple, part: tuple[int, int] 
 
 def _same_rows(x: LazyLogits, hidden: torch.Tensor, call: tuple) -> LazyLogits:
     """All rows in their order, in another shape: what is known of the product stays known."""
-    product = x.product.at(hidden)
-    object.__setattr__(product, "cache", x.product.cache)
-    object.__setattr__(product, "part", x.product.part)
-    return _logits(product, x.form, x.dtype, call, view=True)
+    return _logits(x.product.reshaped(hidden), x.form, x.dtype, call, view=True)
 
 
 def getitem(args, kwargs):

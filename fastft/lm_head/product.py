@@ -133,6 +133,10 @@ class Product:
         """Other positions; part: they are these rows, in order."""
         return replace(self, hidden=hidden, part=None if part is None else (self, *part), cache={})
 
+    def reshaped(self, hidden: torch.Tensor) -> Product:
+        """All positions in their order, in another shape: what is known of them stays known."""
+        return replace(self, hidden=hidden)
+
     def detached(self) -> Product:
         if not self.requires_grad:
             return self

@@ -134,12 +134,6 @@ class AdapterWeights:
         """By modules_to_save: a copy of the module's own, also where the base ties it to another."""
         return any(module == m or module.endswith(f".{m}") for m in self.config.modules_to_save or ())
 
-    def rewrites(self, name: str) -> bool:
-        module, _, kind = name.rpartition(".")
-        delta = self.deltas.get(module)
-        on_bias = kind == "bias" and delta is not None and delta.bias is not None
-        return name in self.whole or on_bias or (kind == "weight" and (delta is not None or module in self.tokens))
-
     def apply(self, name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The merged tensor in the place of the base's `t`."""
         module, _, kind = name.rpartition(".")

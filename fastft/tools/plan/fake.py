@@ -24,6 +24,7 @@ from fastft.compat.torch_private import (
     unset_fake_temporarily,
 )
 from fastft.errors import PlanError, QuantizationError
+from fastft.proving.tensors import tensors_in
 from fastft.tools.report import on_meta
 
 BLOCK, BLOCK_OF_BLOCKS = 64, 256  # bitsandbytes: values of one absmax, and absmax values of one absmax of theirs
@@ -131,17 +132,6 @@ def quantisation_tensors(model: nn.Module) -> list[torch.Tensor]:
     return found
 
 
-def tensors_in(args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Those that an operator is given, in lists too."""
-    found = []
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, torch.Tensor):
-            found.append(a)
-        elif isinstance(a, (list, tuple)):
-            found += [t for t in a if isinstance(t, torch.Tensor)]
-    return found
-
-
 class RealIntegers(TorchDispatchMode):
     """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's
     count of steps) is really run; what it returns in floating point becomes fake, but for single numbers."""
@@ -154,7 +144,7 @@ class RealIntegers(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args)
-        tensors = tensors_in(args, kwargs)
+        tensors = tensors_in((args, kwargs))
         if any(isinstance(t, FakeTensor) for t in tensors):
             if func is torch.ops.aten.index.Tensor:  # a real mask selects as many rows as it holds
                 with unset_fake_temporarily():

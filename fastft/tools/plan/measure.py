@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastft.compat.torch_private import FakeTensor, TorchDispatchMode, operator_name, storage_id
-from fastft.tools.plan.fake import tensors_in
+from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.workspace import inside
 from fastft_kernels.runtime.dispatch import FAKES, LAUNCHERS
 
@@ -70,13 +70,13 @@ class AllocationLedger(TorchDispatchMode):
         # torch keeps no results of fake implementations other than its own, so ours are called without its detour
         out = (FAKES[operator_name(func)] if ours else func)(*args, **kwargs)
         given = None
-        for t in (out,) if isinstance(out, torch.Tensor) else tensors_in((out,), {}):
+        for t in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
             storage = t.untyped_storage()
             key = storage_id(storage)
             if key in self.alive or key in self.static:
                 continue
             if given is None:
-                given = {storage_id(a.untyped_storage()) for a in tensors_in(args, kwargs)}
+                given = {storage_id(a.untyped_storage()) for a in tensors_in((args, kwargs))}
             if key not in given and (size := storage.nbytes()):
                 self._born(storage, key, size)
         if (taken := inside(func, args, kwargs, self.for_cuda)) > 0:

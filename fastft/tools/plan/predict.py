@@ -31,7 +31,6 @@ from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
 from fastft.tools.plan.optimizers import states
 from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
-STATIC = ("weights", "quantisation", "adapters", "buffers")
 ACTIVATIONS = TAGS.index("activations")
 LONGEST_PERIOD = 8
 

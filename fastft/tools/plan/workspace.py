@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from fastft.compat.torch_private import schema_name
-
-_aten = torch.ops.aten
 
 
 def inside(func, args: tuple, kwargs: dict, for_cuda: bool) -> int:

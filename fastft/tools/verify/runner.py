@@ -24,9 +24,11 @@ from fastft.api import patch, report, unpatch
 from fastft.patching.patcher import innermost, record_of
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
+from fastft.proving.tensors import tensors_in
+from fastft.swapping.swap import as_stock
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
-from fastft.tools.verify.modules import as_stock, in_float64, reference, results, tensors_in
+from fastft.tools.verify.modules import in_float64, reference, results
 from fastft_kernels.numerics import Verdict, compare
 
 WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes too long, where it fits
@@ -260,7 +262,7 @@ def _capture(
             stack.callback(m.register_forward_pre_hook(note, with_kwargs=True).remove)
         if last is not None:
             stack.callback(
-                last.register_forward_hook(lambda m, args, out: returned.append(next(tensors_in(out)).detach())).remove
+                last.register_forward_hook(lambda m, args, out: returned.append(tensors_in(out)[0].detach())).remove
             )
         with torch.no_grad():
             model(**batch)

@@ -56,6 +56,8 @@ class PatchReport:
         return iter(self.rows)
 
     def to_dict(self) -> dict:
+        """Rows, fallbacks and notes as `json.dumps` takes them; a number that is not finite is None."""
+
         def finite(row: Row) -> dict:
             d = asdict(row)
             return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}

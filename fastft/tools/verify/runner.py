@@ -116,12 +116,22 @@ def verify(
     seed: int = 0,
     layers: bool | None = None,
 ) -> Verification:
-    """Judge `model` (patched or not; afterwards as it was) on `batch`, keyword arguments of one training forward with
-    labels.
+    """Judge a model, stock against patched, on one batch.
 
-    batch None draws random tokens [size, seq] and uses them as labels. layers: True verifies decoder layer by decoder
-    layer, with one of them in float64 at a time; False the whole model at once; None by its size and the memory that is
-    free. Raises ValueError where the model returns no loss for the batch."""
+    Args:
+        model: patched or not; afterwards as it was.
+        batch: keyword arguments of one training forward with labels; None draws random tokens [size, seq] and uses them
+            as labels.
+        seq, size, seed: tokens and rows of what is drawn, and the seed of it.
+        layers: True verifies decoder layer by decoder layer, with one of them in float64 at a time; False the whole
+            model at once; None by its size and the memory that is free.
+
+    Returns:
+        The verification: a line for each kind of module, and for the loss and its gradients; `print` shows its table.
+
+    Raises:
+        ValueError: the model returns no loss for the batch.
+    """
     was_patched = record_of(model) is not None
     base = innermost(model)
     batch = dict(batch) if batch is not None else _random_batch(base, size, seq, seed)

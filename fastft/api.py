@@ -94,7 +94,7 @@ def patch(
 
 
 def _renew(base: nn.Module) -> None:
-    """What stands over the swaps of a model that was moved."""
+    """Renew what was built over the swaps (packing, CUDA graphs) of a model that has moved."""
     teach_again(base)
     graphs.renew(base)
 

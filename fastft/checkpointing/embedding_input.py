@@ -18,7 +18,7 @@ from fastft.compat.torch_private import FakeTensor
 
 
 class Embedded:
-    """A forward hook of an embedding module: remembers its last output, weakly, and what it came from."""
+    """A forward hook of an embedding module: remembers its last output, weakly, and the ids that it was made from."""
 
     def __init__(self) -> None:
         # .last: (the output and the module, weakly; ids; tensors and their versions), of this thread

@@ -38,8 +38,8 @@ class CountedForward:
 
 
 class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
-    """The checkpoint's inputs, which alone pass here (what the layer saves is caught within), are replaced by what
-    gives them again: `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
+    """Hooks on the tensors that a checkpoint saves: its inputs, as what the layer itself saves is caught further
+    inside. `x` is not kept but made again by `rows()`; with an offloader, floating-point tensors wait on the host."""
 
     def __init__(self, x: torch.Tensor | None, rows: Callable[[], torch.Tensor] | None, offloader: Offloader | None):
         where = None if x is None else storage_id(x.untyped_storage())

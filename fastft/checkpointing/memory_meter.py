@@ -16,8 +16,8 @@ SLACK = 0.04  # of the device's memory: what an allocator loses to fragments, an
 
 @dataclass(frozen=True)
 class Meter:
-    """budget: bytes that the process may use in all on the device (resident bytes, on a CPU); None: what the device
-    has."""
+    """Measures the memory that is left. budget: bytes that the process may use in all on the device (resident bytes, on
+    a CPU); None: what the device has."""
 
     device: torch.device
     budget: int | None = None

@@ -56,7 +56,7 @@ class Forward:
             layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, index, theirs)})
 
     def over(self) -> None:
-        """From now on a layer that still calls is somebody else's."""
+        """End this forward: a layer that is called from now on is not called under its policy."""
         self.thread = None
 
     def end(self) -> None:

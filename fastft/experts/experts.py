@@ -21,7 +21,7 @@ from fastft.swapping.swap import stock_class
 
 
 class Experts:
-    """The recogniser; stacks that stay stock say why."""
+    """Recognises experts in 3-D parameters; those that stay stock say why."""
 
     name = KIND
 

@@ -75,7 +75,7 @@ def _bare(module: nn.Module, sizes: dict[int, int]) -> Module:
 
 
 def _drawn(p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device) -> nn.Parameter:
-    """Of p's dtype: outputs of order one."""
+    """Random values in the dtype of p, scaled so that outputs are of order one."""
     values = torch.randn(shape, dtype=torch.float64, generator=generator) * (max(shape[1:]) ** -0.5)
     return nn.Parameter(values.to(device, p.dtype), requires_grad=p.requires_grad)
 
@@ -122,7 +122,7 @@ def _hidden(experts: Module, s: ExpertsStructure) -> int:
 
 
 def _placed(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    """In the order of the stock forward, which its parameters' names tell."""
+    """The three arguments in the order of the stock forward, read from its parameters' names."""
     second = arguments(experts)[1]
     first_weights = "weight" in second or "score" in second
     return [x, weights, index] if first_weights else [x, index, weights]

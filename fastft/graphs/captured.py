@@ -154,7 +154,7 @@ class Captured:
         return [t.detach() for t in out.tensors], found
 
     def prepare(self, outputs: Tensors, found: Found) -> None:
-        """Static counterparts of what an eager run gave."""
+        """Make static counterparts of the outputs and gradients of an eager run."""
         self.outputs = [self.scratch.like(("output", i), t) for i, t in enumerate(outputs)]
         learning = [t for t, learns in zip(outputs, self.learns) if learns]
         self.upstream = [self.scratch.like(("upstream", i), t) for i, t in enumerate(learning)]
@@ -181,14 +181,14 @@ class Captured:
             copy_each(self.gradients, there)
 
     def capture(self) -> None:
-        """Both, in the recorder."""
+        """Capture the forward and the backward with the recorder."""
         self.forward_replay = self.recorder.capture(self._run_forward)
         self.backward_replay = self.recorder.capture(self._run_backward)
 
     # what replays
 
     def load(self, tensors: Sequence[torch.Tensor], turn: int) -> None:
-        """A call's tensors into the static ones."""
+        """Copy a call's tensors into the static ones."""
         for static, buffer, t in zip(self.statics, self.shared, tensors):
             if buffer is None:
                 copy_into(static, t)

@@ -212,7 +212,7 @@ class LayerGraphs:
         return self.call(layer, args, kwargs, FULL if in_full else LEAN, lambda: run(plain))
 
     def dissolve(self) -> None:
-        """The swap is off: nothing is held any more."""
+        """Let go of everything: the swap is off."""
         self.seen.clear()
         self.stack.captures.clear()
 

@@ -96,7 +96,7 @@ class LayerState:
         self.tables = [(a, n, a[n], a[n].data_ptr()) for t in held.values() for a, n in _tables(t)]
 
     def matches(self, layer: nn.Module) -> bool:
-        """Is the layer what it was?"""
+        """Is the layer still in the state that was noted?"""
         now = layer.__dict__
         if len(now) != len(self.layer):  # the policy's switches come and go
             was = {n: v for n, v in self.layer.items() if n not in _SWITCHES}
@@ -117,7 +117,7 @@ class LayerState:
             return False
 
     def versions(self) -> int:
-        """Grows when a parameter or buffer is changed in place."""
+        """A number that grows when a parameter or buffer is changed in place."""
         return sum([t._version for t in self.tensors])
 
 

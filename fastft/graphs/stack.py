@@ -50,7 +50,7 @@ class StackGraphs:
         self.notes: Counter[str] = Counter()
 
     def enter(self, index: int) -> None:
-        """A layer is called."""
+        """Note that layer `index` is called; a new forward begins where the order starts again."""
         self.seen += 1
         if index <= self.last:
             self.turn += 1
@@ -102,7 +102,8 @@ class StackGraphs:
         return "" if self.place == place else "on another device or stream than before"
 
     def backward(self, call: Call, upstream: tuple, stubs: tuple, create_graph: bool) -> Found:
-        """The gradients for a call that waits."""
+        """The gradients of a replayed call: by the captured backward, or by running the layer again where that one does
+        not fit."""
         with self.lock:
             if create_graph:
                 why = "a backward that is itself to be differentiated"
@@ -123,11 +124,11 @@ class StackGraphs:
         return self.splits.get(key) if self.captures[key] else None
 
     def remember(self, x: torch.Tensor, split: Split) -> None:
-        """What was decided for inputs like x."""
+        """Note the split that was decided for inputs like x."""
         self.splits[x.shape, x.dtype] = split
 
     def lines(self, layers: int) -> list[str]:
-        """For the report."""
+        """Lines for the report: how many calls were replayed, and why others ran eagerly."""
         owner = self.owner()
         name = "a model" if owner is None else type(owner).__name__
         held = sum(self.captures.values())

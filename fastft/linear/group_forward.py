@@ -221,8 +221,8 @@ class LinearGroup:
         return ys[0]
 
     def _from(self, module: Layer) -> list[Layer]:
-        """`module`, and the members that will be called after it and run here: not those that stay stock, and none for
-        a copy of a member."""
+        """`module`, then the members that are called after it and are swapped. A copy of a member, which no group
+        knows, is alone."""
         found: list[Layer] = []
         for ref in self.refs:
             member = ref()
@@ -233,8 +233,7 @@ class LinearGroup:
         return found or [module]
 
     def __deepcopy__(self, memo):
-        """Where the copies of the members are, the copied holder knows, by their names below it: it finds them at its
-        next call."""
+        """A group without members: the copied holder knows their names, and finds them at its next call."""
         new = memo[id(self)] = LinearGroup([_nobody for _ in self.refs])
         return new
 
@@ -296,7 +295,7 @@ def _instance_hooks(module: Layer) -> bool:
 
 @order(40)
 class FastLinear(Replacement):
-    """Mixin of a group's members."""
+    """Mixin of a linear group's members."""
 
     def forward(self, *args, **kwargs):
         d = self.__dict__

@@ -280,5 +280,5 @@ def never_repacked(module: Layer) -> Iterator[None]:
 
 
 def trains(p: Projection) -> bool:
-    """Is there anything to gain over stock: an adapter, or a base weight that learns."""
+    """Does the layer have an adapter, or a base weight that learns? Otherwise nothing is gained over stock."""
     return bool(p.adapters) or any(t.requires_grad for t in as_weight(p.weight).tensors())

@@ -24,7 +24,7 @@ def _value(x):
 
 
 def _asked(func):
-    """Of the wrapper, or of a value that was written to."""
+    """A handler that asks the wrapper itself, or its value where that was written to."""
 
     def ask(args, kwargs):
         lazy, *rest = args
@@ -105,7 +105,7 @@ def _set_requires_grad(lazy: Any, on: bool) -> None:
 
 
 def _detach_(args, kwargs):
-    """The name means another tensor from now on; what was made of the former one goes on with its node."""
+    """Detach in place: the lazy tensor gets a node of its own; what was made of it before keeps the former node."""
     lazy, before = args[0], args[0].node
     value = before.value("detach_").detach()
     with without_overrides():
@@ -186,7 +186,7 @@ def _edge(lazy: LazyTensor) -> GradientEdge:
 
 
 def answers() -> dict:
-    """By function, what answers it."""
+    """A table of handlers for functions that concern autograd alone."""
     names = (
         "requires_grad",
         "is_leaf",

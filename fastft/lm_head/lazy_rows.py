@@ -31,7 +31,7 @@ class Meaning:
 
 
 class LazyRows(LazyTensor):
-    """One number by token."""
+    """A lazy tensor of one number for each token."""
 
 
 def rows(
@@ -152,7 +152,7 @@ def _minus(func):
 
 
 def _joined(func):
-    """stack or cat of the parts of one batch, in order, along the first dimension."""
+    """A handler for stack or cat of the parts of one batch, in order, along the first dimension."""
 
     def join(args, kwargs):
         xs = argument(args, kwargs, 0, "tensors")

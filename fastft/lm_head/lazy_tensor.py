@@ -155,7 +155,8 @@ class Node:
                     node.spare = node.made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
-        """in_place: someone is about to write, so views must be stock's views."""
+        """The value, by stock's own operations; computed once. in_place: it is about to be written to, so views must be
+        stock's views."""
         lazy, self.spare = self.wrapper(), False
         known = self.kept if lazy is None else lazy.made
         if known is None:
@@ -273,9 +274,9 @@ class LazyTensor(torch.Tensor):
         return self.made is None or (self.stands is not None and self.made.grad_fn is self.stands)
 
     def settle_apart(self) -> None:
-        """A clone without a graph, made inside an autograd function: what the function is, its grad_fn says when the
-        function has ended. DDP's sink hands on every gradient, absent ones too, so the clone keeps its meaning, with
-        its place in the graph."""
+        """Decide the meaning of a clone that was made, without a graph, inside an autograd function: its grad_fn names
+        the function once that has ended. DDP's hands on every gradient, absent ones too, so such a clone keeps its
+        meaning and its place in the graph."""
         node = self.node
         with without_overrides():
             grad_fn = self.grad_fn

@@ -183,7 +183,7 @@ def standing(base: nn.Module) -> Proof | None:
 
 
 def release(base: nn.Module) -> None:
-    """The exact undo of `bind`."""
+    """Undo `bind` exactly."""
     for function, put in list(places(base.__dict__, "forward")):
         original = function.__dict__.get("_fastft_original")
         if original is not None:
@@ -198,7 +198,7 @@ def watch(model: nn.Module, base: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module, base: nn.Module) -> None:
-    """The exact undo of `watch`."""
+    """Undo `watch` exactly."""
     for root in (model, base):
         for module in root.modules():
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Watch)]:

@@ -21,7 +21,7 @@ from fastft.loading.precision import first_device, placement, quantization_confi
 
 
 class FastModel:
-    """The one door: `FastModel.from_pretrained(...)` returns a standard PEFT (or transformers) model, patched."""
+    """`FastModel.from_pretrained(...)` returns a standard PEFT (or transformers) model, patched."""
 
     def __init__(self) -> None:
         raise TypeError(

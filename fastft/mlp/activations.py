@@ -27,7 +27,7 @@ WIDTH = 64
 
 @order(30)
 class FastActivation(Replacement):
-    """Mixin of the leaf."""
+    """Mixin of an activation module: one launch forward, one backward."""
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)

@@ -39,7 +39,7 @@ class _Hook:
 
 
 class OwnerPreHook(_Hook):
-    """Forward pre-hook of the owner."""
+    """Forward pre-hook of the owner: packs or unpads the batch where that is possible."""
 
     def __init__(self, packing: Packing):
         super().__init__(packing)
@@ -47,7 +47,7 @@ class OwnerPreHook(_Hook):
 
     @property
     def running(self) -> list[Unpadded | None]:
-        """Of this thread's forwards."""
+        """How the batch of each of this thread's running forwards was unpadded, innermost last."""
         if not hasattr(self.here, "rows"):
             self.here.rows = []
         return self.here.rows
@@ -71,7 +71,7 @@ class OwnerPreHook(_Hook):
 
 
 class OwnerPostHook(_Hook):
-    """Forward hook of the owner, called after an exception too."""
+    """Forward hook of the owner, called after an exception too: puts the padding back."""
 
     def __init__(self, packing: Packing, look: OwnerPreHook | None = None):
         super().__init__(packing)
@@ -149,8 +149,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
 
 
 def teach_again(base: nn.Module) -> None:
-    """The attentions of a patched model, over the swaps that are there now: what they rebind was rebound by one of
-    those."""
+    """Swap the attentions of a patched model once more, over the swaps that are there now."""
     packing = packing_of(base)
     owner = None if packing is None else packing.owner()
     if packing is not None and owner is not None:
@@ -158,7 +157,7 @@ def teach_again(base: nn.Module) -> None:
 
 
 def _prepare(packing: Packing, owner: nn.Module) -> str:
-    """Teach the attentions; or why not."""
+    """Swap the attentions for those that know documents; the reason where that cannot be."""
     name, cls = packing.implementation, type(owner)
     if name != "sdpa" and not (name == "eager" and not supports_sdpa(cls)):
         return f"the attention implementation is {name or 'unknown'}, which was chosen and stays"

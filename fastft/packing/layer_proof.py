@@ -97,7 +97,7 @@ def clone_of_one(module: nn.Module) -> nn.Module:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """As its class made it: no swap, no hook, no forward of somebody's."""
+    """The module as its class made it: without swap, hooks, or a forward bound on the instance."""
     if (slot := slot_of(module)) is not None:
         module.__class__ = slot.stock
     for name in (KEY, "forward", *LEFT_BY_HOOKS):

@@ -153,7 +153,7 @@ class Packing:
         return replace(found, documents=replace(found.documents, used=self.used))
 
     def _leaves(self, frame: ForwardFrame | None, mask: torch.Tensor, given: dict) -> str:
-        """Why something that leaves the forward may be looked at where it is padded; empty where it cannot."""
+        """Why something that leaves the forward may be read at the padding; empty where it cannot."""
         base = self.base()
         if frame is None or base is None or base is self.owner():
             return (
@@ -188,7 +188,7 @@ class Packing:
         )
 
     def leave(self, frame: ForwardFrame, output):
-        """What the caller is given; None: as it is."""
+        """What the caller of this forward is given; None: its output as it is."""
         base = self.base()
         if frame.rows is None or base is None:
             return None
@@ -274,7 +274,7 @@ class Packing:
         ]
 
     def lines(self) -> list[str]:
-        """For the report."""
+        """Lines for the report: batches that ran packed or unpadded, and why others did not."""
         if self.why_not:
             return [f"packed rows and padding run as in stock: {self.why_not}"]
         c = self.counts

@@ -193,7 +193,8 @@ class _Read(torch.autograd.Function):
 
 
 class Reread(torch.Tensor):
-    """lazy: stock's tensor but for the padding, of the same shape; None where it stands in no graph."""
+    """A tensor without memory that a caller of an unpadded forward gets for its logits: reading it runs the padded
+    forward. lazy: stock's tensor but for the padding, of the same shape; None where it stands in no graph."""
 
     lazy: T | None
     source: Source

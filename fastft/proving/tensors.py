@@ -15,5 +15,5 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 
 
 def floats_in(value: object) -> list[torch.Tensor]:
-    """Those of floating point."""
+    """The floating-point tensors in `value`, in order."""
     return [t for t in tensors_in(value) if t.is_floating_point()]

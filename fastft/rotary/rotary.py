@@ -118,7 +118,7 @@ def make_fast(stock: Callable, variant: Variant, always: bool = False) -> Any:
 
 
 def _cos_sin(tables: list[Any]) -> tuple[Any, Any]:
-    """A complex table holds both."""
+    """(cos, sin) of two tables, or of one complex table that holds both."""
     if len(tables) == 2:
         return tables[0], tables[1]
     t = tables[0]

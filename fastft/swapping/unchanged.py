@@ -23,7 +23,8 @@ _MISSING = object()
 
 
 class ModuleSnapshot:
-    """One module as it was. but: names of attributes that the swap reads at every call by itself."""
+    """The attributes and children of one module as they were. but: names of attributes that the swap reads at every
+    call by itself."""
 
     __slots__ = ("attributes", "children", "cls", "forward")
 
@@ -36,7 +37,7 @@ class ModuleSnapshot:
         self.children = tuple((n, ModuleSnapshot(c, c._modules)) for n, c in below.items() if c is not None)
 
     def changed(self, module: nn.Module) -> str:
-        """Empty, or what is another now."""
+        """What has changed since the snapshot; empty where nothing has."""
         here = module.__dict__
         if (here[KEY].stock if KEY in here else module.__class__) is not self.cls:
             return "its class is another"

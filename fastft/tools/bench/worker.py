@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 class Worker:
-    """One stack at work."""
+    """Measures one stack in this process."""
 
     def __init__(self, spec: Spec, rows: Path):
         self.spec, self.rows, self.folder = spec, rows, Path(spec.folder)

@@ -94,12 +94,12 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight."""
+        """The shape of the weight that it is added to."""
         out, into = self.B.shape[0], self.A.shape[1]
         return (into, out) if self.transposed else (out, into)
 
     def add_to(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """In float32, block by block of the rows that one output takes."""
+        """The sum in `dtype`, computed in float32, block by block of rows."""
         result = torch.empty(weight.shape, dtype=dtype)
         by_row = self.transposed and self.magnitude is not None  # a norm is over all that one output takes
         source, target = (weight.t(), result.t()) if by_row else (weight, result)

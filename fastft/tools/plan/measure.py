@@ -113,7 +113,7 @@ class AllocationLedger(TorchDispatchMode):
             r.tag = TAGS.index(name)
 
     def phase(self, name: str) -> None:
-        """What follows is `name`."""
+        """Begin the phase `name` of the step."""
         self.marks.append((name, len(self.events)))
 
     def phases(self) -> list[Phase]:

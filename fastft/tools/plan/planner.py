@@ -115,7 +115,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Work:
-    """The lines of one subject."""
+    """Plans the lines of one subject."""
 
     subject: PlannedModel
     batch: int

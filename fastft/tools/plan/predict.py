@@ -88,17 +88,17 @@ class PlannedModel:
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
-        """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the
-        recomputed ones have their input on the host."""
+        """The fullest moment of a step. layers: how many are recomputed, and how many kept (one of them 0 for stock);
+        offloaded: how many of the recomputed ones have their input on the host."""
         whole = self.whole(layers, rows, tokens, offloaded)
         return max(_peaks(whole), key=lambda p: p.total)
 
     def peaks(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> list[StepPeakMemory]:
-        """Of each phase."""
+        """The fullest moment of each phase."""
         return _peaks(self.whole(layers, rows, tokens, offloaded))
 
     def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[StepPeakMemory]:
-        """Of each phase, of the few layers alone."""
+        """The fullest moment of each phase, of a model of few layers."""
         return _peaks(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
 
     def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> TracedStep:
@@ -127,7 +127,7 @@ class PlannedModel:
         return (b - a) / p
 
     def _less(self, count: int) -> int:
-        """The fewest layers that show what `count` of them do."""
+        """The smallest number of layers that repeats as `count` of them do."""
         p = self.period
         if p is None:
             return count
@@ -206,7 +206,7 @@ def _peaks(run: TracedStep) -> list[StepPeakMemory]:
 
 @dataclass(frozen=True)
 class _Growth:
-    """Of what a further layer adds: the part of its activations that is on the host is not there."""
+    """What a further layer adds to a step's memory, without the part of its activations that is on the host."""
 
     on_host: float
 

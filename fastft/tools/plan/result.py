@@ -85,7 +85,7 @@ class Plan:
 
 
 def parts(line: PlanLine) -> dict[str, float]:
-    """GiB by column."""
+    """The GiB of each column."""
     return {c: sum(line.peak.parts.get(p, 0) for p in of) / GIB for c, of in COLUMNS.items()}
 
 

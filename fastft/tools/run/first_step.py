@@ -170,7 +170,7 @@ class PatchOnFirstStep:
             self._busy = False
 
     def _settle(self, model: nn.Module) -> bool:
-        """Patch if this call is a training step. Whether its model is done with."""
+        """Patch if this call is a training step. True where its model needs no more watching."""
         first = next((p for p in model.parameters() if p.requires_grad), None) if torch.is_grad_enabled() else None
         is_step = first is not None and (model.training or self._has_learnt(first))
         if is_step and transformed():

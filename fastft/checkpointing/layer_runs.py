@@ -58,7 +58,7 @@ class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, unpack)
 
 
-def lean(
+def checkpointed(
     function: Callable,
     args: tuple,
     embedded: Embedded | None = None,

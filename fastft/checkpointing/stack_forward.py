@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
-from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, is_plain, lean
+from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, checkpointed, is_plain
 from fastft.checkpointing.layer_stack import Stack, graphs_of, kind_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
@@ -94,7 +94,7 @@ class Forward:
         self.counts["recomputed" if offloader is None else "offloaded"] += 1
         embedded = self.controller.embedded if index == 0 and not has_foreign_hooks(self.layers[0]) else None
         in_full, graphs = self.mode == "full", graphs_of(self.layers[index]) if offloader is None else None
-        run = functools.partial(lean, args=args, embedded=embedded, offloader=offloader, again_in_full=in_full)
+        run = functools.partial(checkpointed, args=args, embedded=embedded, offloader=offloader, again_in_full=in_full)
         return run(function) if graphs is None else graphs.recomputed(function, args, run, in_full)
 
     def _decide(self, x: torch.Tensor) -> Split | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.checkpointing.layer_runs import lean
+from fastft.checkpointing.layer_runs import checkpointed
 from fastft.graphs.arguments import Arguments, flatten, rebuild
 from fastft.graphs.buffers import Scratch, SharedBuffer, copy_into, static_like
 from fastft.graphs.recorder import Recorder
@@ -132,7 +132,7 @@ class Captured:
         if policy == KEPT:
             return flatten(function(*args))
         # nothing random is drawn in what is captured, so that there is no state to preserve
-        return flatten(lean(function, args, again_in_full=policy == FULL, preserve_rng_state=False))
+        return flatten(checkpointed(function, args, again_in_full=policy == FULL, preserve_rng_state=False))
 
     def _leaves(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         return [t.detach().requires_grad_() if i in self.differentiable else t.detach() for i, t in enumerate(tensors)]

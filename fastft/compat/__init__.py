@@ -1,6 +1,6 @@
-"""Names of other libraries that are not part of their documented interface, and that fastft relies on all the same. They
-stand here alone, one file a library; tests/test_compat.py says first, by library and name, which of them a new version
-has changed. (What the kernels rely on: fastft_kernels/runtime/compat.py.)
+"""Names of other libraries that are not part of their documented interface, and that fastft relies on all the same.
+They stand here alone, one file a library; tests/test_compat.py says first, by library and name, which of them a new
+version has changed. (What the kernels rely on: fastft_kernels/runtime/compat.py.)
 
 torch_private           tensor subclasses, hooks on saved tensors, the autograd engine, modes, nn.Module, DDP, FSDP
 transformers_private    activation checkpointing, attention and experts implementations, collected outputs, the Trainer

@@ -1,7 +1,9 @@
 """The bytes that live at every moment of a training step that runs on fake tensors.
 
 `AllocationLedger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while
-it runs, and afterwards tells what was alive at any allocation, by what it was for."""
+it runs, and afterwards tells what was alive at any allocation, by what it was for. (torch's own tracker,
+`torch.distributed._tools.mem_tracker`, is private and keeps peaks alone; from few layers to many only the sequence of
+allocations can be extrapolated.)"""
 
 from __future__ import annotations
 

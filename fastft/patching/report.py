@@ -31,6 +31,7 @@ class Row:
 
     @property
     def is_swapped(self) -> bool:
+        """Does a kernel run in the place of these modules' own code?"""
         return bool(self.kernel)
 
 
@@ -46,10 +47,12 @@ class PatchReport:
 
     @property
     def swapped(self) -> tuple[Row, ...]:
+        """The rows of what was swapped."""
         return tuple(r for r in self.rows if r.is_swapped)
 
     @property
     def stock(self) -> tuple[Row, ...]:
+        """The rows of what stays stock."""
         return tuple(r for r in self.rows if not r.is_swapped)
 
     def __iter__(self) -> Iterator[Row]:

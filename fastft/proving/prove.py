@@ -48,6 +48,7 @@ class Proof:
     sizes: str = ""
 
     def to_dict(self) -> dict:
+        """The proof as `json.dumps` takes it."""
         return asdict(self)
 
 

@@ -86,9 +86,11 @@ class BenchResult:
 
     @property
     def ok(self) -> bool:
+        """Was nothing red, and did nothing fail?"""
         return not any(r.state in FAILED for r in self.rows) and any(r.state == "ok" for r in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as `json.dumps` takes it."""
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
         return {
             "options": asked,

@@ -44,6 +44,7 @@ class PlanLine:
     smallest_gpu: str | None
 
     def to_dict(self) -> dict:
+        """The line as `json.dumps` takes it."""
         return asdict(self) | {"total": self.peak.total}
 
 
@@ -63,13 +64,16 @@ class Plan:
 
     @property
     def chosen(self) -> PlanLine:
+        """The line of the policy that was asked for."""
         return self.lines[0]
 
     def to_dict(self) -> dict:
+        """The plan as `json.dumps` takes it."""
         gpu = None if self.gpu is None else asdict(self.gpu) | {"usable": self.gpu.usable}
         return {**asdict(self), "gpu": gpu, "lines": [x.to_dict() for x in self.lines]}
 
     def plot(self, path: str | os.PathLike) -> None:
+        """Draw the lines as bars, into the image file `path`."""
         plot(self, path)
 
     def __rich_console__(self, console, options):

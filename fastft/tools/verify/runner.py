@@ -67,9 +67,11 @@ class Verification:
 
     @property
     def failed(self) -> tuple[VerificationLine, ...]:
+        """The lines that did not pass."""
         return tuple(line for line in self.lines if not line.ok)
 
     def to_dict(self) -> dict:
+        """The verification as `json.dumps` takes it."""
         clean = lambda d: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}
         return {
             "model": self.model,

@@ -1,7 +1,7 @@
 """Every kernel at the widths of an 8B decoder and 8192 tokens: time with cold caches, percent of the measured roof,
 error against eager's.
 
-Eager is what transformers, PEFT and TRL compute, written out in plain torch; in float64 it is the truth. The judge
+Eager is what transformers, PEFT and TRL compute, written out in plain torch; in float64 it is the reference. The judge
 looks at every output and every gradient first, and at the bits of a second run; what is red prints no time."""
 
 from __future__ import annotations
@@ -250,12 +250,12 @@ def draw(case: Case, size: Size, device: torch.device, dtype: torch.dtype, seed:
     return found
 
 
-def run(case: Case, fn: Callable, inputs: Tensors, *, truth: bool = False) -> dict[str, torch.Tensor]:
-    """Outputs and gradients for one random upstream gradient; in float64 throughout where `truth`."""
-    t = {n: (x.double() if truth and x.is_floating_point() else x).detach() for n, x in inputs.items()}
+def run(case: Case, fn: Callable, inputs: Tensors, *, reference: bool = False) -> dict[str, torch.Tensor]:
+    """Outputs and gradients for one random upstream gradient; in float64 throughout where `reference`."""
+    t = {n: (x.double() if reference and x.is_floating_point() else x).detach() for n, x in inputs.items()}
     for n in case.trained:
         t[n].requires_grad_()
-    if truth:
+    if reference:
         with float64_reference():
             ys = fn(t)
     else:
@@ -292,7 +292,7 @@ def measure(case: Case, size: Size, device: torch.device, dtype: torch.dtype, ro
     inputs = draw(case, size, device, dtype)
     ours = run(case, case.ours, inputs)
     again = run(case, case.ours, inputs)
-    verdict = compare(ours, run(case, case.eager, inputs, truth=True), run(case, case.eager, inputs))
+    verdict = compare(ours, run(case, case.eager, inputs, reference=True), run(case, case.eager, inputs))
     if not verdict:
         raise Red(str(verdict))
     same = all(torch.equal(ours[k], again[k]) for k in ours)

@@ -125,15 +125,15 @@ def _autocast(device: torch.device, enabled: bool = True):
 
 
 def losses_and_gradients(
-    model: nn.Module, loss: Loss, batches: Sequence[Batch], device: torch.device, truth: bool = False
+    model: nn.Module, loss: Loss, batches: Sequence[Batch], device: torch.device, reference: bool = False
 ) -> dict[str, torch.Tensor]:
     """Of every batch: its loss, and the gradient of every adapter; "0:loss", "0:...lora_A...weight", "1:loss", ..."""
     found = {}
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     for i, b in enumerate(batches):
-        with float64_reference() if truth else _autocast(device):
+        with float64_reference() if reference else _autocast(device):
             value = loss(model, b)
-        with float64_reference() if truth else contextlib.nullcontext():
+        with float64_reference() if reference else contextlib.nullcontext():
             grads = torch.autograd.grad(value, parameters)
         found[f"{i}:loss"] = value.detach()
         found |= {f"{i}:{n}": g for n, g in zip(names, grads)}
@@ -161,16 +161,16 @@ class Gate:
 
     def _verdict(self, stack: str, loss: Loss) -> str:
         if loss.__name__ not in self.results:
-            truth = losses_and_gradients(
-                with_trl_head(in_float64(self.model)), loss, self.batches, self.device, truth=True
+            reference = losses_and_gradients(
+                with_trl_head(in_float64(self.model)), loss, self.batches, self.device, reference=True
             )
-            self.results[loss.__name__] = truth, losses_and_gradients(self.model, loss, self.batches, self.device)
-        truth, eager = self.results[loss.__name__]
+            self.results[loss.__name__] = reference, losses_and_gradients(self.model, loss, self.batches, self.device)
+        reference, eager = self.results[loss.__name__]
         if stack == "stock":
             return ""
         with STACKS[stack][0](self.model, self.device):
             found = losses_and_gradients(self.model, loss, self.batches, self.device)
-        verdict = gate(found, truth, eager)
+        verdict = gate(found, reference, eager)
         return "" if verdict else str(verdict)
 
 

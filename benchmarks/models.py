@@ -94,12 +94,12 @@ def draws_of(model: nn.Module) -> int:
     return DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
 
 
-def run_all(model: nn.Module, inputs: dict, loss_of, truth: bool = False) -> Results:
+def run_all(model: nn.Module, inputs: dict, loss_of, reference: bool = False) -> Results:
     """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...)."""
-    runs, twin = [], doubled(model) if truth else model
+    runs, twin = [], doubled(model) if reference else model
     for draw in range(draws_of(model)):
         with moved(model, draw):
-            if not truth:
+            if not reference:
                 runs.append(run(model, inputs, loss_of))
                 continue
             with torch.no_grad():
@@ -138,24 +138,25 @@ def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of
     """Worst verdict over the loss and all gradients, each pooled over the draws of both sides. The rounding error of a
     scalar, or of the worst-conditioned entry of a gradient, is one throw of a die, and may be zero on one side:
     neighbours of the model keep the condition and throw again, so that the pooled errors say which of two computations
-    is the more exact. Where float64 does not run there is no truth, and nothing passes."""
+    is the more exact. Where float64 does not run there is no reference, and nothing passes."""
     try:
-        truth = run_all(stock, inputs, loss_of, truth=True)
+        reference = run_all(stock, inputs, loss_of, reference=True)
     except Exception as e:
         return {
-            "truth": "none",
+            "reference": "none",
             "checked": 0,
             "worst": None,
-            "bad": [f"no float64 truth: {type(e).__name__}: {str(e)[:150]}"],
+            "bad": [f"no float64 reference: {type(e).__name__}: {str(e)[:150]}"],
         }
-    if low := [k for d in truth for k, t in d.items() if t is not None and t.dtype != torch.float64]:
-        return {"truth": "none", "checked": 0, "worst": None, "bad": [f"no float64 truth: {low[0]} is no float64"]}
+    if low := [k for d in reference for k, t in d.items() if t is not None and t.dtype != torch.float64]:
+        why = f"no float64 reference: {low[0]} is no float64"
+        return {"reference": "none", "checked": 0, "worst": None, "bad": [why]}
     bad, worst, checked = [], 0.0, 0
     for i in (0, 1):
-        if set(ours[i]) != set(truth[i]):
-            bad.append(f"keys differ: {sorted(set(ours[i]) ^ set(truth[i]))[:3]}")
+        if set(ours[i]) != set(reference[i]):
+            bad.append(f"keys differ: {sorted(set(ours[i]) ^ set(reference[i]))[:3]}")
             continue
-        for name, t in truth[i].items():
+        for name, t in reference[i].items():
             o, e = ours[i][name], eager[i][name]
             if o is None or e is None:
                 if (o is None) != (e is None):
@@ -167,7 +168,7 @@ def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of
                 bad.append(str(verdict))
             elif verdict.ulp:
                 worst = max(worst, verdict.error / (2 * verdict.eager_error + verdict.ulp))
-    return {"truth": "float64", "checked": checked, "worst": worst, "bad": bad}
+    return {"reference": "float64", "checked": checked, "worst": worst, "bad": bad}
 
 
 def snapshot(model: nn.Module) -> dict:

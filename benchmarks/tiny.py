@@ -82,7 +82,7 @@ def build(key: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mod
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(cls(**settings), dtype=torch.float32, attn_implementation="eager")
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product has no float64, so no truth
+        model.set_experts_implementation("eager")  # the grouped product has no float64, so no reference
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * (0.3 if p.dim() == 1 else 0.1))

@@ -34,31 +34,37 @@ def patch(
     unpad: bool | None = None,
     cuda_graphs: bool | str | None = None,
 ) -> Model:
-    """Swap on this instance every module for which a faster equivalent is recognised and proven; returns the same
-    instance.
+    """Swap on this instance every module for which a faster equivalent is recognised and proven.
 
     Works on a bare transformers model, a PEFT model, a quantised one, one with a device map. Patching again extends to
     modules that are new and changes nothing else. A model that is moved or cast afterwards is proven again at its next
     forward, or when patched again (do so before torch.compile). No other model, class or library is touched.
 
-    activation_policy: which layers keep their activations for the backward, see fastft/checkpointing/policy.py:
-    "trainer" (the default of a first patch: those that the trainer does not checkpoint), "auto", "none", "lean",
-    "full", "offload", a number of layers to recompute, or a memory budget such as "20GiB". Gradients are the same bits
-    under all of them.
+    Args:
+        model: the model, changed in place.
+        strict: raise where anything that a recogniser looked at stays stock.
+        activation_policy: which layers keep their activations for the backward, see fastft/checkpointing/policy.py:
+            "trainer" (the default of a first patch: those that the trainer does not checkpoint), "auto", "none",
+            "lean", "full", "offload", a number of layers to recompute, or a memory budget such as "20GiB". Gradients
+            are the same bits under all of them.
+        unpad: whether padded training batches run without their padding, see fastft/packing/packing.py. None (the
+            default of a first patch): where that is provably the same; True: also where dropout is on, which then draws
+            other values of the same distribution; False: never. Either way only where nothing that leaves the model
+            depends on the padding; logits that are read are a second, padded forward's.
+        cuda_graphs: whether a training call of a decoder layer that has come twice is replayed as a CUDA graph, after a
+            proof on the batch, see docs/GRAPHS.md. "auto" (None at a first patch): where the model is on a CUDA device
+            of compute capability 7.0 or more; True: the same, and the report says why where nothing can be; False:
+            never.
 
-    unpad: whether padded training batches run without their padding, see fastft/packing/packing.py. None (the default
-    of a first patch): where that is provably the same; True: also where dropout is on, which then draws other values of
-    the same distribution; False: never. Either way only where nothing that leaves the model depends on the padding;
-    logits that are read are a second, padded forward's.
+    Returns:
+        The same instance.
 
-    cuda_graphs: whether a training call of a decoder layer that has come twice is replayed as a CUDA graph, after a
-    proof on the batch, see docs/GRAPHS.md. "auto" (None at a first patch): where the model is on a CUDA device of
-    compute capability 7.0 or more; True: the same, and the report says why where nothing can be; False: never.
-
-    Raises TypeError for what is no torch module, PolicyError for what is no policy, GraphsError for what
-    is no setting of cuda_graphs, LigerError for a model on which
-    Liger's kernels stand, and with strict=True StrictError (the model is then restored) when anything that a recogniser
-    looked at stays stock."""
+    Raises:
+        TypeError: `model` is no torch module.
+        PolicyError, GraphsError: `activation_policy` or `cuda_graphs` is none of the above.
+        LigerError: Liger's kernels stand on the model.
+        StrictError: with strict=True; the model is restored first.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"fastft.patch: want a torch.nn.Module (a transformers or PEFT model), got {type(model).__name__}"
@@ -91,13 +97,23 @@ def patch(
 
 
 def _renew(base: nn.Module) -> None:
-    """What stands over the swaps of a model that was moved."""
+    """Renew what was built over the swaps (packing, CUDA graphs) of a model that has moved."""
     teach_again(base)
     graphs.renew(base)
 
 
 def unpatch(model: Model) -> Model:
-    """Restore every swapped instance exactly: class, __dict__, outputs bit for bit. Returns the same instance."""
+    """Restore every swapped instance exactly: class, __dict__, outputs bit for bit.
+
+    Args:
+        model: a patched model, or part of one; a stock one stays as it is.
+
+    Returns:
+        The same instance.
+
+    Raises:
+        RuntimeError: somebody else has changed the class of a swapped module.
+    """
     base = innermost(model)
     trl_head.release(base)
     trl_head.unwatch(model, base)
@@ -119,7 +135,17 @@ def patched(
     cuda_graphs: bool | str | None = None,
 ) -> Iterator[Model]:
     """`with fastft.patched(model): ...` trains inside with the swaps, and is stock again outside, also after an
-    exception."""
+    exception.
+
+    Args:
+        model, strict, activation_policy, unpad, cuda_graphs: as `patch` takes them.
+
+    Returns:
+        A context manager that gives the same instance.
+
+    Raises:
+        As `patch`.
+    """
     patch(model, strict=strict, activation_policy=activation_policy, unpad=unpad, cuda_graphs=cuda_graphs)
     try:
         yield model
@@ -128,8 +154,17 @@ def patched(
 
 
 def report(model: nn.Module) -> PatchReport:
-    """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or
-    counted. Raises ValueError for a model that is not patched."""
+    """What runs where, with the proofs' errors; and what stays stock, and why.
+
+    Args:
+        model: a patched model. It is only read: nothing is bound, proven or counted.
+
+    Returns:
+        The report; `print` shows it as a table.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     found = build_report(model)
     found = replace(found, notes=(*found.notes, *moved_lines(model), *adapter_lines(innermost(model))))
     if (controller := controller_of(innermost(model))) is not None:

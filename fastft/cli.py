@@ -266,11 +266,13 @@ def merge(
     """Write base + adapter as a plain 16-bit checkpoint, shard by shard, and check it."""
     import torch
 
+    from fastft.parsing import parse_dtype
     from fastft.tools.merge.merge import merge as run
 
-    if dtype not in ("bfloat16", "float16"):
+    form = parse_dtype(dtype)
+    if form is None or form not in (torch.bfloat16, torch.float16):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
-    result = run(adapter, out, base=base, dtype=getattr(torch, dtype), check=check)
+    result = run(adapter, out, base=base, dtype=form, check=check)
     print(f"{out}: {result or 'not checked'}")
 
 

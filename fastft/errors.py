@@ -48,11 +48,11 @@ class LigerError(FastftError):
 
 
 class PolicyError(FastftError):
-    """An activation policy that is none."""
+    """A value that names no activation policy."""
 
 
 class GraphsError(FastftError):
-    """A setting of `cuda_graphs` that is none."""
+    """A value that is no setting of `cuda_graphs`."""
 
 
 class PlanError(FastftError):

@@ -30,8 +30,16 @@ def assert_parity(stock: nn.Module, patched: nn.Module, batch: dict[str, torch.T
     by the judge: `patched` may be at most twice as far from a float64 copy of `stock` as `stock` itself is, and one
     unit in the last place.
 
-    stock, patched: on one device, dropout off; batch: keyword arguments with labels. Returns the verdict; raises
-    AssertionError that names the worst gradient."""
+    Args:
+        stock, patched: on one device, dropout off.
+        batch: keyword arguments with labels.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        AssertionError: it fails; the message names the worst gradient.
+    """
     verdict = judge(stock, patched, batch)
     assert verdict, f"patched and stock differ: {verdict}"
     return verdict

@@ -85,11 +85,19 @@ def _compare_one(ours: torch.Tensor, reference: torch.Tensor, eager: torch.Tenso
 
 
 def compare(ours, reference, eager, name: str = "") -> Verdict:
-    """Judge tensors, or sequences or mappings of tensors of the same structure (the worst verdict is returned; None
-    only with None).
+    """Judge `ours` against `reference`, by how far off `eager` is.
 
-    ours, eager: the same floating dtype; reference: float64, same shapes. Raises TypeError where reference is not
-    float64."""
+    Args:
+        ours, eager: tensors of one floating dtype, or sequences or mappings of such tensors, of one structure.
+        reference: the same in float64.
+        name: stands in front of the verdict's text.
+
+    Returns:
+        The verdict; the worst of all where there are several tensors. None passes only beside None.
+
+    Raises:
+        TypeError: the reference is not in float64.
+    """
     if isinstance(reference, Mapping):
         items = [(str(k), ours.get(k), reference[k], eager.get(k)) for k in reference]
         if set(ours) != set(reference) or set(eager) != set(reference):

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import importlib
+import inspect
 import re
 import textwrap
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import fastft
+import fastft_kernels
 from fastft import errors
 from fastft.cli import app
 from fastft.loading.fast_model import FastModel
+from fastft.testing import assert_parity
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -130,3 +133,31 @@ def test_arguments_of_the_diffs_are_fastfts():
 def test_every_notebook_is_listed():
     for name in (p.name for p in (ROOT / "notebooks").glob("*.ipynb")):
         assert all(name in (ROOT / page).read_text() for page in ("README.md", "notebooks/README.md")), name
+
+
+PUBLIC = {n: f for m in (fastft, fastft_kernels) for n in m.__all__ if inspect.isfunction(f := getattr(m, n))}
+PUBLIC |= {"FastModel.from_pretrained": FastModel.from_pretrained, "assert_parity": assert_parity}
+
+
+def undocumented(text: str, arguments: list[str]) -> list[str]:
+    """The sections that a public function's docstring lacks, and the arguments that its section leaves out."""
+    sections = re.split(r"^(Args|Returns|Raises):$", text, flags=re.M)
+    missing = [name for name in ("Args", "Returns", "Raises") if name not in sections[1::2]]
+    if missing:
+        return missing
+    entries = re.findall(r"^    (\S[^:]*):", dict(zip(sections[1::2], sections[2::2]))["Args"], flags=re.M)
+    named = {n for entry in entries for n in re.findall(r"\w+", entry)}
+    return [a for a in arguments if a not in named]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_say_what_they_take_return_and_raise(name):
+    signature = inspect.signature(PUBLIC[name]).parameters.values()
+    arguments = [p.name for p in signature if p.kind is not p.VAR_KEYWORD]
+    assert undocumented(inspect.getdoc(PUBLIC[name]), arguments) == []
+
+
+def test_a_missing_section_is_seen():
+    text = "Adds.\n\nArgs:\n    x, y: numbers,\n        any z: of them.\n\nReturns:\n    Their sum.\n"
+    assert undocumented(text, ["x"]) == ["Raises"]
+    assert undocumented(text + "\nRaises:\n    TypeError: they are none.", ["x", "y", "z"]) == ["z"]

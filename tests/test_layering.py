@@ -16,6 +16,7 @@ ORDER = [
     "fastft.errors",
     "fastft.parsing",
     "fastft.tables",
+    "fastft.compat",
     "fastft.swapping",
     "fastft.proving",
     "fastft.patching",
@@ -277,3 +278,40 @@ def test_files_and_folders_stay_small(package):
     assert not {p: n for p, n in lines.items() if n > most}
     folders = Counter(str(Path(p).parent) for p in lines if not p.endswith("__init__.py"))
     assert not {f: n for f, n in folders.items() if n > 12}
+
+
+# what a module may keep that changes: docs/ARCHITECTURE.md says what each is for
+STATE_NAMES = {
+    *("CACHE", "_PROVEN", "DTYPES", "_CLASSES", "_MIXINS"),
+    *("_ORDERS", "_FUNCTIONS", "LAUNCHERS", "FAKES"),
+    *("_FORMULA_ALONE", "_plans", "GIVERS", "REPLAY", "_INSIDE", "_LOCK"),
+}
+CHANGEABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "ContextVar", "RLock", "Lock", "local"}
+
+
+def state_of(tree: ast.Module, thread_local: set[str]) -> set[str]:
+    """Names at the top of a module that hold nothing yet and can be filled, and what `global` writes."""
+    found = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        made = ast.unparse(node.value.func).split(".")[-1] if isinstance(node.value, ast.Call) else ""
+        empty = ast.unparse(node.value) in ("{}", "[]") or made.startswith("Weak") or made in CHANGEABLE | thread_local
+        if empty and not (made in ("dict", "list", "set") and node.value.args):
+            found.update(t.id for t in (node.targets if isinstance(node, ast.Assign) else [node.target]))
+    return found
+
+
+def test_state_of_modules_is_known_by_name():
+    trees = [ast.parse(p.read_text()) for p in SOURCES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    thread_local = {c.name for c in classes if "threading.local" in map(ast.unparse, c.bases)}
+    assert set().union(*(state_of(tree, thread_local) for tree in trees)) == STATE_NAMES
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    assert not [name for name in STATE_NAMES if f"`{name}`" not in page]
+    planted = "A = {}\nB: set = set()\nC = weakref.WeakSet()\nD = Mine()\nE = (1,)\ndef f():\n    global G\n    x = []"
+    assert state_of(ast.parse(planted), {"Mine"}) == set("ABCDG")
+
+
+def test_frozen_means_frozen():
+    assert not [p for p in SOURCES if "object.__setattr__" in p.read_text()]

@@ -31,9 +31,9 @@ from fastft.swapping.stock_only import transformed
 
 
 class BeginForward:
-    """Forward pre-hook of a stack's owner. What a policy writes stands on the layers, where every thread sees it: one
-    thread at a time has its forwards under the policy, and who comes meanwhile runs as the trainer says, to the same
-    bits."""
+    """Forward pre-hook of a stack's owner: begins a forward under the policy. What a policy writes stands on the
+    layers, where every thread sees it. So one thread at a time has its forwards under the policy; another one runs
+    meanwhile under the trainer's own checkpointing, to the same bits."""
 
     def __init__(self, controller: Controller, stack: Stack):
         self.controller, self.stack = controller, stack
@@ -86,7 +86,7 @@ class BeginForward:
 
 
 class EndForward:
-    """Forward hook of a stack's owner, called after an exception too."""
+    """Forward hook of a stack's owner: ends the forward, after an exception too."""
 
     def __init__(self, begin: BeginForward):
         self.begin = begin
@@ -103,14 +103,14 @@ class EndForward:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """DeepSpeed gathers a sharded parameter by hooks that all ranks must reach alike: the trainer's own checkpointing
-    stays. It shards all parameters of a model or none, so the first one is asked."""
+    """Are the parameters sharded by DeepSpeed? It gathers them by hooks that all ranks must reach alike, so the
+    trainer's own checkpointing stays. It shards all parameters of a model or none: the first one is asked."""
     first = next(module.parameters(), None)
     return first is not None and hasattr(first, "ds_id")
 
 
 def _input_embeddings(base: Any) -> nn.Module | None:
-    """None where a model has none, or does not say: transformers' own method then raises."""
+    """The model's input embedding; None where it has none, or does not say (transformers' own method then raises)."""
     try:
         return base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     except NotImplementedError:
@@ -118,7 +118,7 @@ def _input_embeddings(base: Any) -> nn.Module | None:
 
 
 def control(base: nn.Module, policy: Policy) -> Controller:
-    """Put the model's layers under the policy, in place of one that it had."""
+    """Put the model's layers under the policy, in place of an earlier one."""
     release(base)
     controller = Controller(weakref.ref(base), policy, stacks(base))
     if not controller.stacks:
@@ -183,7 +183,7 @@ def controller_of(base: nn.Module) -> Controller | None:
 
 
 def release(base: nn.Module) -> None:
-    """The exact undo of `control`."""
+    """Undo `control` exactly."""
     for module in base.modules():
         _unguard(module)
     for hooks, key, _ in list(_hooks(base)):

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
+from fastft.compat.torch_private import FakeTensor
 
 
 class Embedded:
-    """A forward hook of an embedding module: remembers its last output, weakly, and what it came from."""
+    """A forward hook of an embedding module: remembers its last output, weakly, and the ids that it was made from."""
 
     def __init__(self) -> None:
         # .last: (the output and the module, weakly; ids; tensors and their versions), of this thread

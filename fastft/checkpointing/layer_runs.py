@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.checkpointing.embedding_input import Embedded
 from fastft.checkpointing.offload import HostTensor, Offloader
+from fastft.compat.torch_private import storage_id
 from fastft_kernels.recompute.replay import again, first_run
 
 CheckpointFunction = Callable[..., object]
@@ -37,14 +38,14 @@ class CountedForward:
 
 
 class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
-    """The checkpoint's inputs, which alone pass here (what the layer saves is caught within), are replaced by what
-    gives them again: `x` by `rows()`; with an offloader, a floating-point tensor by its copy on the host."""
+    """Hooks on the tensors that a checkpoint saves: its inputs, as what the layer itself saves is caught further
+    inside. `x` is not kept but made again by `rows()`; with an offloader, floating-point tensors wait on the host."""
 
     def __init__(self, x: torch.Tensor | None, rows: Callable[[], torch.Tensor] | None, offloader: Offloader | None):
-        where = None if x is None else x.untyped_storage()._cdata
+        where = None if x is None else storage_id(x.untyped_storage())
 
         def pack(t: torch.Tensor):
-            if rows is not None and t.untyped_storage()._cdata == where:
+            if rows is not None and storage_id(t.untyped_storage()) == where:
                 return rows
             return offloader.park(t) if offloader is not None and t.is_floating_point() else t
 
@@ -57,7 +58,7 @@ class RestoredInputs(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, unpack)
 
 
-def lean(
+def checkpointed(
     function: Callable,
     args: tuple,
     embedded: Embedded | None = None,

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from fastft.compat.torch_private import storage_id
+
 SLACK = 0.04  # of the device's memory: what an allocator loses to fragments, and what libraries take beside it
 
 
 @dataclass(frozen=True)
 class Meter:
-    """budget: bytes that the process may use in all on the device (resident bytes, on a CPU); None: what the device
-    has."""
+    """Measures the memory that is left. budget: bytes that the process may use in all on the device (resident bytes, on
+    a CPU); None: what the device has."""
 
     device: torch.device
     budget: int | None = None
@@ -52,13 +54,13 @@ class SavedBytes:
 @contextlib.contextmanager
 def keeping(known: Iterable[torch.Tensor]) -> Iterator[SavedBytes]:
     """Counts what autograd keeps inside, without the storages of `known` (parameters)."""
-    kept, seen = SavedBytes(), {t.untyped_storage()._cdata for t in known}
+    kept, seen = SavedBytes(), {storage_id(t.untyped_storage()) for t in known}
     alive = []  # an address is not to be used again while we count
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+        if (key := storage_id(storage)) not in seen:
+            seen.add(key)
             alive.append(storage)
             kept.bytes += storage.nbytes()
         return t

@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class HostTensor:
-    """One tensor on the host. before: what was parked before it, which the backward asks for after it."""
+    """One tensor on the host. before: the tensor parked before it, which the backward will want next."""
 
     host: torch.Tensor
     device: torch.device
@@ -25,7 +25,7 @@ class HostTensor:
 
 
 class Offloader:
-    """One for each forward: parks tensors in the order of the calls."""
+    """Parks the tensors of one forward on the host, and brings them back in reverse order."""
 
     def __init__(self, device: torch.device):
         self.last: weakref.ref[HostTensor] | None = None
@@ -33,7 +33,7 @@ class Offloader:
         self.stream: Any = None if self.backend is None else self.backend.Stream(device)
 
     def park(self, x: torch.Tensor) -> HostTensor:
-        """x on any device; its values are those at the time of the call."""
+        """Copy x to the host: its values are those at the time of the call."""
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=self.stream is not None)
         parked = HostTensor(host, x.device, self.last)
         if self.backend is None:

@@ -6,8 +6,8 @@
     "none"      nothing is recomputed
     "lean"      every layer is recomputed, but for what no gradient needs
     "full"      every layer is recomputed as torch.utils.checkpoint does it
-    "offload"   lean, and the layers' inputs wait in pinned host memory
-    12          the first 12 layers lean, the others kept
+    "offload"   lean recomputation, and the layers' inputs wait in pinned host memory
+    12          lean recomputation of the first 12 layers, the others are kept
     "20GiB"     auto, as if the process had 20 GiB of memory
 
 Gradients are the same, bit for bit, under all of them.

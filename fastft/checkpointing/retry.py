@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
 from fastft.checkpointing.layer_stack import Stack
 from fastft.checkpointing.stack_forward import Forward
+from fastft.compat.torch_private import tree_flatten, tree_leaves, tree_unflatten
 from fastft.swapping.release_memory import GIVERS
 from fastft.swapping.stock_only import transformed
 
@@ -89,7 +89,7 @@ class Attempt:
         return True
 
     def give(self, error: torch.OutOfMemoryError) -> bool:
-        """Let go of the inner graph, for who runs out of memory after it; the backward runs the forward again."""
+        """Free the inner graph, as something after it is out of memory; the backward runs the forward again."""
         return self.leaves is not None and not self.controller.passed and self._lower(error)
 
     def _until_it_fits(self, body: Callable[[], Any]) -> Any:
@@ -165,7 +165,7 @@ class _Randomness:
 
     @contextlib.contextmanager
     def for_a_while(self):
-        """The states inside; those of now again after it."""
+        """Set the states that were noted, inside; afterwards the present ones again."""
         now = self._now()
         self.set()
         try:

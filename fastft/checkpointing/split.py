@@ -29,8 +29,9 @@ class Split:
 
 
 def choose(kept: Sequence[int], checkpoint: Sequence[int], available: int, reserve: int = 0) -> Split:
-    """kept, checkpoint: bytes for each layer in the order of the forward; available: bytes free before the first of
-    them; reserve: bytes that the rest of the step needs (head, gradients, temporary buffers)."""
+    """Choose how many layers are recomputed, and how many of these from the host. kept, checkpoint: bytes for each
+    layer in the order of the forward; available: bytes free before the first of them; reserve: bytes that the rest of
+    the step needs (head, gradients, temporary buffers)."""
     n_layers, room = len(kept), available - reserve
     held, later = 0, sum(kept)
     for n in range(n_layers + 1):

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.foreign_hooks import has_foreign_hooks
-from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, is_plain, lean
+from fastft.checkpointing.layer_runs import CheckpointFunction, as_asked, checkpointed, is_plain
 from fastft.checkpointing.layer_stack import Stack, graphs_of, kind_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.checkpointing.offload import Offloader
 from fastft.checkpointing.policy_state import Controller
 from fastft.checkpointing.split import Split, choose
+from fastft.compat.torch_private import hooks_on_saved_tensors
+from fastft.compat.transformers_private import FUNCTION, SWITCH
 
 WORKSPACE = 2**29  # bytes for the head's tiles and other buffers that do not grow with the batch
 HEAD_BYTES = 8  # for each value of the hidden states: the head's float32 row Jacobian and the gradient that it becomes
-SWITCH, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"  # transformers' names, on each layer
 
 
 class Forward:
@@ -55,7 +56,7 @@ class Forward:
             layer.__dict__.update({SWITCH: True, FUNCTION: Run(self, index, theirs)})
 
     def over(self) -> None:
-        """From now on a layer that still calls is somebody else's."""
+        """End this forward: a layer that is called from now on is not called under its policy."""
         self.thread = None
 
     def end(self) -> None:
@@ -93,7 +94,7 @@ class Forward:
         self.counts["recomputed" if offloader is None else "offloaded"] += 1
         embedded = self.controller.embedded if index == 0 and not has_foreign_hooks(self.layers[0]) else None
         in_full, graphs = self.mode == "full", graphs_of(self.layers[index]) if offloader is None else None
-        run = functools.partial(lean, args=args, embedded=embedded, offloader=offloader, again_in_full=in_full)
+        run = functools.partial(checkpointed, args=args, embedded=embedded, offloader=offloader, again_in_full=in_full)
         return run(function) if graphs is None else graphs.recomputed(function, args, run, in_full)
 
     def _decide(self, x: torch.Tensor) -> Split | None:
@@ -162,5 +163,4 @@ def asked_for(layer: nn.Module) -> CheckpointFunction | None:
 
 def saved_tensors_are_hooked() -> bool:
     """Does somebody see what autograd saves now?"""
-    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+    return hooks_on_saved_tensors(True) is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastft.compat.transformers_private import experts_implementation
 from fastft.experts.layer import KIND, chain, install_experts, is_wrapper
 from fastft.experts.proof import prove_experts, runs, small_experts
 from fastft.experts.structure import ExpertsStructure, experts_of, structure_of, with_gating
@@ -20,7 +21,7 @@ from fastft.swapping.swap import stock_class
 
 
 class Experts:
-    """The recogniser; stacks that stay stock say why."""
+    """Recognises experts in 3-D parameters; those that stay stock say why."""
 
     name = KIND
 
@@ -35,7 +36,7 @@ class Experts:
         found = self._structure(module)
         if isinstance(found, ExpertsStructure):
             return self._candidate(module, found)
-        how = getattr(getattr(module, "config", None), "_experts_implementation", None) or "own"
+        how = experts_implementation(getattr(module, "config", None)) or "own"
         return f"{count} experts in 3-D parameters: stock's {how} implementation is kept ({found})"
 
     def _wrapper(self, module: Any, context: Context) -> Candidate | str | None:

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from fastft.compat.peft_private import swaps_in_and_out
+from fastft.compat.torch_private import FakeTensor
 from fastft.experts.structure import ExpertsStructure, arguments
 from fastft.linear.projection import Inexpressible, is_hooked, parameter, plain_parameter
 from fastft.swapping.stock_only import stood_aside, transformed
@@ -84,7 +86,7 @@ def _inputs(state: ExpertsState, args: tuple, kwargs: dict) -> tuple[torch.Tenso
         raise Inexpressible("called with something else than hidden states, experts and their weights")
     x, a, b = (given[n] for n in state.arguments)
     for t in (x, a, b):
-        plain = type(t) in (torch.Tensor, nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor)
+        plain = type(t) in (torch.Tensor, nn.Parameter) or isinstance(t, FakeTensor)
         if not plain or t.dim() != 2:
             raise Inexpressible("an input is no plain matrix")
     index, weights = (b, a) if a.is_floating_point() else (a, b)
@@ -169,6 +171,6 @@ def adapter(wrapper: Module, name: str, transposed: bool) -> ExpertsAdapter:
     stacked_a = A.view(experts, -1, A.shape[1])  # [E, r, a]
     stacked_b = B.view(B.shape[0], -1, experts).permute(2, 0, 1)  # [E, b, r]
     # stored [E, b, a] where PEFT swapped the two, else [E, a, b]
-    if wrapper._did_swap_in_out_features != transposed:
+    if swaps_in_and_out(wrapper) != transposed:
         return ExpertsAdapter(stacked_a.transpose(1, 2), stacked_b.transpose(1, 2), float(scaling))
     return ExpertsAdapter(stacked_b, stacked_a, float(scaling))

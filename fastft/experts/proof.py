@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.transformers_private import experts_implementation, set_experts_implementation
 from fastft.experts.layer import chain, install_experts
 from fastft.experts.structure import ExpertsStructure, arguments
 from fastft.patching.kind import device_of
@@ -62,7 +64,7 @@ def small_experts(module: nn.Module, s: ExpertsStructure) -> nn.Module:
 
 def _bare(module: nn.Module, sizes: dict[int, int]) -> Module:
     new = new_instance(module)
-    new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (KEY, "_hf_hook", "_old_forward")})
+    new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (KEY, *LEFT_BY_HOOKS)})
     for name, value in module.__dict__.items():
         if type(value) is int and value in sizes:
             new.__dict__[name] = sizes[value]
@@ -73,7 +75,7 @@ def _bare(module: nn.Module, sizes: dict[int, int]) -> Module:
 
 
 def _drawn(p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device) -> nn.Parameter:
-    """Of p's dtype: outputs of order one."""
+    """Random values in the dtype of p, scaled so that outputs are of order one."""
     values = torch.randn(shape, dtype=torch.float64, generator=generator) * (max(shape[1:]) ** -0.5)
     return nn.Parameter(values.to(device, p.dtype), requires_grad=p.requires_grad)
 
@@ -120,7 +122,7 @@ def _hidden(experts: Module, s: ExpertsStructure) -> int:
 
 
 def _placed(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    """In the order of the stock forward, which its parameters' names tell."""
+    """The three arguments in the order of the stock forward, read from its parameters' names."""
     second = arguments(experts)[1]
     first_weights = "weight" in second or "score" in second
     return [x, weights, index] if first_weights else [x, index, weights]
@@ -173,7 +175,7 @@ def _cast(module: nn.Module, to: torch.dtype, own: torch.dtype) -> nn.Module:
     module = cast_parameters(module, to)
     experts = chain(module)[1]
     config = experts.__dict__.get("config")
-    if to == torch.float64 and hasattr(config, "_experts_implementation"):
+    if to == torch.float64 and experts_implementation(config) is not None:
         experts.__dict__["config"] = copy.copy(config)
-        experts.__dict__["config"]._experts_implementation = "eager"
+        set_experts_implementation(experts.__dict__["config"], "eager")
     return module

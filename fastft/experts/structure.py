@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.transformers_private import GATE, is_expert_parallel
 from fastft.mlp.mlp import ACTIVATIONS
 from fastft.proving.float64 import float64_reference
 from fastft.proving.prove import FORMULA_EPS
@@ -70,7 +71,7 @@ def experts_of(module: nn.Module) -> int:
 
 def gate_function(module: Any, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """The module's own function between its two products."""
-    return module._apply_gate if gated else module.act_fn
+    return getattr(module, GATE) if gated else module.act_fn
 
 
 def arguments(module: nn.Module) -> list[str]:
@@ -86,11 +87,11 @@ def structure_of(module: nn.Module) -> ExpertsStructure | str:
     if up is None or DOWN not in parameters or len(arguments(module)) != 3:
         return "no forward of hidden states, experts and their weights"
     gated = bool(getattr(module, "has_gate", up == UP[0]))
-    if not hasattr(module, "_apply_gate" if gated else "act_fn"):
+    if not hasattr(module, GATE if gated else "act_fn"):
         return "what is between its products is not in a function of its own"
     if getattr(module, "has_post_expert_norm", False):
         return "a norm after each expert"
-    if getattr(module, "_is_expert_parallel", False):
+    if is_expert_parallel(module):
         return "its experts are on several devices"
     if any(True for c in module.children() for _ in itertools.chain(c.parameters(), c.buffers())):
         return "a child with parameters"

@@ -18,7 +18,7 @@ AUTO = "auto"
 
 
 def check(setting: object) -> None:
-    """Raises GraphsError for what is no setting."""
+    """Raise GraphsError unless `setting` is True, False, "auto" or None."""
     if setting is not None and not isinstance(setting, bool) and setting != AUTO:
         raise GraphsError(f"cuda_graphs={setting!r}: want 'auto', True or False")
 
@@ -53,13 +53,13 @@ def attach(base: nn.Module, setting: bool | str | None = None, recorder: Recorde
 
 
 def renew(base: nn.Module) -> None:
-    """The model was moved: its device may be another, and nothing captured holds."""
+    """Drop what was captured and look at the device again, as the model has moved."""
     release(base)
     attach(base)
 
 
 def release(base: nn.Module) -> None:
-    """The exact undo."""
+    """Undo `attach` exactly."""
     for module in list(base.modules()):
         if is_fast(module, GRAPHS):
             uninstall(module, GRAPHS)

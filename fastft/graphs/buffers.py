@@ -91,7 +91,7 @@ class SharedBuffer:
 
 
 class SharedBuffers:
-    """Those of one stack."""
+    """The shared buffers of one stack of layers."""
 
     def __init__(self) -> None:
         self.by_key: dict[Hashable, list[SharedBuffer]] = {}

@@ -20,17 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.checkpointing.layer_runs import lean
+from fastft.checkpointing.layer_runs import checkpointed
 from fastft.graphs.arguments import Arguments, flatten, rebuild
 from fastft.graphs.buffers import Scratch, SharedBuffer, copy_into, static_like
 from fastft.graphs.recorder import Recorder
 from fastft.graphs.signature import LayerState
+from fastft_kernels.runtime.compat import copy_each
 
-KEPT, LEAN, FULL = (
-    "kept",
-    "lean",
-    "full",
-)  # what a forward keeps: everything, or its input (see checkpointing/policy.py)
+# a layer's activation policy: everything is kept; only its input is, and the recomputation leaves out products whose
+# results no gradient needs; or only its input is, and all of it is recomputed (fastft/checkpointing/policy.py)
+KEPT, LEAN, FULL = "kept", "lean", "full"
 Tensors = list[torch.Tensor]
 Found = list[torch.Tensor | None]
 
@@ -65,7 +64,7 @@ def autocast_of_now(kind: str) -> Callable[[bool], contextlib.AbstractContextMan
 class Captured:
     """A capture for one signature of one layer.
 
-    below: gives the layer's forward that is captured. recipe: KEPT, LEAN or FULL. shared: for each tensor argument the
+    below: gives the layer's forward that is captured. policy: KEPT, LEAN or FULL. shared: for each tensor argument the
     buffer that it has together with other layers, or None. state: the layer's, now. Raises Unsupported for arguments or
     results that have no static counterpart."""
 
@@ -74,13 +73,13 @@ class Captured:
         layer: nn.Module,
         below: Callable[[nn.Module], Callable],
         given: Arguments,
-        recipe: str,
+        policy: str,
         recorder: Recorder,
         scratch: Scratch,
         shared: Sequence[SharedBuffer | None],
         state: LayerState,
     ):
-        self.layer, self.below, self.recipe = weakref.ref(layer), below, recipe
+        self.layer, self.below, self.policy = weakref.ref(layer), below, policy
         self.template, self.recorder, self.scratch, self.shared = given.template, recorder, scratch, list(shared)
         self.statics = [static_like(t) if b is None else b.static for t, b in zip(given.tensors, shared)]
         self.differentiable = [i for i, t in enumerate(given.tensors) if t.requires_grad]
@@ -125,15 +124,15 @@ class Captured:
                 for module, name in places:
                     (module or layer)._parameters[name] = p
 
-    def _call(self, tensors: Sequence[torch.Tensor], recipe: str) -> Arguments:
+    def _call(self, tensors: Sequence[torch.Tensor], policy: str) -> Arguments:
         args, kwargs = rebuild(self.template, list(tensors))
         layer = self.layer()
         assert layer is not None
         function = LayerForward(layer, self.below, kwargs)
-        if recipe == KEPT:
+        if policy == KEPT:
             return flatten(function(*args))
         # nothing random is drawn in what is captured, so that there is no state to preserve
-        return flatten(lean(function, args, again_in_full=recipe == FULL, preserve_rng_state=False))
+        return flatten(checkpointed(function, args, again_in_full=policy == FULL, preserve_rng_state=False))
 
     def _leaves(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         return [t.detach().requires_grad_() if i in self.differentiable else t.detach() for i, t in enumerate(tensors)]
@@ -144,7 +143,7 @@ class Captured:
         with torch.enable_grad(), self._aliased() as aliases:
             inputs = self._leaves(tensors)
             with self.autocast(True):
-                out = self._call(inputs, self.recipe)
+                out = self._call(inputs, self.policy)
             ys = [t for t in out.tensors if t.requires_grad]
             sources = [inputs[i] for i in self.differentiable] + aliases
             found: Found = []
@@ -155,7 +154,7 @@ class Captured:
         return [t.detach() for t in out.tensors], found
 
     def prepare(self, outputs: Tensors, found: Found) -> None:
-        """Static counterparts of what an eager run gave."""
+        """Make static counterparts of the outputs and gradients of an eager run."""
         self.outputs = [self.scratch.like(("output", i), t) for i, t in enumerate(outputs)]
         learning = [t for t, learns in zip(outputs, self.learns) if learns]
         self.upstream = [self.scratch.like(("upstream", i), t) for i, t in enumerate(learning)]
@@ -166,7 +165,7 @@ class Captured:
         with torch.enable_grad(), self._aliased() as aliases:
             inputs = self._leaves(self.statics)
             with self.autocast(True):
-                out = self._call(inputs, self.recipe)
+                out = self._call(inputs, self.policy)
             # edges keep what was saved for the backward, and not the outputs
             self._edges = [torch.autograd.graph.get_gradient_edge(t) for t in out.tensors if t.requires_grad]
             self._sources = [inputs[i] for i in self.differentiable] + aliases
@@ -179,17 +178,17 @@ class Captured:
             found = torch.autograd.grad(self._edges, self._sources, self.upstream, retain_graph=True, allow_unused=True)
         there = [g for g in found if g is not None]
         if there:
-            torch._foreach_copy_(self.gradients, there)  # pyright: ignore[reportPrivateImportUsage]
+            copy_each(self.gradients, there)
 
     def capture(self) -> None:
-        """Both, in the recorder."""
+        """Capture the forward and the backward with the recorder."""
         self.forward_replay = self.recorder.capture(self._run_forward)
         self.backward_replay = self.recorder.capture(self._run_backward)
 
     # what replays
 
     def load(self, tensors: Sequence[torch.Tensor], turn: int) -> None:
-        """A call's tensors into the static ones."""
+        """Copy a call's tensors into the static ones."""
         for static, buffer, t in zip(self.statics, self.shared, tensors):
             if buffer is None:
                 copy_into(static, t)

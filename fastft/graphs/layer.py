@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.layer_stack import GRAPHS
+from fastft.compat.transformers_private import is_collecting_hook
 from fastft.graphs.arguments import Arguments, Unsupported, flatten
 from fastft.graphs.buffers import is_dense
 from fastft.graphs.captured import FULL, KEPT, LEAN, Call, Captured
 from fastft.graphs.proof import prove
 from fastft.graphs.signature import LayerState, environment, obstacle_in
-from fastft.graphs.stack import MOST, OUT_OF_ORDER, REPEATS, StackGraphs, collects_outputs
+from fastft.graphs.stack import MOST, OUT_OF_ORDER, REPEATS, StackGraphs
 from fastft.swapping.swap import KEY, Replacement, order, slot_of
 
 SEEN_MOST = 8  # sorts of calls that are remembered, captured or not
@@ -47,14 +48,14 @@ class LayerGraphs:
         self.seen: list[Signature] = []
         self.calls, self.new = 0, 0  # new: sorts of calls since the last replay
 
-    def call(self, layer: nn.Module, args: tuple, kwargs: dict, recipe: str, eager: Callable[[], Any]) -> Any:
+    def call(self, layer: nn.Module, args: tuple, kwargs: dict, policy: str, eager: Callable[[], Any]) -> Any:
         """The layer's output for these arguments. eager: runs it as it would run without graphs."""
         stack = self.stack
         if not stack.lock.acquire(blocking=False):
             return eager()  # another thread is capturing or replaying
         try:
             stack.enter(self.index)
-            why, call = self._replayable(layer, args, kwargs, recipe)
+            why, call = self._replayable(layer, args, kwargs, policy)
             if call is not None:
                 return self._replay(*call)
             stack.eager[why] += 1
@@ -63,7 +64,7 @@ class LayerGraphs:
         return eager()
 
     def _replayable(
-        self, layer: nn.Module, args: tuple, kwargs: dict, recipe: str
+        self, layer: nn.Module, args: tuple, kwargs: dict, policy: str
     ) -> tuple[str, tuple[Signature, Arguments] | None]:
         """(why not; the signature and arguments of a call that is loaded into its capture's buffers)."""
         x = args[0] if args else None
@@ -82,7 +83,7 @@ class LayerGraphs:
             return str(e), None
         if type(x) is not torch.Tensor or not all(is_dense(t) for t in given.tensors if t is x or t.requires_grad):
             return "a layer's input has gaps or repeats in memory", None
-        found = self._find(layer, x, given, recipe)
+        found = self._find(layer, x, given, policy)
         if found.refused:
             return found.refused, None
         if found.captured is None:
@@ -93,19 +94,19 @@ class LayerGraphs:
                 return why, None
             if self.stack.recorder.is_short(x.device):
                 return "too little memory is free on the device to hold activations between steps", None
-            self._capture(layer, found, given, recipe)
+            self._capture(layer, found, given, policy)
             if found.refused:
                 return found.refused, None
         why = self._load(found, given)
         return why, None if why else (found, given)
 
-    def _find(self, layer: nn.Module, x: torch.Tensor, given: Arguments, recipe: str) -> Signature:
-        key, state = (given.key, environment(x.device.type), recipe), self._state(layer)
+    def _find(self, layer: nn.Module, x: torch.Tensor, given: Arguments, policy: str) -> Signature:
+        key, state = (given.key, environment(x.device.type), policy), self._state(layer)
         for i in reversed(range(len(self.seen))):
             if self.seen[i].state is state and self.seen[i].key == key:
                 self.seen.append(found := self.seen.pop(i))
                 return found
-        found = Signature(key, state, (x.shape, x.dtype), refused=obstacle_in(layer, x.device, collects_outputs))
+        found = Signature(key, state, (x.shape, x.dtype), refused=obstacle_in(layer, x.device, is_collecting_hook))
         self.seen.append(found)
         self.new += 1
         self._forget()
@@ -138,7 +139,7 @@ class LayerGraphs:
         self.seen.remove(signature)
         return True
 
-    def _capture(self, layer: nn.Module, signature: Signature, given: Arguments, recipe: str) -> None:
+    def _capture(self, layer: nn.Module, signature: Signature, given: Arguments, policy: str) -> None:
         stack = self.stack
         counters = [(s.fallbacks, dict(s.fallbacks)) for m in layer.modules() if (s := slot_of(m)) is not None]
         try:
@@ -147,7 +148,7 @@ class LayerGraphs:
                 stack.shared.for_capture(t, stack.turn) if i and not t.requires_grad else None
                 for i, t in enumerate(given.tensors)
             ]
-            captured = Captured(layer, below, given, recipe, stack.recorder, stack.scratch, shared, signature.state)
+            captured = Captured(layer, below, given, policy, stack.recorder, stack.scratch, shared, signature.state)
             findings = prove(captured, layer, given.tensors, stack.turn)
         except Exception as e:  # whatever it is: the eager path is there
             signature.refused = f"capturing failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
@@ -211,7 +212,7 @@ class LayerGraphs:
         return self.call(layer, args, kwargs, FULL if in_full else LEAN, lambda: run(plain))
 
     def dissolve(self) -> None:
-        """The swap is off: nothing is held any more."""
+        """Let go of everything: the swap is off."""
         self.seen.clear()
         self.stack.captures.clear()
 

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.checkpointing.stack_forward import FUNCTION, SWITCH
+from fastft.compat.torch_private import CALL_HOOKS, SHARDED
+from fastft.compat.transformers_private import FUNCTION, SWITCH
 from fastft.swapping.swap import KEY
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of the layer itself: hooks run outside the captured call, and the switches are the activation policy's
 _OUTSIDE = frozenset({n for n in nn.Module().__dict__ if "hook" in n} | {SWITCH, FUNCTION, KEY})
 _SWITCHES = (SWITCH, FUNCTION)
 _attributes = operator.attrgetter("__dict__")
 _COPIED = (dict, list, set)
-_SHARDED = ("ds_id", "_fsdp_flattened")
 
 
 class _Anything:
@@ -97,7 +96,7 @@ class LayerState:
         self.tables = [(a, n, a[n], a[n].data_ptr()) for t in held.values() for a, n in _tables(t)]
 
     def matches(self, layer: nn.Module) -> bool:
-        """Is the layer what it was?"""
+        """Is the layer still in the state that was noted?"""
         now = layer.__dict__
         if len(now) != len(self.layer):  # the policy's switches come and go
             was = {n: v for n, v in self.layer.items() if n not in _SWITCHES}
@@ -118,7 +117,7 @@ class LayerState:
             return False
 
     def versions(self) -> int:
-        """Grows when a parameter or buffer is changed in place."""
+        """A number that grows when a parameter or buffer is changed in place."""
         return sum([t._version for t in self.tensors])
 
 
@@ -127,7 +126,7 @@ def obstacle_in(layer: nn.Module, device: torch.device, is_ours: Callable[[Any],
     does nothing unless outputs are collected."""
     for module in layer.modules():
         if module is not layer:
-            if any(not is_ours(h) for table in _HOOKS for h in module.__dict__.get(table, {}).values()):
+            if any(not is_ours(h) for table in CALL_HOOKS for h in module.__dict__.get(table, {}).values()):
                 return "hooks stand on modules inside a layer"
             if "forward" in module.__dict__:
                 return "a forward is bound on an instance inside a layer (parameters are fetched for each call?)"
@@ -136,7 +135,7 @@ def obstacle_in(layer: nn.Module, device: torch.device, is_ours: Callable[[Any],
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is None:
                 continue
-            if any(hasattr(t, a) for a in _SHARDED):
+            if any(hasattr(t, a) for a in SHARDED):
                 return "its parameters are sharded"
             if t.device != device:
                 return "a layer's tensors and its input are on several devices, or on the host"

@@ -9,12 +9,10 @@ and the last of them decides."""
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,26 +20,16 @@ from torch import nn
 from fastft.checkpointing.controller import RetryingForward
 from fastft.checkpointing.split import Split
 from fastft.checkpointing.stack_forward import saved_tensors_are_hooked
+from fastft.compat.torch_private import current_backward, function_modes
+from fastft.compat.transformers_private import is_collecting_outputs
 from fastft.graphs.buffers import Scratch, SharedBuffers
 from fastft.graphs.captured import Call, Found
 from fastft.graphs.recorder import Recorder
 from fastft.swapping.stock_only import transformed
+from fastft_kernels.runtime.compat import dispatch_modes
 
 MOST = 4  # captures of one layer
 REPEATS = 2  # times that a call has come before it is captured
-
-
-def collected() -> bool:
-    """Does transformers collect what layers pass on (hidden states, attentions, router logits)?"""
-    module: Any = sys.modules.get("transformers.utils.output_capturing")
-    collector = getattr(module, "_active_collector", None)
-    return collector is not None and bool(collector.get())
-
-
-def collects_outputs(hook: Any) -> bool:
-    """Is this transformers' hook that does nothing unless outputs are collected?"""
-    there = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-    return there and hasattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector")
 
 
 class StackGraphs:
@@ -62,7 +50,7 @@ class StackGraphs:
         self.notes: Counter[str] = Counter()
 
     def enter(self, index: int) -> None:
-        """A layer is called."""
+        """Note that layer `index` is called; a new forward begins where the order starts again."""
         self.seen += 1
         if index <= self.last:
             self.turn += 1
@@ -93,15 +81,15 @@ class StackGraphs:
             return "no gradients are asked for"
         if transformed() or torch.is_inference_mode_enabled():
             return "under a torch.func transform, a tracer or inference mode"
-        if torch._C._current_graph_task_id() != -1:
+        if current_backward() != -1:
             return "inside a backward"
         if saved_tensors_are_hooked():
             return "saved tensors are hooked (a checkpoint, activation offloading)"
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        if dispatch_modes() or function_modes():
             return "a torch mode listens to every operation"
         if torch.is_anomaly_enabled():
             return "anomaly detection is on"
-        if collected():
+        if is_collecting_outputs():
             return "hidden states, attentions or router logits are asked for"
         owner = self.owner()
         if owner is not None and isinstance(owner.__dict__.get("forward"), RetryingForward):
@@ -114,7 +102,8 @@ class StackGraphs:
         return "" if self.place == place else "on another device or stream than before"
 
     def backward(self, call: Call, upstream: tuple, stubs: tuple, create_graph: bool) -> Found:
-        """The gradients for a call that waits."""
+        """The gradients of a replayed call: by the captured backward, or by running the layer again where that one does
+        not fit."""
         with self.lock:
             if create_graph:
                 why = "a backward that is itself to be differentiated"
@@ -135,11 +124,11 @@ class StackGraphs:
         return self.splits.get(key) if self.captures[key] else None
 
     def remember(self, x: torch.Tensor, split: Split) -> None:
-        """What was decided for inputs like x."""
+        """Note the split that was decided for inputs like x."""
         self.splits[x.shape, x.dtype] = split
 
     def lines(self, layers: int) -> list[str]:
-        """For the report."""
+        """Lines for the report: how many calls were replayed, and why others ran eagerly."""
         owner = self.owner()
         name = "a model" if owner is None else type(owner).__name__
         held = sum(self.captures.values())

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.peft_private import ACTIVE, DISABLED
+from fastft.compat.torch_private import FakeTensor, hooks_on_saved_tensors
 from fastft.linear.projection import (
     Inexpressible,
     Layer,
@@ -47,7 +49,6 @@ OTHER_ADAPTERS = "adapters were switched between a group's members: one computed
 PLANS = 16  # kept a group, of as many input dtypes, widths, devices and autocast settings
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (torch.Tensor, nn.Parameter)
-_hooks_on_saved = getattr(torch._C, "_autograd")._top_saved_tensors_default_hooks  # noqa: B009
 
 
 Mode = tuple
@@ -63,7 +64,7 @@ def mode_now(device: str) -> Mode:
         grad,
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_autocast_enabled(),
-        _hooks_on_saved(True),
+        hooks_on_saved_tensors(True),
         dispatch_modes(),
     )
 
@@ -71,12 +72,12 @@ def mode_now(device: str) -> Mode:
 def _adapters_are(module: Layer) -> tuple:
     """Which adapters of a member are on, and whether they drop out."""
     d = module.__dict__
-    if "_active_adapter" not in d:
+    if ACTIVE not in d:
         return (d["training"],)
-    active = d["_active_adapter"]
+    active = d[ACTIVE]
     return (
         d["training"],
-        d["_disable_adapters"],
+        d[DISABLED],
         active if active.__class__ is str else tuple(active),
         not d["merged_adapters"],
     )
@@ -220,8 +221,8 @@ class LinearGroup:
         return ys[0]
 
     def _from(self, module: Layer) -> list[Layer]:
-        """`module`, and the members that will be called after it and run here: not those that stay stock, and none for
-        a copy of a member."""
+        """`module`, then the members that are called after it and are swapped. A copy of a member, which no group
+        knows, is alone."""
         found: list[Layer] = []
         for ref in self.refs:
             member = ref()
@@ -232,8 +233,7 @@ class LinearGroup:
         return found or [module]
 
     def __deepcopy__(self, memo):
-        """Where the copies of the members are, the copied holder knows, by their names below it: it finds them at its
-        next call."""
+        """A group without members: the copied holder knows their names, and finds them at its next call."""
         new = memo[id(self)] = LinearGroup([_nobody for _ in self.refs])
         return new
 
@@ -295,7 +295,7 @@ def _instance_hooks(module: Layer) -> bool:
 
 @order(40)
 class FastLinear(Replacement):
-    """Mixin of a group's members."""
+    """Mixin of a linear group's members."""
 
     def forward(self, *args, **kwargs):
         d = self.__dict__
@@ -345,6 +345,6 @@ def _unusual(args: tuple, kwargs: dict) -> str | None:
     x = args[0]
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATING or x.ndim == 0:
         return "input is no floating-point tensor"
-    if x.__class__ in _PLAIN or is_dynamo_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+    if x.__class__ in _PLAIN or is_dynamo_compiling() or isinstance(x, FakeTensor):
         return None
     return f"input is a {type(x).__name__}"

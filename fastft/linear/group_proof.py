@@ -149,7 +149,7 @@ def _matrix(base: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
 
 
 def _off(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest element; infinite where one is no number."""
+    """The largest difference, relative to the largest element; infinite where one of them is NaN."""
     if a.shape != b.shape:
         return float("inf")
     off = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
@@ -193,7 +193,7 @@ def _is_quantised_layer(module: Layer) -> bool:
 
 
 def _dense(layer: Layer, weight: torch.Tensor) -> Layer:
-    """weight: float64; copied."""
+    """A float64 nn.Linear in the place of a quantised base. weight: [out, in], float64; copied."""
     dense = nn.Linear(
         weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=torch.float64, device=weight.device
     )

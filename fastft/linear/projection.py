@@ -18,6 +18,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.swapping.swap import stock_class
 from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
@@ -84,9 +85,7 @@ def plain_parameter(p: torch.Tensor | None, what: str, dim: int = 2) -> None:
     tensor."""
     if p is None or (type(p) is nn.Parameter and not p.is_meta and p.dim() == dim):
         return
-    if p.device.type == "meta" or not (
-        type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, torch._subclasses.FakeTensor)
-    ):
+    if p.device.type == "meta" or not (type(p) in (torch.Tensor, nn.Parameter) or isinstance(p, FakeTensor)):
         raise Inexpressible(f"{what} is a {type(p).__name__} on {p.device.type}")
     if p.dim() != dim:
         raise Inexpressible(f"{what} is sharded or gathered elsewhere")
@@ -136,10 +135,7 @@ def _weight_4bit(base: Layer, weight) -> FrozenWeight:
         raise Inexpressible("the 4-bit weight is not quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
         raise Inexpressible("the 4-bit weight was repacked for CPU inference")
-    nested = None
-    if state.nested:
-        nested = (state.state2.absmax, state.state2.code, state.state2.blocksize, state.offset)
-    return NF4(weight.data, state.absmax, state.code, state.blocksize, tuple(state.shape), state.quant_type, nested)
+    return NF4.from_quant_state(weight.data, state)
 
 
 def _weight_8bit(base: Layer, weight) -> FrozenWeight:
@@ -284,5 +280,5 @@ def never_repacked(module: Layer) -> Iterator[None]:
 
 
 def trains(p: Projection) -> bool:
-    """Is there anything to gain over stock: an adapter, or a base weight that learns."""
+    """Does the layer have an adapter, or a base weight that learns? Otherwise nothing is gained over stock."""
     return bool(p.adapters) or any(t.requires_grad for t in as_weight(p.weight).tensors())

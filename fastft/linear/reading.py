@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.peft_private import ACTIVE, DISABLED
 from fastft.linear.projection import BASES, LORA_LAYERS, Layer, bitsandbytes_class
 from fastft.swapping.swap import KEY, Slot
 
@@ -72,13 +73,13 @@ def _read(module: Layer) -> Reading | None:
     children = d["_modules"]
     base = children["base_layer"]
     bd, cls = base.__dict__, base.__class__
-    if cls not in _BASES or KEY in bd or d["merged_adapters"] or d["_disable_adapters"]:
+    if cls not in _BASES or KEY in bd or d["merged_adapters"] or d[DISABLED]:
         return None
     found = _read_base(base, bd, cls)
     if found is None or not module.cast_input_dtype_enabled or module.fan_in_fan_out:
         return None
     As, Bs, drops = children["lora_A"]._modules, children["lora_B"]._modules, children["lora_dropout"]._modules
-    active, scalings, variants = d["_active_adapter"], module.scaling, module.lora_variant
+    active, scalings, variants = d[ACTIVE], module.scaling, module.lora_variant
     facts, tensors = found
     inside = (bd,)
     for name in (active,) if active.__class__ is str else active:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS, execution_device
+from fastft.compat.peft_private import enable_adapters
+from fastft.compat.torch_private import FakeTensor
 from fastft.linear.projection import LORA_LAYERS, Layer, base_of, is_dense
 from fastft.swapping.swap import KEY, stock_class
 from fastft_kernels.quant.nf4 import TILE
@@ -96,7 +98,7 @@ def device_of(members: Sequence[Layer]) -> torch.device:
         if p.device.type != "meta":
             return p.device
     for sub in (s for m in members for s in m.modules()):
-        device = getattr(sub.__dict__.get("_hf_hook"), "execution_device", None)
+        device = execution_device(sub)
         if device is not None and device != "meta":
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return torch.device("cpu")
@@ -128,11 +130,7 @@ def _small(module: Layer, width: int, generator: torch.Generator, device: torch.
     cls: Any = stock_class(module)
     small = cls.__new__(cls)
     small.__dict__.update(
-        {
-            k: copy.copy(v)
-            for k, v in module.__dict__.items()
-            if k not in (KEY, "_modules", "forward", "_hf_hook", "_old_forward")
-        }
+        {k: copy.copy(v) for k, v in module.__dict__.items() if k not in (KEY, "_modules", "forward", *LEFT_BY_HOOKS)}
     )
     own = ("base_layer", "lora_A", "lora_B", "lora_dropout")
     small._modules = {
@@ -148,10 +146,8 @@ def _small(module: Layer, width: int, generator: torch.Generator, device: torch.
         for p in (*a[name].parameters(), *b[name].parameters()):
             p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     small.lora_A, small.lora_B, small.lora_dropout = a, b, drop
-    small.merged_adapters, small._disable_adapters = (
-        [],
-        False,
-    )  # what is proven is what runs once they are unmerged and on
+    small.merged_adapters = []  # what is proven is what runs once they are unmerged and on
+    enable_adapters(small)
     return small
 
 

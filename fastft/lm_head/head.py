@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.lm_head.lazy_logits import defer
 from fastft.lm_head.trl_head import bind as bind_trl_head
 from fastft.patching.kind import Candidate, Context, device_of
@@ -83,7 +84,7 @@ def _unusual(head: Any, args: tuple, kwargs: dict) -> str | None:
             if what == "bias":
                 continue
             return f"its {what} is missing"
-        if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, torch._subclasses.FakeTensor):
+        if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, FakeTensor):
             return f"its {what} is a {type(t).__name__}"
         if t.dtype not in _DTYPES or t.device.type == "meta":
             return f"its {what} is {t.dtype} on {t.device.type}"

@@ -6,19 +6,17 @@ graph."""
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
+from fastft.compat.torch_private import TENSOR_HOOKS, is_fsdp_pre_backward, tree_map_only, without_overrides
 from fastft.lm_head.lazy_graph import through
 from fastft.lm_head.lazy_tensor import LazyTensor, Node
 
 T = torch.Tensor
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 def _value(x):
@@ -26,14 +24,14 @@ def _value(x):
 
 
 def _asked(func):
-    """Of the wrapper, or of a value that was written to."""
+    """A handler that asks the wrapper itself, or its value where that was written to."""
 
     def ask(args, kwargs):
         lazy, *rest = args
         if not isinstance(lazy, LazyTensor):
             return func(lazy, *tree_map_only(LazyTensor, _value, rest), **kwargs)
         target = lazy if lazy.hangs else lazy.made
-        with _plain():
+        with without_overrides():
             return func(target, *rest, **kwargs)
 
     return ask
@@ -41,7 +39,7 @@ def _asked(func):
 
 def _grad_fn(args, kwargs):
     lazy = args[0]
-    with _plain():
+    with without_overrides():
         if not lazy.hangs:
             return lazy.made.grad_fn
         grad_fn = lazy.grad_fn
@@ -76,21 +74,15 @@ def _watch(lazy: LazyTensor) -> None:
 
 def _register_hook(args, kwargs):
     lazy, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
-    with _plain():
+    with without_overrides():
         if not lazy.hangs:
             return T.register_hook(lazy.made, hook)
         handle = T.register_hook(lazy, hook)
         hooks = lazy._backward_hooks
-    if not _hands_on(hook):
+    if not is_fsdp_pre_backward(hook):
         lazy.node.hooks = hooks
         _watch(lazy)
     return handle
-
-
-def _hands_on(hook) -> bool:
-    """FSDP's hook that fetches parameters before a backward: it returns what it is given, and needs no gradient."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
-    return fsdp is not None and getattr(hook, "__func__", None) is fsdp.FSDPState._pre_backward
 
 
 def _requires_grad_(args, kwargs):
@@ -100,7 +92,7 @@ def _requires_grad_(args, kwargs):
 
 
 def _set_requires_grad(lazy: Any, on: bool) -> None:
-    with _plain():
+    with without_overrides():
         if not lazy.hangs and lazy.made.requires_grad:
             lazy.made.requires_grad_(on)
             return
@@ -113,10 +105,10 @@ def _set_requires_grad(lazy: Any, on: bool) -> None:
 
 
 def _detach_(args, kwargs):
-    """The name means another tensor from now on; what was made of the former one goes on with its node."""
+    """Detach in place: the lazy tensor gets a node of its own; what was made of it before keeps the former node."""
     lazy, before = args[0], args[0].node
     value = before.value("detach_").detach()
-    with _plain():
+    with without_overrides():
         lazy.detach_()
     before.anchor()
     before.wrapper, before.kept = lambda: None, None
@@ -189,24 +181,23 @@ def _grad(args, kwargs):
 
 
 def _edge(lazy: LazyTensor) -> GradientEdge:
-    with _plain():
+    with without_overrides():
         return get_gradient_edge(lazy) if lazy.grad_fn is None else GradientEdge(lazy.grad_fn, lazy.output_nr)
 
 
 def answers() -> dict:
-    """By function, what answers it."""
+    """A table of handlers for functions that concern autograd alone."""
     names = (
         "requires_grad",
         "is_leaf",
         "grad",
         "retains_grad",
         "output_nr",
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
+        *TENSOR_HOOKS,
     )
     table = {getattr(T, n).__get__: _asked(getattr(T, n).__get__) for n in names if hasattr(T, n)}
     table |= {
-        f: _asked(f) for n in ("grad", "_backward_hooks") for f in (getattr(T, n).__set__, getattr(T, n).__delete__)
+        f: _asked(f) for n in ("grad", TENSOR_HOOKS[0]) for f in (getattr(T, n).__set__, getattr(T, n).__delete__)
     }
     table |= {f: _asked(f) for f in (T.retain_grad, T.register_post_accumulate_grad_hook)}
     descriptors: Any = T

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastft.compat.torch_private import tree_leaves, tree_map_only
 from fastft.lm_head.lazy_tensor import LazyTensor, Node, answered, argument
 from fastft.lm_head.product import Product, autocast_as
 
@@ -47,7 +47,7 @@ def _version(t: torch.Tensor) -> int:
 
 
 def _described(x) -> DivergenceTerms | None:
-    """What an operand is, where it has a value by token and vocabulary."""
+    """What an operand stands for, where it has a value for every token and vocabulary entry."""
     if isinstance(x, LazyDivergence):
         return x.node.meaning
     if isinstance(x, LazyTensor) and x.node.big:
@@ -166,7 +166,7 @@ def stack(func: Callable) -> Callable:
 
 
 def logsumexp(func: Callable) -> Callable:
-    """Over what was stacked."""
+    """logsumexp over the distributions that `stack` put side by side."""
 
     def record(args, kwargs):
         x, dim = args[0], argument(args, kwargs, 1, "dim")
@@ -380,7 +380,7 @@ class _ByToken(torch.autograd.Function):
 
 
 def answers() -> dict[Callable, Callable]:
-    """By function, what records or computes it."""
+    """A table of handlers, by the function that they record or compute."""
     n = torch.nn.functional
     two = (T.add, T.__add__, T.__radd__, torch.add, T.sub, T.__sub__, T.__rsub__, torch.sub)
     two += (T.mul, T.__mul__, T.__rmul__, torch.mul, T.div, T.__truediv__, torch.div)

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge
-from torch.nn.parallel import distributed
+
+from fastft.compat.torch_private import will_run
 
 Node = LazyTensor = Any  # those of `lazy_tensor`, which builds on this
-_SINK = getattr(distributed, "_DDPSink", None)
 
 
 class RecordedValue(NamedTuple):
@@ -156,7 +156,7 @@ class _Shortcut(torch.autograd.Function):
 def runs(grad_fn) -> bool:
     """Will this backward (torch.autograd.grad asks for a part of the graph only) come to that node?"""
     try:
-        return torch._C._will_engine_execute_node(grad_fn)
+        return will_run(grad_fn)
     except RuntimeError:  # a leaf whose gradient is asked for
         return True
 
@@ -168,9 +168,3 @@ def shortcut(fast: torch.Tensor, node: Node, lazy: LazyTensor) -> torch.Tensor:
         uses.add(ticket, node)
     with torch.enable_grad():
         return _Shortcut.apply(fast, lazy, ticket)
-
-
-def passes_on(grad_fn) -> bool:
-    """Is this the function of DDP that clones all outputs of a model, and whose backward hands every gradient on,
-    absent ones too?"""
-    return _SINK is not None and getattr(type(grad_fn), "_forward_cls", None) is _SINK

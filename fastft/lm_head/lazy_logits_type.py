@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.torch_private import without_overrides
 from fastft.lm_head.lazy_tensor import LazyTensor, Node, argument, is_last
 from fastft.lm_head.product import Product, autocast_state
 
@@ -170,10 +171,7 @@ def _at(x: LazyLogits, hidden: torch.Tensor, call: tuple, part: tuple[int, int] 
 
 def _same_rows(x: LazyLogits, hidden: torch.Tensor, call: tuple) -> LazyLogits:
     """All rows in their order, in another shape: what is known of the product stays known."""
-    product = x.product.at(hidden)
-    object.__setattr__(product, "cache", x.product.cache)
-    object.__setattr__(product, "part", x.product.part)
-    return _logits(product, x.form, x.dtype, call, view=True)
+    return _logits(x.product.reshaped(hidden), x.form, x.dtype, call, view=True)
 
 
 def getitem(args, kwargs):
@@ -216,7 +214,7 @@ def _reshape(func):
         x = args[0]
         if not isinstance(x, LazyLogits):
             return NotImplemented
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             probe = torch.empty(x.shape, dtype=torch.float32, device="meta")
             probe = func(probe, *args[1:], **kwargs)
         if (

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.torch_private import without_overrides
 from fastft.lm_head.lazy_tensor import LazyTensor, Node, argument
 from fastft.lm_head.product import Product
 
@@ -30,7 +31,7 @@ class Meaning:
 
 
 class LazyRows(LazyTensor):
-    """One number by token."""
+    """A lazy tensor of one number for each token."""
 
 
 def rows(
@@ -94,7 +95,7 @@ def _waiting_entropy(node: Node, p: Product) -> Product | None:
 
 def _relabelled(func, args, kwargs, x: LazyRows, **changes):
     """The same rows in another shape, dtype or sign."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_overrides():
         probe = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *args[1:], **kwargs)
     if not isinstance(probe, T) or probe.numel() != x.numel() or not probe.is_floating_point():
         return NotImplemented
@@ -151,7 +152,7 @@ def _minus(func):
 
 
 def _joined(func):
-    """stack or cat of the parts of one batch, in order, along the first dimension."""
+    """A handler for stack or cat of the parts of one batch, in order, along the first dimension."""
 
     def join(args, kwargs):
         xs = argument(args, kwargs, 0, "tensors")
@@ -175,7 +176,7 @@ def _joined(func):
             return NotImplemented
         if not first.product.requires_grad:
             whole = whole.detached()
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             probe = func([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in xs])
         index = None if first.index is None else torch.cat([m.index.reshape(-1) for m in ms])
         return rows(whole, first.kind, probe.shape, probe.dtype, (func, args, kwargs), index, first.negative)

@@ -16,50 +16,25 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastft.lm_head.lazy_graph import Connect, RecordedCalls, RecordedValue, alias, passes_on, shortcut, through
+from fastft.compat.torch_private import (
+    TENSOR_METHODS,
+    TENSOR_PROPERTIES,
+    is_ddp_sink,
+    tree_leaves,
+    tree_map_only,
+    without_memory,
+    without_overrides,
+)
+from fastft.lm_head.lazy_graph import Connect, RecordedCalls, RecordedValue, alias, shortcut, through
 from fastft.lm_head.product import Family, autocast_as, autocast_state
 
 T = torch.Tensor
-_PROPERTIES = (
-    "shape",
-    "dtype",
-    "device",
-    "ndim",
-    "layout",
-    "is_cuda",
-    "is_cpu",
-    "is_xpu",
-    "is_mps",
-    "is_meta",
-    "is_sparse",
-    "is_quantized",
-    "is_nested",
-    "is_mkldnn",
-    "is_xla",
-    "names",
-    "itemsize",
-    "nbytes",
-    "_version",
-    "_base",
-)
-_METHODS = (
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "element_size",
-    "is_floating_point",
-    "is_complex",
-    "__len__",
-    "get_device",
-    "stride",
-    "is_contiguous",
-    "is_inference",
-    "_is_view",
-)
+_SIZES = ("shape", "dtype", "device", "ndim", "layout", "names", "itemsize", "nbytes")
+_KINDS = ("is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn")
+_PROPERTIES = (*_SIZES, *_KINDS, "is_xla", *TENSOR_PROPERTIES)
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
+_METHODS += ("__len__", "get_device", "stride", "is_contiguous", "is_inference", *TENSOR_METHODS)
 ASKS = {getattr(T, n).__get__ for n in _PROPERTIES if hasattr(T, n)} | {
     getattr(T, n) for n in _METHODS if hasattr(T, n)
 }
@@ -137,7 +112,7 @@ class Node:
 
     def watched(self) -> bool:
         """Does somebody watch the gradient of this lazy tensor, or of one that it is made from?"""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             return any(n.watched_itself() for n in self.line())
 
     def line(self) -> Iterator[Node]:
@@ -153,7 +128,7 @@ class Node:
 
     def foreign(self) -> bool:
         """Was this lazy tensor, or one that it is made from, returned by an autograd function, or made a leaf?"""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             return any((lazy := n.wrapper()) is not None and n._foreign_itself(lazy) for n in self.line())
 
     def _foreign_itself(self, lazy: LazyTensor) -> bool:
@@ -180,7 +155,8 @@ class Node:
                     node.spare = node.made
 
     def value(self, why: str = "", in_place: bool = False) -> torch.Tensor:
-        """in_place: someone is about to write, so views must be stock's views."""
+        """The value, by stock's own operations; computed once. in_place: it is about to be written to, so views must be
+        stock's views."""
         lazy, self.spare = self.wrapper(), False
         known = self.kept if lazy is None else lazy.made
         if known is None:
@@ -271,12 +247,9 @@ class LazyTensor(torch.Tensor):
         shape, device = tuple(shape), node.family.hidden.device
 
         def wrapper() -> LazyTensor:
-            # strides of 0: there is no memory to give to a kernel
-            return torch.Tensor._make_wrapper_subclass(
-                cls, shape, strides=(0,) * len(shape), dtype=dtype, device=device, requires_grad=False
-            )
+            return without_memory(cls, shape, dtype, device)
 
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
                 out = Connect.apply(wrapper, node, *inputs)
                 node.connect = weakref.ref(out.grad_fn)
@@ -288,7 +261,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def has_grad(self) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             return self.requires_grad
 
     def hang(self, value: torch.Tensor) -> torch.Tensor:
@@ -301,13 +274,13 @@ class LazyTensor(torch.Tensor):
         return self.made is None or (self.stands is not None and self.made.grad_fn is self.stands)
 
     def settle_apart(self) -> None:
-        """A clone without a graph, made inside an autograd function: what the function is, its grad_fn says when the
-        function has ended. DDP's sink hands on every gradient, absent ones too, so the clone keeps its meaning, with
-        its place in the graph."""
+        """Decide the meaning of a clone that was made, without a graph, inside an autograd function: its grad_fn names
+        the function once that has ended. DDP's hands on every gradient, absent ones too, so such a clone keeps its
+        meaning and its place in the graph."""
         node = self.node
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             grad_fn = self.grad_fn
-        if grad_fn is not None and passes_on(grad_fn):
+        if grad_fn is not None and is_ddp_sink(grad_fn):
             node.connect = weakref.ref(grad_fn)
         else:
             node.apart = False
@@ -324,7 +297,7 @@ class LazyTensor(torch.Tensor):
         lazy = _lazy(args) or _lazy(tuple(kwargs.values()))
         if func in ASKS:
             known = args[0].made if isinstance(args[0], LazyTensor) else None
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_overrides():
                 return func(*args, **kwargs) if known is None else func(known, *args[1:], **kwargs)
         for d in lazy:
             if d.node.apart and d.node.connect() is None:

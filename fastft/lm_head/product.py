@@ -130,8 +130,12 @@ class Product:
         return replace(self, steps=(*self.steps, step), cache=self.cache)
 
     def at(self, hidden: torch.Tensor, part: tuple[int, int] | None = None) -> Product:
-        """Other positions; part: they are these rows, in order."""
+        """The logits of other positions. part: these are such rows of this product, in order."""
         return replace(self, hidden=hidden, part=None if part is None else (self, *part), cache={})
+
+    def reshaped(self, hidden: torch.Tensor) -> Product:
+        """All positions in their order, in another shape: what is known of them stays known."""
+        return replace(self, hidden=hidden)
 
     def detached(self) -> Product:
         if not self.requires_grad:

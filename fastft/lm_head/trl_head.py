@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import CALLED
+from fastft.compat.trl_private import LOG_PROBS, OUTPUTS
 from fastft.lm_head.liger import one_of_each_class, refuse
-from fastft.lm_head.trl_head_proof import OUTPUTS, prove
+from fastft.lm_head.trl_head_proof import prove
 from fastft.patching.entrances import entrances
 from fastft.proving.fingerprint import IdentityKey
 from fastft.proving.proof_cache import known_proof, proof_of
@@ -33,7 +35,7 @@ from fastft.swapping.release_memory import with_room
 from fastft_kernels.lm_head.linear_logprob import linear_logprob
 
 KIND = "fused head"
-NAME = "_ChunkedLogProbFunction"
+NAME = LOG_PROBS
 KERNEL = "linear_logprob"
 
 
@@ -112,8 +114,8 @@ def _within(
                 yield from _within(inner.__func__, set_, depth + 1)
             elif callable(inner) and not isinstance(inner, (type, nn.Module)):
                 yield from _within(inner, lambda new, cell=cell: setattr(cell, "cell_contents", new), depth + 1)
-    elif hasattr(function, "model_forward"):  # Accelerate's cast of outputs to float32
-        yield from _within(function.model_forward, lambda new, f=function: setattr(f, "model_forward", new), depth + 1)
+    elif hasattr(function, CALLED):  # Accelerate's cast of outputs to float32
+        yield from _within(getattr(function, CALLED), lambda new, f=function: setattr(f, CALLED, new), depth + 1)
 
 
 def bind(base: nn.Module) -> Proof | None:
@@ -181,7 +183,7 @@ def standing(base: nn.Module) -> Proof | None:
 
 
 def release(base: nn.Module) -> None:
-    """The exact undo of `bind`."""
+    """Undo `bind` exactly."""
     for function, put in list(places(base.__dict__, "forward")):
         original = function.__dict__.get("_fastft_original")
         if original is not None:
@@ -196,7 +198,7 @@ def watch(model: nn.Module, base: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module, base: nn.Module) -> None:
-    """The exact undo of `watch`."""
+    """Undo `watch` exactly."""
     for root in (model, base):
         for module in root.modules():
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Watch)]:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from fastft.compat.trl_private import OUTPUTS
 from fastft.proving.float64 import float64_reference
 from fastft.proving.prove import Proof, agree, formula_is_enough
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TOKENS, CHUNK = 11, 8192  # CHUNK: the columns of one of TRL's own tiles
 
 

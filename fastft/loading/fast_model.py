@@ -23,7 +23,7 @@ from fastft.loading.precision import first_device, placement, quantization_confi
 
 
 class FastModel:
-    """The one door: `FastModel.from_pretrained(...)` returns a standard PEFT (or transformers) model, patched."""
+    """`FastModel.from_pretrained(...)` returns a standard PEFT (or transformers) model, patched."""
 
     def __init__(self) -> None:
         raise TypeError(
@@ -50,37 +50,44 @@ class FastModel:
         """Load a model, attach an adapter, patch, print the report once. Other keywords go to transformers'
         `from_pretrained`.
 
-        name_or_path: a repository on the Hub or a folder: of a model, or of an adapter (its base is loaded, then it).
-        peft_config: any PEFT config, taken as it is, but for a `task_type` that is absent (filled in on a copy, from
-            the model's class); or a dictionary of LoraConfig's settings. "lora", the default: LoRA on all linear
-            layers, r=16, alpha=32. None: the bare model, for full fine-tuning.
-        load_in_4bit: bitsandbytes NF4 with double quantisation; the compute dtype is `dtype` if it is a dtype, else
-            bfloat16 where the device has it, else float16. load_in_8bit: bitsandbytes LLM.int8. Anything else:
-            `quantization_config`. The model is returned as PEFT makes it: no module is cast. TRL's trainers do the
-            casts of QLoRA themselves; a loop of your own with reentrant gradient checkpointing calls
-            `model.enable_input_require_grads()`, as with stock.
-        dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when asked
-            for by name; where it is only what the checkpoint says, float16 is taken and a warning says so.
-        max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is
-            your trainer's business (`SFTConfig(max_length=...)`).
-        attn_implementation: passed through when given.
-        device_map: "current", the default: the process's own GPU (the local rank's under a launcher), else no map at
-            all (CPU, and where FSDP or DeepSpeed ZeRO-3 place the parameters). Anything else is transformers' own.
-        auto_class: the class whose `from_pretrained` loads the model, such as AutoModelForSequenceClassification for a
-            new reward model. By default the class that the checkpoint names.
-        is_trainable: whether an adapter found at `name_or_path` is loaded for training.
-        activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about the
-            layers that the trainer checkpoints (TRL does by default): of these it recomputes as few as the free memory
-            asks for. The others: see `fastft.patch`. Gradients are the same bits under all of them.
-        cuda_graphs: whether decoder layers are replayed as CUDA graphs where a training call repeats itself: "auto"
-            (where the device has them), True or False; see `fastft.patch`.
+        Args:
+            name_or_path: a repository on the Hub or a folder: of a model, or of an adapter (its base is loaded, then
+                it).
+            peft_config: any PEFT config, taken as it is, but for a `task_type` that is absent (filled in on a copy,
+                from the model's class); or a dictionary of LoraConfig's settings. "lora", the default: LoRA on all
+                linear layers, r=16, alpha=32. None: the bare model, for full fine-tuning.
+            load_in_4bit: bitsandbytes NF4 with double quantisation; the compute dtype is `dtype` if it is a dtype, else
+                bfloat16 where the device has it, else float16.
+            load_in_8bit: bitsandbytes LLM.int8. For anything else pass `quantization_config`. The model is returned as
+                PEFT makes it: no module is cast. TRL's trainers do the casts of QLoRA themselves; a loop of your own
+                with reentrant gradient checkpointing calls `model.enable_input_require_grads()`, as with stock.
+            dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when
+                asked for by name; where it is only what the checkpoint says, float16 is taken and a warning says so.
+            max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is
+                your trainer's business (`SFTConfig(max_length=...)`).
+            attn_implementation: passed through when given.
+            device_map: "current", the default: the process's own GPU (the local rank's under a launcher), else no map
+                at all (CPU, and where FSDP or DeepSpeed ZeRO-3 place the parameters). Anything else is transformers'
+                own.
+            auto_class: the class whose `from_pretrained` loads the model, such as AutoModelForSequenceClassification
+                for a new reward model. By default the class that the checkpoint names.
+            is_trainable: whether an adapter found at `name_or_path` is loaded for training.
+            activation_policy: what is kept for the backward and what is computed again. "auto", the default, is about
+                the layers that the trainer checkpoints (TRL does by default): of these it recomputes as few as the free
+                memory asks for. The others: see `fastft.patch`. Gradients are the same bits under all of them.
+            cuda_graphs: whether decoder layers are replayed as CUDA graphs where a training call repeats itself: "auto"
+                (where the device has them), True or False; see `fastft.patch`.
 
-        Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock
-        returns it. The tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path). Raises FastftError (a
-        ValueError): ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError,
-        SequenceLengthError, PolicyError, GraphsError, ArgumentError (a keyword that does not exist; also a TypeError),
-        CheckpointError (files that are damaged or missing). Errors of transformers beyond these pass through
-        unchanged."""
+        Returns:
+            A PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock returns
+            it. The tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path).
+
+        Raises:
+            FastftError (a ValueError): as ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError,
+                AdapterError, SequenceLengthError, PolicyError, GraphsError, ArgumentError (a keyword that does not
+                exist; also a TypeError) or CheckpointError (files that are damaged or missing). Errors of transformers
+                beyond these pass through unchanged.
+        """
         policy = parse(activation_policy)
         check(cuda_graphs)
         name = os.fspath(name_or_path)

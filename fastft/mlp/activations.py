@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.proving.float64 import float64_reference
 from fastft.proving.proof_sizes import elementwise_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
@@ -26,7 +27,7 @@ WIDTH = 64
 
 @order(30)
 class FastActivation(Replacement):
-    """Mixin of the leaf."""
+    """Mixin of an activation module: one launch forward, one backward."""
 
     def forward(self, *args, **kwargs):
         slot = self.__dict__.get(KEY)
@@ -36,7 +37,7 @@ class FastActivation(Replacement):
             return super().forward(*args, **kwargs)
         act, seen = slot.state(KIND)
         x: Any = args[0] if len(args) == 1 and not kwargs else None
-        plain = type(x) in (torch.Tensor, nn.Parameter) or isinstance(x, torch._subclasses.FakeTensor)
+        plain = type(x) in (torch.Tensor, nn.Parameter) or isinstance(x, FakeTensor)
         if not plain or not x.is_floating_point():
             slot.fallbacks["mlp: an activation was called with something else than one plain tensor"] += 1
             return super().forward(*args, **kwargs)

@@ -118,7 +118,7 @@ def _install(module: nn.Module, shape: Shape) -> None:
 
 
 def _interposed(module: nn.Module, shape: Shape) -> str:
-    """Someone listens to a child that the fast forward does not call, or a dropout is on."""
+    """Does a child that the fast forward does not call carry hooks, or is a dropout on?"""
     children = module._modules
     for n in shape.others:
         child = children[n] if n in children else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
 from fastft.mlp.activations import FastActivation, activation_of, is_leaf, prove_activation
 from fastft.mlp.mlp import ACTIVATIONS, KIND, Shape, _install
 from fastft.patching.kind import Candidate, Context, device_of
@@ -110,9 +111,7 @@ def _with_stand_ins(module: nn.Module, linears: dict[str, tuple[int, int]]) -> t
     log: list = []
     g = torch.Generator().manual_seed(3)
     new = new_instance(module)
-    new.__dict__.update(
-        {k: v for k, v in module.__dict__.items() if k not in (KEY, "forward", "_old_forward", "_hf_hook")}
-    )
+    new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (KEY, "forward", *LEFT_BY_HOOKS)})
     children = {
         n: RecordingLinear(*linears[n], g, log, n) if n in linears else copy.deepcopy(c)
         for n, c in module._modules.items()

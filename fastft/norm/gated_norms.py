@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.patching.kind import Context
 from fastft.proving.float64 import float64_reference
 from fastft.proving.proof_sizes import FEW, norm_rows
@@ -97,7 +98,7 @@ def install_gated(module: nn.Module, f: GatedFormula) -> None:
 
 
 def _plain(t: Any) -> bool:
-    if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, torch._subclasses.FakeTensor):
+    if type(t) not in (torch.Tensor, nn.Parameter) and not isinstance(t, FakeTensor):
         return False
     return t.is_floating_point() and t.device.type != "meta"
 

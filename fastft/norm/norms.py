@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.torch_private import FakeTensor
 from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
@@ -186,14 +187,14 @@ def _gone(f: Formula, weight, bias) -> str:
 
 
 def _cannot(x, weight, bias) -> str:
-    if x.__class__ not in _PLAIN and not isinstance(x, torch._subclasses.FakeTensor):
+    if x.__class__ not in _PLAIN and not isinstance(x, FakeTensor):
         return "input is no plain tensor" if isinstance(x, torch.Tensor) else "called with more than one input"
     if not x.dtype.is_floating_point:
         return "input is not floating point"
     for p in (weight, bias):
         if p is None:
             continue
-        if p.__class__ not in _PLAIN and not isinstance(p, torch._subclasses.FakeTensor):
+        if p.__class__ not in _PLAIN and not isinstance(p, FakeTensor):
             return f"its parameter is a {type(p).__name__}"
         if p.shape != x.shape[-1:]:
             return "parameter is sharded or of another width"

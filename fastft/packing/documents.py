@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastft.compat.torch_private import subclass_of, without_overrides
+
 _ATTRIBUTES = frozenset(
     {
         "shape",
@@ -115,9 +117,7 @@ class DocumentMask(torch.Tensor):
     @staticmethod
     def of(documents: Documents) -> DocumentMask:
         n = documents.tokens
-        mask = torch.Tensor._make_subclass(
-            DocumentMask, torch.ones((), dtype=torch.bool, device=documents.device).expand(1, 1, n, n)
-        )
+        mask = subclass_of(DocumentMask, torch.ones((), dtype=torch.bool, device=documents.device).expand(1, 1, n, n))
         mask.documents = documents
         return mask
 
@@ -125,7 +125,7 @@ class DocumentMask(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             if (name == "__get__" and owner in _ATTRIBUTES) or name in _QUESTIONS:
                 return func(*args, **(kwargs or {}))
             mask = args[0] if args else None

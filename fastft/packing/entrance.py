@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from fastft.compat.peft_private import ACTIVE, DISABLED
+from fastft.compat.torch_private import tree_leaves
+from fastft.compat.trl_private import FUSED
 from fastft.errors import FastftError
 from fastft.lm_head.lazy_tensor import LazyTensor
 from fastft.lm_head.trl_head import places
@@ -27,7 +29,7 @@ from fastft.packing.batch import Labels, Unpadded
 from fastft.packing.padded_rerun import Reread, Source
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-_ADAPTERS = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
+_ADAPTERS = (DISABLED, ACTIVE, "scaling", "merged_adapters")
 
 
 class RereadError(FastftError, RuntimeError):
@@ -74,7 +76,7 @@ class ForwardFrame:
 
     def is_fused(self, base: nn.Module) -> bool:
         """Is this TRL's forward, whose fields by token are zero where no label counts?"""
-        return bool((self.given or {}).get("fused_lm_head")) and any(places(base.__dict__, "forward"))
+        return bool((self.given or {}).get(FUSED)) and any(places(base.__dict__, "forward"))
 
     def note(self, module: nn.Module) -> None:
         """The state in which a second forward gives what this one would."""
@@ -128,7 +130,7 @@ def _state(module: nn.Module, inputs) -> list:
             found += [
                 (id(t), t._version, t.data_ptr() if type(t) in _PLAIN else 0) for t in table.values() if t is not None
             ]
-        if "_disable_adapters" in m.__dict__:
+        if DISABLED in m.__dict__:
             found.append(repr([m.__dict__.get(n) for n in _ADAPTERS]))
     found += [(id(t), t._version) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
     return found

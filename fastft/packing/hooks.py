@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.utils.generic import ModelOutput
 
 from fastft.checkpointing.layer_stack import stacks
+from fastft.compat.torch_private import is_under_fake_tensors
+from fastft.compat.transformers_private import attention_implementation, supports_sdpa
 from fastft.packing.batch import Unpadded
 from fastft.packing.entrance import ForwardFrame, named, random_state
 from fastft.packing.interface import KIND, attentions, teach
@@ -39,7 +39,7 @@ class _Hook:
 
 
 class OwnerPreHook(_Hook):
-    """Forward pre-hook of the owner."""
+    """Forward pre-hook of the owner: packs or unpads the batch where that is possible."""
 
     def __init__(self, packing: Packing):
         super().__init__(packing)
@@ -47,7 +47,7 @@ class OwnerPreHook(_Hook):
 
     @property
     def running(self) -> list[Unpadded | None]:
-        """Of this thread's forwards."""
+        """How the batch of each of this thread's running forwards was unpadded, innermost last."""
         if not hasattr(self.here, "rows"):
             self.here.rows = []
         return self.here.rows
@@ -58,7 +58,7 @@ class OwnerPreHook(_Hook):
         if torch.compiler.is_compiling() or module is not self.packing.owner():  # a replica of DataParallel
             return None
         self.running.append(None)
-        if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+        if is_under_fake_tensors():
             return None  # how rows are padded or packed is a question to values
         given = named(module, args, kwargs)
         plan = None if given is None else self.packing.plan(module, given)
@@ -71,7 +71,7 @@ class OwnerPreHook(_Hook):
 
 
 class OwnerPostHook(_Hook):
-    """Forward hook of the owner, called after an exception too."""
+    """Forward hook of the owner, called after an exception too: puts the padding back."""
 
     def __init__(self, packing: Packing, look: OwnerPreHook | None = None):
         super().__init__(packing)
@@ -135,7 +135,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
     if before is not None:
         packing.unpad = before.unpad if unpad is None else unpad
         packing.counts, packing.used, packing.proofs = before.counts, before.used, before.proofs
-    packing.implementation = owner.config._attn_implementation or ""
+    packing.implementation = attention_implementation(owner.config) or ""
     packing.why_not = _prepare(packing, owner)
     look = OwnerPreHook(packing)
     owner.register_forward_pre_hook(look, with_kwargs=True)
@@ -149,8 +149,7 @@ def attach(model: nn.Module, base: nn.Module, unpad: bool | None = None) -> Pack
 
 
 def teach_again(base: nn.Module) -> None:
-    """The attentions of a patched model, over the swaps that are there now: what they rebind was rebound by one of
-    those."""
+    """Swap the attentions of a patched model once more, over the swaps that are there now."""
     packing = packing_of(base)
     owner = None if packing is None else packing.owner()
     if packing is not None and owner is not None:
@@ -158,9 +157,9 @@ def teach_again(base: nn.Module) -> None:
 
 
 def _prepare(packing: Packing, owner: nn.Module) -> str:
-    """Teach the attentions; or why not."""
+    """Swap the attentions for those that know documents; the reason where that cannot be."""
     name, cls = packing.implementation, type(owner)
-    if name != "sdpa" and not (name == "eager" and not getattr(cls, "_supports_sdpa", True)):
+    if name != "sdpa" and not (name == "eager" and not supports_sdpa(cls)):
         return f"the attention implementation is {name or 'unknown'}, which was chosen and stays"
     found = list(attentions(owner))
     if not found:

@@ -37,7 +37,7 @@ def attend(
     *args,
     **kwargs,
 ):
-    """Within documents where the mask says so, else `stock` as it was called."""
+    """Attention within documents where the mask is a DocumentMask, else `stock` as it was called."""
     if isinstance(attention_mask, DocumentMask):
         form = settings_of(module, *args, head_dim=query.shape[-1], **kwargs)
         return run(query, key, value, attention_mask.documents, form), None
@@ -98,7 +98,7 @@ def attentions(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 def teach(module: nn.Module) -> str:
-    """Empty, or why this instance cannot be taught. Its other swaps stay."""
+    """Swap one attention for `PackedAttention`. Empty, or why its class cannot be swapped; its other swaps stay."""
     if is_fast(module, KIND):
         return ""
     why = obstacle(module)

@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.transformers_private import (
+    attention_implementation,
+    experts_implementation,
+    set_experts_implementation,
+)
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.interface import KIND, attentions, teach
@@ -91,10 +97,10 @@ def clone_of_one(module: nn.Module) -> nn.Module:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """As its class made it: no swap, no hook, no forward of somebody's."""
+    """The module as its class made it: without swap, hooks, or a forward bound on the instance."""
     if (slot := slot_of(module)) is not None:
         module.__class__ = slot.stock
-    for name in (KEY, "forward", "_old_forward", "_hf_hook"):
+    for name in (KEY, "forward", *LEFT_BY_HOOKS):
         module.__dict__.pop(name, None)
     for name, value in module.__dict__.items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
@@ -156,8 +162,8 @@ def _short(config, vocabulary: int | None = None):
     if vocabulary is not None and hasattr(config, "get_text_config"):
         for c in {id(c): c for c in (config, config.get_text_config())}.values():
             c.vocab_size, c.pad_token_id = vocabulary, 0
-    if getattr(config, "_experts_implementation", None) not in (None, "eager"):
-        config._experts_implementation = "eager"  # the grouped products know no float64
+    if experts_implementation(config) not in (None, "eager"):
+        set_experts_implementation(config, "eager")  # the grouped products know no float64
     for name in WINDOWS:
         if type(value := getattr(config, name, None)) is int:
             setattr(config, name, min(value, WINDOW))
@@ -243,7 +249,7 @@ def layer_proof(owner: Any, kind: str) -> Proof:
         kind,
         classes,
         config.to_json_string(use_diff=False),
-        config._attn_implementation,
+        attention_implementation(config),
     )
     return proof_of(KIND, (*key, first.dtype), first.device, lambda: _prove(owner, kind))
 

@@ -13,16 +13,19 @@ that a caller enters himself stays padded."""
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.checkpointing.foreign_hooks import hooks_on, library_of
+from fastft.compat.torch_private import AnyDropout, FakeTensor
+from fastft.compat.transformers_private import attention_implementation
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
@@ -150,7 +153,7 @@ class Packing:
         return replace(found, documents=replace(found.documents, used=self.used))
 
     def _leaves(self, frame: ForwardFrame | None, mask: torch.Tensor, given: dict) -> str:
-        """Why something that leaves the forward may be looked at where it is padded; empty where it cannot."""
+        """Why something that leaves the forward may be read at the padding; empty where it cannot."""
         base = self.base()
         if frame is None or base is None or base is self.owner():
             return (
@@ -165,7 +168,7 @@ class Packing:
             return "its labels are of another shape than the attention mask"
         if frame.is_fused(base):
             return "" if labels is not None else "no labels are given"
-        if hook := next(filter(None, map(_foreign_hook_on, _outside(base, self.owner()))), ""):
+        if hook := _hook_by_row(_outside(base, self.owner())):
             return f"the hook {hook} may look at rows"
         if labels is None or (head is None and labels.targets is not None and labels.targets.shape != mask.shape):
             if head is not None:
@@ -185,7 +188,7 @@ class Packing:
         )
 
     def leave(self, frame: ForwardFrame, output):
-        """What the caller is given; None: as it is."""
+        """What the caller of this forward is given; None: its output as it is."""
         base = self.base()
         if frame.rows is None or base is None:
             return None
@@ -226,11 +229,11 @@ class Packing:
             return f"the model is given {', '.join(more)}"
         if given.get("return_dict", getattr(config, "return_dict", True)) is False:
             return "a tuple is asked for (return_dict=False)"
-        if config._attn_implementation != self.implementation:
-            return f"the attention implementation was changed to {config._attn_implementation} after the patch"
+        if (now := attention_implementation(config)) != self.implementation:
+            return f"the attention implementation was changed to {now} after the patch"
         if not all((m := r()) is not None and is_fast(m, KIND) for r in self.attentions):
             return "an attention was replaced after the patch"
-        if hook := _foreign_hook(module):
+        if hook := _hook_by_row(m for m in module.modules() if m is not module):
             return f"the hook {hook} inside the model may look at rows"
         if kind == "padded" or module.training:
             if drops := _dropout(module, kind, [m for r in self.attentions if (m := r()) is not None]):
@@ -271,7 +274,7 @@ class Packing:
         ]
 
     def lines(self) -> list[str]:
-        """For the report."""
+        """Lines for the report: batches that ran packed or unpadded, and why others did not."""
         if self.why_not:
             return [f"packed rows and padding run as in stock: {self.why_not}"]
         c = self.counts
@@ -302,19 +305,13 @@ class Packing:
         return new
 
 
-def _foreign_hook(owner: nn.Module) -> str:
-    """The name of a hook below the owner that is not known to treat tokens alike: a user's, noise on embeddings,
-    adapters by row."""
-    return next(filter(None, (_foreign_hook_on(m) for m in owner.modules() if m is not owner)), "")
-
-
-def _foreign_hook_on(module: nn.Module) -> str:
-    for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        for hook in table.values():
-            name = getattr(hook, "__name__", type(hook).__name__)
-            home = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
-            if home != "fastft" and not (home in ("transformers", "peft") and name in _TOKENWISE):
-                return name
+def _hook_by_row(modules: Iterable[nn.Module]) -> str:
+    """The name of a hook that is not known to treat all tokens alike (a user's, noise on embeddings, adapters by row);
+    empty where there is none."""
+    for hook in itertools.chain.from_iterable(map(hooks_on, modules)):
+        name, library = getattr(hook, "__name__", type(hook).__name__), library_of(hook)
+        if library != "fastft" and not (library in ("transformers", "peft") and name in _TOKENWISE):
+            return name
     return ""
 
 
@@ -354,4 +351,4 @@ def _dropout(module: nn.Module, kind: str, attentions: list[nn.Module]) -> str:
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
+    return isinstance(module, AnyDropout) and module.p > 0 and module.training

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastft.compat.torch_private import tree_leaves, tree_map_only, without_memory, without_overrides
 from fastft.lm_head.lazy_graph import runs
 from fastft.lm_head.lazy_tensor import LazyTensor
 
 T = torch.Tensor
-_plain = torch._C.DisableTorchFunctionSubclass
 
 
 def _found(names: tuple[str, ...], getter: bool = False) -> set:
@@ -194,7 +193,8 @@ class _Read(torch.autograd.Function):
 
 
 class Reread(torch.Tensor):
-    """lazy: stock's tensor but for the padding, of the same shape; None where it stands in no graph."""
+    """A tensor without memory that a caller of an unpadded forward gets for its logits: reading it runs the padded
+    forward. lazy: stock's tensor but for the padding, of the same shape; None where it stands in no graph."""
 
     lazy: T | None
     source: Source
@@ -204,11 +204,9 @@ class Reread(torch.Tensor):
 
     @classmethod
     def make(cls, lazy: T, source: Source, of: Reread | None = None, step: tuple | None = None) -> Reread:
-        with _plain():
+        with without_overrides():
             shape, dtype, device, connected = tuple(lazy.shape), lazy.dtype, lazy.device, lazy.requires_grad
-            make = lambda: T._make_wrapper_subclass(
-                cls, shape, strides=(0,) * len(shape), dtype=dtype, device=device, requires_grad=False
-            )
+            make = lambda: without_memory(cls, shape, dtype, device)
             if connected:
                 with torch.enable_grad():
                     whole = torch.zeros((), requires_grad=True)
@@ -236,7 +234,7 @@ class Reread(torch.Tensor):
         if self.made is None:
             second = self.second()
             self._hold()
-            with _plain(), torch.enable_grad():
+            with without_overrides(), torch.enable_grad():
                 connected = self.requires_grad
                 self.made = _Read.apply(second, self) if connected else second.detach()
         assert self.made is not None
@@ -245,7 +243,7 @@ class Reread(torch.Tensor):
     def _hold(self) -> None:
         """The graph keeps what the lazy logits recorded: a gradient may come when nobody holds them any more."""
         x: Reread | None = self
-        with _plain():
+        with without_overrides():
             while x is not None:
                 grad_fn: Any = x.grad_fn
                 if x.lazy is not None and grad_fn is not None:
@@ -259,12 +257,12 @@ class Reread(torch.Tensor):
             return id(args[0])
         first = args[0] if args else None
         if isinstance(first, Reread) and func in _ASKS:
-            with _plain():
+            with without_overrides():
                 return func(*args, **kwargs)
         if isinstance(first, Reread) and func in _OF_THE_GRAPH:
             if first.lazy is not None:
                 return func(first.lazy, *args[1:], **kwargs)
-            with _plain():
+            with without_overrides():
                 return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return _grad(args, kwargs)

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fastft.compat.torch_private import REPLICA, FakeTensor
 from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
 from fastft.patching.patcher import Record, apply_kinds, devices_note, innermost, record_of
@@ -90,7 +90,7 @@ class Moved:
         return False
 
     def __call__(self, module: nn.Module, args) -> None:
-        if torch.compiler.is_compiling() or "_is_replica" in module.__dict__ or not self.has_moved():
+        if torch.compiler.is_compiling() or REPLICA in module.__dict__ or not self.has_moved():
             return
         base = self.base()
         if base is not None and not transformed():
@@ -185,7 +185,7 @@ def _hook_of(modules: Iterable[nn.Module]) -> Moved | None:
 
 
 def follow_moves(model: nn.Module) -> None:
-    """What a second patch does first: modules that are swapped already were proven where they stood."""
+    """Prove the swaps of an earlier patch where the model is now: they were proven where it stood then."""
     base = innermost(model)
     hook = _hook_of(entrances(model, base))
     if hook is not None:
@@ -200,7 +200,7 @@ def moved_lines(model: nn.Module) -> list[str]:
 
 
 def unwatch_moves(model: nn.Module) -> None:
-    """The exact undo."""
+    """Undo `watch_moves` exactly."""
     for root in dict.fromkeys((model, innermost(model))):
         for module in root.modules():
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Moved)]:

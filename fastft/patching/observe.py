@@ -22,23 +22,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastft.compat.accelerate_private import OLD_FORWARD
+from fastft.compat.torch_private import COMPILED_CALL, HOOK_TABLES, TorchDispatchMode
 from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
 from fastft.swapping.rebind import global_calls, rebind
 from fastft.swapping.swap import Fast, Replacement, as_stock, install, obstacle, order, uninstall
 
 # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
 REAL_RUN_LIMIT = 1 << 30
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 STAND_INS = 8  # classes of modules that may be stood in for before the observation is given up
 
 
@@ -129,12 +121,12 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
     (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
     forward of the instance, stays in a real run: it brings inputs to a module's device."""
     for m in model.modules():
-        for name in _HOOKS:
+        for name in HOOK_TABLES:
             if m.__dict__.get(name):
                 m.__dict__[name] = OrderedDict()
-        if "_compiled_call_impl" in m.__dict__:
-            m.__dict__["_compiled_call_impl"] = None
-        if not real and "_old_forward" in m.__dict__:
+        if COMPILED_CALL in m.__dict__:
+            m.__dict__[COMPILED_CALL] = None
+        if not real and OLD_FORWARD in m.__dict__:
             m.__dict__.pop("forward", None)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import is_hooked
+from fastft.compat.torch_private import COMPILED_MODULE
 from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.report import PatchReport, Row
@@ -67,7 +69,7 @@ def innermost(model: Any) -> Any:
         if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
             base = model.get_base_model()
         else:
-            base = model.__dict__.get("_modules", {}).get("_orig_mod") or (
+            base = model.__dict__.get("_modules", {}).get(COMPILED_MODULE) or (
                 model.module if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
             )
         if base is model:
@@ -153,7 +155,7 @@ def devices_note(model: nn.Module) -> list[str]:
     """Lines where the parameters lie on several devices, are fetched for each call by Accelerate's hooks, or are in
     bfloat16 on a device that has none."""
     where = {str(p.device) for p in model.parameters()}
-    hooked = "meta" in where and any("_hf_hook" in m.__dict__ for m in model.modules())
+    hooked = "meta" in where and any(is_hooked(m) for m in model.modules())
     in_bfloat16 = dict.fromkeys(p.device for p in model.parameters() if p.dtype == torch.bfloat16)
     lines = [NO_BFLOAT16.format(device_name(d)) for d in in_bfloat16 if not has_bfloat16(d.type, d.index)]
     if len(where) < 2 and not hooked:

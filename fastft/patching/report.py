@@ -32,6 +32,7 @@ class Row:
 
     @property
     def is_swapped(self) -> bool:
+        """Does a kernel run in the place of these modules' own code?"""
         return bool(self.kernel)
 
 
@@ -47,16 +48,20 @@ class PatchReport:
 
     @property
     def swapped(self) -> tuple[Row, ...]:
+        """The rows of what was swapped."""
         return tuple(r for r in self.rows if r.is_swapped)
 
     @property
     def stock(self) -> tuple[Row, ...]:
+        """The rows of what stays stock."""
         return tuple(r for r in self.rows if not r.is_swapped)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def to_dict(self) -> dict:
+        """Rows, fallbacks and notes as `json.dumps` takes them; a number that is not finite is None."""
+
         def finite(row: Row) -> dict:
             d = asdict(row)
             return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}

@@ -11,9 +11,10 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
 from fastft.swapping.swap import KEY, plain_class
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward"}
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 

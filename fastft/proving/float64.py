@@ -8,7 +8,8 @@ backward alike."""
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastft.compat.torch_private import TorchDispatchMode
 
 _LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _DEFAULT = (

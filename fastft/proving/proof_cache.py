@@ -41,5 +41,5 @@ def proof_of(kind: str, key: Hashable, device: torch.device, run: Callable[[], P
 
 
 def known_proof(kind: str, key: Hashable, device: torch.device) -> Proof | None:
-    """The proof if it has been made."""
+    """The proof, or None where it has not been made."""
     return CACHE.get((kind, key, device_key(device)))

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fastft.compat.torch_private import without_modes
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
+from fastft.proving.tensors import floats_in
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 from fastft_kernels.recompute.recomputation import recomputation_of
@@ -47,6 +48,7 @@ class Proof:
     sizes: str = ""
 
     def to_dict(self) -> dict:
+        """The proof as `json.dumps` takes it."""
         return asdict(self)
 
 
@@ -74,7 +76,7 @@ def undisturbed() -> Iterator[None]:
     """Inside somebody's forward (autocast, no_grad, inference mode, a checkpoint's or an offloader's hooks on saved
     tensors, fake tensors) a proof runs as it would outside, and leaves the random stream where it stood."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
@@ -90,16 +92,6 @@ def drawn_on_the_cpu() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _flatten(out) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        return [out] if out.is_floating_point() else []
-    if isinstance(out, dict):
-        out = list(out.values())
-    if isinstance(out, (tuple, list)):
-        return [t for o in out for t in _flatten(o)]
-    return []
-
-
 def outputs_and_gradients(
     run: Callable[..., object],
     inputs: Sequence,
@@ -110,7 +102,7 @@ def outputs_and_gradients(
     """All floating outputs of run(*inputs), and the gradients of the inputs and parameters that require them, for one
     random upstream gradient. The upstream is drawn in float64 and rounded to the outputs' dtype."""
     with float64_reference() if reference else contextlib.nullcontext():
-        outs = _flatten(run(*inputs))
+        outs = floats_in(run(*inputs))
         generator = torch.Generator().manual_seed(upstream_seed)
         ups = [
             torch.randn(o.shape, dtype=torch.float64, generator=generator).to(torch.float32).to(o.device, o.dtype)
@@ -157,15 +149,16 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _inputs(make: Callable[[torch.Generator, float], Sequence], seed: int, scale: float, dtype, up) -> list:
-    """Inputs rounded to `dtype`, then held in `up`; floating tensors become leaves that require gradients unless made
-    with none."""
+def _inputs(
+    make: Callable[[torch.Generator, float], Sequence], seed: int, scale: float, dtype, up, constants: Collection[int]
+) -> list:
+    """Inputs rounded to `dtype`, then held in `up`; floating tensors become leaves that require gradients, but for
+    those at the places `constants`."""
     out = []
-    for t in make(torch.Generator().manual_seed(seed), scale):
+    for i, t in enumerate(make(torch.Generator().manual_seed(seed), scale)):
         if isinstance(t, torch.Tensor) and t.is_floating_point():
-            constant = getattr(t, "constant", False)
             t = t.to(dtype).to(up)
-            t = t if constant else t.detach().requires_grad_()
+            t = t if i in constants else t.detach().requires_grad_()
         out.append(t)
     return out
 
@@ -180,15 +173,25 @@ def prove(
     reset: Callable[[nn.Module], None] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     cast: Callable[[nn.Module, torch.dtype], nn.Module] | None = None,
+    constants: Collection[int] = (),
 ) -> Proof:
     """Compare `stock` with a copy to which `swap` was applied.
 
-    stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's
-    device; mark one with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype.
-    reset: run on the copy that all others are made of.
-    dtypes: instead of (float32, dtype); under `formula_alone` it is `dtype` alone. cast(module, dtype): a copy in that
-    dtype, where casting all parameters is not what that means. Whatever the candidate raises on inputs that stock
-    accepts is a failed proof, with its text as the reason; but for out of memory."""
+    Args:
+        stock: a module small enough to run on the inputs. Never modified.
+        swap: applied to a copy, makes it the candidate.
+        make_inputs: (generator, scale) -> the arguments of a call; its floating tensors in float64, on the module's
+            device.
+        dtype: the training dtype.
+        scales: how large the inputs are drawn, in turn.
+        reset: run on the copy that all others are made of.
+        dtypes: instead of (float32, dtype); `dtype` alone under `formula_alone`.
+        cast: (module, dtype) -> a copy in that dtype, where casting all parameters is not what that means.
+        constants: places of the inputs for which no gradient is taken.
+
+    Returns:
+        The proof with the largest error, or the first that failed. Whatever the candidate raises on inputs that stock
+        accepts is a failed proof, with its text as the reason; but for out of memory."""
     worst: Proof | None = None
     sizes: dict[str, None] = {}
     cast = cast or cast_parameters
@@ -206,7 +209,7 @@ def prove(
         swap(fast)
         swap(fast64)
         for i, scale in enumerate(scales):
-            draw = lambda up, d=d, i=i, scale=scale: _inputs(make_inputs, 17 + i, scale, d, up)
+            draw = lambda up, d=d, i=i, scale=scale: _inputs(make_inputs, 17 + i, scale, d, up, constants)
             run = lambda m, inputs, reference=False, i=i: outputs_and_gradients(
                 m, inputs, m.named_parameters(), 91 + i, reference
             )
@@ -280,10 +283,10 @@ def _partly(
             if not _close(found[name], whole[name]):
                 return f"with {what}: {name} is another one"
     with torch.no_grad():
-        for i, y in enumerate(_flatten(module(*draw(dtype)))):
+        for i, y in enumerate(floats_in(module(*draw(dtype)))):
             if not _close(y, whole[f"output {i}"]) and not _close(y, eager[f"output {i}"]):
                 return f"without a graph: output {i} is another one"
-    for y in _flatten(module(*draw(dtype))):
+    for y in floats_in(module(*draw(dtype))):
         recomputation = recomputation_of(y)
         if recomputation is not None and not torch.equal(
             recomputation.recompute(*(t.detach() for t in recomputation.tensors)), y

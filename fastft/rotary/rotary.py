@@ -118,7 +118,7 @@ def make_fast(stock: Callable, variant: Variant, always: bool = False) -> Any:
 
 
 def _cos_sin(tables: list[Any]) -> tuple[Any, Any]:
-    """A complex table holds both."""
+    """(cos, sin) of two tables, or of one complex table that holds both."""
     if len(tables) == 2:
         return tables[0], tables[1]
     t = tables[0]
@@ -283,6 +283,16 @@ def _signature(call: FunctionCall) -> tuple:
     return tuple(map(describe, call.args)), tuple((k, describe(v)) for k, v in call.kwargs.items())
 
 
+def _inputs(call: FunctionCall, names: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that are drawn anew for another call, in order, with the parameters that they are given as."""
+    return [(n, v) for n, v in [*zip(names, call.args), *call.kwargs.items()] if _is_input(v)]
+
+
+def _tables(call: FunctionCall, names: tuple[str, ...]) -> frozenset[int]:
+    """Which of `_inputs` are tables (cos, sin; or both as complex numbers), which take no gradient."""
+    return frozenset(i for i, (n, v) in enumerate(_inputs(call, names)) if n in TABLES or v.is_complex())
+
+
 def _draw(
     call: FunctionCall,
     generator: torch.Generator,
@@ -291,24 +301,18 @@ def _draw(
     device: torch.device | None = None,
     heads_last: bool = False,
 ) -> list[torch.Tensor]:
-    """Random float64 tensors of the observed shapes, on `device` (None: the CPU); tables (cos, sin) take no gradient
-    and are not scaled.
+    """Random float64 tensors of the observed shapes, on `device` (None: the CPU); tables (cos, sin) are not scaled.
     heads_last: what has four dimensions lies in memory as an attention's projections do, [rows, tokens, heads,
     channels]."""
     out = []
-    for name, v in [*zip(names, call.args), *call.kwargs.items()]:
-        if not _is_input(v):
-            continue
+    tables = _tables(call, names)
+    for i, v in enumerate(v for _, v in _inputs(call, names)):
         shape = (*v.shape, 2) if v.is_complex() else v.shape
-        t: Any = torch.randn(shape, generator=generator, dtype=torch.float64)
+        t = torch.randn(shape, generator=generator, dtype=torch.float64)
         if heads_last and t.dim() == 4 and not v.is_complex():
             t = t.transpose(1, 2).contiguous().transpose(1, 2)
         t = t.to(device)
-        if name in TABLES or v.is_complex():
-            t.constant = True
-        else:
-            t = t * scale
-        out.append(t)
+        out.append(t if i in tables else t * scale)
     return out
 
 
@@ -346,13 +350,13 @@ def _recognise(fn: Callable, call: FunctionCall) -> Variant | str:
                 ours = [ours] if isinstance(ours, torch.Tensor) else list(ours)
                 equal = lambda o, t: o.shape == t.shape and (o - t).abs().max() <= 1e-12 * t.abs().max()
                 if len(ours) == len(references) and all(map(equal, ours, references)):
-                    return replace(variant, promotes=_promotes(module, tensors))
+                    return replace(variant, promotes=_promotes(module, tensors, _tables(call, names)))
     return "no rotation known here gives its result"
 
 
-def _promotes(module: nn.Module, tensors: list[torch.Tensor]) -> bool:
+def _promotes(module: nn.Module, tensors: list[torch.Tensor], tables: frozenset[int]) -> bool:
     """Does stock return float32 for bfloat16 q with float32 tables?"""
-    mixed = [t.float() if getattr(t, "constant", False) else t.bfloat16() for t in tensors]
+    mixed = [t.float() if i in tables else t.bfloat16() for i, t in enumerate(tensors)]
     with torch.no_grad():
         out = module(*mixed)
     return (out if isinstance(out, torch.Tensor) else out[0]).dtype == torch.float32
@@ -367,4 +371,6 @@ def _prove(fn: Callable, variant: Variant, call: FunctionCall, device: torch.dev
         m.fn = make_fast(fn, variant)
 
     inputs = lambda g, scale: _draw(call, g, scale, names, device, heads_last=scale != 1.0)
-    return prove(_Function(fn, call), swap, inputs, dtype=first.dtype, scales=(1.0, 3.0))
+    return prove(
+        _Function(fn, call), swap, inputs, dtype=first.dtype, scales=(1.0, 3.0), constants=_tables(call, names)
+    )

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class MemoryReleaser(Protocol):
-    """Who can free memory."""
+    """Something that can free memory when asked."""
 
     def give(self, error: torch.OutOfMemoryError) -> bool:
         """Free what can be computed again; False where there is nothing."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch.autograd import forward_ad
 
+from fastft.compat.torch_private import forward_ad
 from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime.compat import (
     compiler,
@@ -40,7 +40,7 @@ def gains_nothing(args: tuple) -> bool:
 
 
 def stood_aside(fallbacks: Counter, kind: str) -> bool:
-    """Count a call that went the stock way as `transformed()`. Always True."""
+    """Count a call under `transformed()` that is left to stock's code. Always True."""
     if not is_dynamo_compiling():
         fallbacks[f"{kind}: under a torch.func transform, forward-mode differentiation or a tracer"] += 1
     return True

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastft.compat.accelerate_private import OLD_FORWARD
+
 KEY = "_fastft"
 
 if TYPE_CHECKING:  # a mixin's methods run on an instance of the stock class, a module
@@ -200,7 +202,7 @@ def new_instance(module: nn.Module) -> nn.Module:
 def obstacle(module: nn.Module) -> str:
     """Why this instance's class cannot be swapped: empty when it can."""
     forward = module.__dict__.get("forward")
-    if forward is not None and "_old_forward" not in module.__dict__:
+    if forward is not None and OLD_FORWARD not in module.__dict__:
         return f"its forward is bound on the instance ({getattr(forward, '__qualname__', type(forward).__name__)})"
     cls = stock_class(module)
     if "__slots__" in cls.__dict__:
@@ -219,13 +221,13 @@ def _rederived(now: type, old: type, new: type) -> type:
 def _set_class(module: nn.Module, slot: Slot) -> None:
     mixins = tuple(mixin for mixin, _ in sorted(slot.parts.values(), key=lambda part: order_of(part[0])))
     cls = _dynamic(slot.stock, mixins) if mixins else slot.stock
-    old = module.__dict__.get("_old_forward")
+    old = module.__dict__.get(OLD_FORWARD)
     module.__class__ = _rederived(type(module), slot.cls or slot.stock, cls)
     slot.cls = cls
     if old is not None and getattr(old, "__self__", None) is module:
         if slot.old_forward is None:
             slot.old_forward = old
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module) if mixins else slot.old_forward
+        module.__dict__[OLD_FORWARD] = types.MethodType(cls.forward, module) if mixins else slot.old_forward
 
 
 def install(module: nn.Module, kind: str, mixin: type, state: object) -> None:
@@ -267,13 +269,13 @@ def uninstall(module: nn.Module, kind: str | None = None) -> None:
 def as_stock(model: nn.Module) -> Iterator[None]:
     """Every module of `model` is of its stock class, without its slot, until the end."""
     swapped = [
-        (m, type(m), slot, m.__dict__.get("_old_forward")) for m in model.modules() if (slot := slot_of(m)) is not None
+        (m, type(m), slot, m.__dict__.get(OLD_FORWARD)) for m in model.modules() if (slot := slot_of(m)) is not None
     ]
     for module, _, slot, old in swapped:
         module.__class__ = slot.stock
         del module.__dict__[KEY]
         if old is not None and slot.old_forward is not None:
-            module.__dict__["_old_forward"] = slot.old_forward
+            module.__dict__[OLD_FORWARD] = slot.old_forward
     try:
         yield
     finally:
@@ -281,4 +283,4 @@ def as_stock(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
             module.__dict__[KEY] = slot
             if old is not None:
-                module.__dict__["_old_forward"] = old
+                module.__dict__[OLD_FORWARD] = old

@@ -13,15 +13,18 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.transformers_private import LOADED
 from fastft.swapping.swap import KEY, stock_class
 
-_OWN = frozenset(nn.Module().__dict__) | {KEY, "_hf_hook", "_old_forward", "forward", "layer_idx", "_is_hf_initialized"}
+_OWN = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward", "layer_idx", LOADED}
 _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
 _MISSING = object()
 
 
 class ModuleSnapshot:
-    """One module as it was. but: names of attributes that the swap reads at every call by itself."""
+    """The attributes and children of one module as they were. but: names of attributes that the swap reads at every
+    call by itself."""
 
     __slots__ = ("attributes", "children", "cls", "forward")
 
@@ -34,7 +37,7 @@ class ModuleSnapshot:
         self.children = tuple((n, ModuleSnapshot(c, c._modules)) for n, c in below.items() if c is not None)
 
     def changed(self, module: nn.Module) -> str:
-        """Empty, or what is another now."""
+        """What has changed since the snapshot; empty where nothing has."""
         here = module.__dict__
         if (here[KEY].stock if KEY in here else module.__class__) is not self.cls:
             return "its class is another"

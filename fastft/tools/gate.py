@@ -20,12 +20,20 @@ Results = Mapping[str, torch.Tensor]  # name, or "draw:name" with the number of 
 
 
 def gate(
-    ours: Results, truth: Results, eager: Results, is_output: Callable[[str], bool] = lambda name: name == "loss"
+    ours: Results, reference: Results, eager: Results, is_output: Callable[[str], bool] = lambda name: name == "loss"
 ) -> Verdict:
-    """The worse verdict of outputs and gradients, told apart by their names. The same names in all three; `truth` in a
-    precision above theirs. A verdict that fails names the tensor that is furthest off."""
-    if not set(ours) == set(truth) == set(eager):
-        odd = sorted(set(ours) ^ set(truth) | set(eager) ^ set(truth))
+    """Judge a model's results against a reference, as far off as stock's may be.
+
+    Args:
+        ours, eager: results of the candidate and of stock, in the training dtype.
+        reference: the same tensors of a run in a higher precision; the same names as in the other two.
+        is_output: tells outputs from gradients by a tensor's name.
+
+    Returns:
+        The worse of two verdicts, of all outputs and of all gradients. One that fails names the tensor that is
+        furthest off; other names than the reference's fail."""
+    if not set(ours) == set(reference) == set(eager):
+        odd = sorted(set(ours) ^ set(reference) | set(eager) ^ set(reference))
         return Verdict(
             False,
             "",
@@ -38,17 +46,17 @@ def gate(
         )
     verdicts = []
     for kind in ("outputs", "gradients"):
-        keys = [k for k in truth if is_output(_name(k)) == (kind == "outputs")]
+        keys = [k for k in reference if is_output(_name(k)) == (kind == "outputs")]
         if keys:
-            scale = _scales(truth, keys)
+            scale = _scales(reference, keys)
             flat = lambda r, keys=keys, scale=scale: torch.cat(
-                [(r[k].to(truth[k].device).double() / scale[_name(k)]).reshape(-1) for k in keys]
+                [(r[k].to(reference[k].device).double() / scale[_name(k)]).reshape(-1) for k in keys]
             )
-            verdict = compare(flat(ours).float(), flat(truth), flat(eager).float(), kind)
+            verdict = compare(flat(ours).float(), flat(reference), flat(eager).float(), kind)
             if not verdict:
                 off = {
-                    k: float((ours[k].to(truth[k].device).double() - truth[k]).abs().max()) / scale[_name(k)]
-                    if truth[k].numel()
+                    k: float((ours[k].to(reference[k].device).double() - reference[k]).abs().max()) / scale[_name(k)]
+                    if reference[k].numel()
                     else 0.0
                     for k in keys
                 }
@@ -62,8 +70,9 @@ def _name(key: str) -> str:
     return name if colon and draw.isdecimal() else key
 
 
-def _scales(truth: Results, keys: list[str]) -> dict[str, float]:
+def _scales(reference: Results, keys: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for k in keys:
-        found[_name(k)] = max(found.get(_name(k), 0.0), float(truth[k].abs().max()) if truth[k].numel() else 0.0)
+        largest = float(reference[k].abs().max()) if reference[k].numel() else 0.0
+        found[_name(k)] = max(found.get(_name(k), 0.0), largest)
     return {k: v or 1.0 for k, v in found.items()}

@@ -92,7 +92,7 @@ def how(device: torch.device) -> str:
 
 
 def held_bytes(model: nn.Module, optimizer: Any = None) -> int:
-    """Of the storages of parameters, buffers and optimizer states, each once."""
+    """Bytes of the storages of parameters, buffers and optimizer states, each once."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     states = (
         []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastft.api import patch, report
+from fastft.compat.transformers_private import from_config, knows
 from fastft.errors import ModelNotFoundError
 from fastft.patching.report import PatchReport
 
@@ -41,9 +42,9 @@ def on_meta(config, trust_remote_code: bool = False, dtype: torch.dtype | None =
     named = next((c for n in config.architectures or () if (c := getattr(transformers, n, None)) is not None), None)
     with torch.device("meta"):
         if named is not None:
-            return named._from_config(config, dtype=dtype)
+            return from_config(named, config, dtype=dtype)
         for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
             cls = getattr(transformers, auto)
-            if type(config) in cls._model_mapping or (trust_remote_code and auto in getattr(config, "auto_map", {})):
+            if knows(cls, config) or (trust_remote_code and auto in getattr(config, "auto_map", {})):
                 return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     raise ModelNotFoundError(f"no model class for a {type(config).__name__}")

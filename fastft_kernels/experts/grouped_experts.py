@@ -156,13 +156,24 @@ def grouped_experts(
     down: ExpertsProjection,
     gating: Gating,
 ) -> torch.Tensor:
-    """y [T, H] in the dtype of x, formulas in the module docstring.
+    """A block of experts, from hidden states and a routing to their weighted sum; formulas in the module docstring.
 
-    x: [T, H], floating; index: integer [T, k], the experts of each token (one that is none counts for nothing);
-    weights: [T, k], floating. up: H -> gate and up (or the one input of the activation); down: back to H. Products run
-    in the dtype of up's weight, which is down's; the weighted sum in float32. Differentiable in x, weights, and every
-    tensor of both projections, only in what is asked for; nothing is mutated. Raises ValueError for shapes or dtypes
-    that do not fit."""
+    Args:
+        x: [T, H], floating.
+        index: integer [T, k], the experts of each token (one that is none counts for nothing).
+        weights: [T, k], floating.
+        up: H -> gate and up (or the one input of the activation).
+        down: back to H.
+        gating: what is between the two products.
+
+    Returns:
+        y [T, H] in the dtype of x. Products run in the dtype of up's weight, which is down's; the weighted sum in
+        float32. Differentiable in x, weights, and every tensor of both projections, only in what is asked for; nothing
+        is modified.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
     form = _form(x, index, weights, up, down, gating)
     return _Experts.apply(form, index, x, weights, *up.tensors(), *down.tensors())
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastft_kernels.runtime.compat import FakeTensor, has_grouped_mm
+from fastft_kernels.runtime.compat import grouped_mm as torch_grouped_mm
 from fastft_kernels.runtime.dispatch import goes_to_cuda, math_dtype, op
 
 ALIGN = 16  # bytes
@@ -33,7 +35,7 @@ class Groups:
     def of(cls, ends: torch.Tensor, dtype: torch.dtype, whole: bool = True) -> Groups:
         """Reads the ends from the device where products in `dtype` will need them there, and only then."""
         unread = native(ends, dtype) or torch.compiler.is_compiling()
-        unread = unread or ends.is_meta or isinstance(ends, torch._subclasses.FakeTensor)
+        unread = unread or ends.is_meta or isinstance(ends, FakeTensor)
         return cls(ends, None if unread else ends.tolist(), whole)
 
 
@@ -44,7 +46,7 @@ def native(like: torch.Tensor, dtype: torch.dtype) -> bool:
     if not like.is_cuda:  # planned for a device that is not here
         return True
     major, _ = torch.cuda.get_device_capability(like.device)
-    return major >= 8 if hasattr(F, "grouped_mm") else major == 9 and hasattr(torch, "_grouped_mm")
+    return has_grouped_mm(major)
 
 
 # reference
@@ -116,8 +118,8 @@ def grouped_outer_ref(
 
 
 def _torch_kernel(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    kernel = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm")  # noqa: B009
-    return kernel(a, b, offs=ends)
+    assert torch_grouped_mm is not None
+    return torch_grouped_mm(a, b, offs=ends)
 
 
 @op(
@@ -164,7 +166,7 @@ def _missing(width: int, dtype: torch.dtype) -> int:
 
 def _misplaced(t: torch.Tensor) -> bool:
     """Does t not start on 16 bytes? (Memory that an allocator gave does; a slice, or a mapped file, may not.)"""
-    if isinstance(t, torch._subclasses.FakeTensor) or torch.compiler.is_compiling():
+    if isinstance(t, FakeTensor) or torch.compiler.is_compiling():
         return t.storage_offset() * t.element_size() % ALIGN != 0
     return t.data_ptr() % ALIGN != 0
 

@@ -252,21 +252,31 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of softmax(softcap tanh(scale (hidden W^T + bias) / softcap) / temperature) and target.
 
-    hidden (..., H), weight (V, H), target (...) int64, bias (V,); bf16, fp16, fp32, fp64; the result is float32
-    (float64 for float64 inputs), a number or, for reduction "none", of target's shape. Differentiable by hidden, weight
-    and bias.
-    reduction: "mean" divides by the number of targets that are not ignored (where all are: nan, and gradients of 0, as
-    torch.nn.functional.cross_entropy's), or by num_items_in_batch (a number, or a tensor of one element); "sum"; "none"
-    (0 in ignored rows).
-    label_smoothing: as in torch.nn.functional.cross_entropy. z_loss: adds z_loss * logsumexp(z)^2.
-    shift: position i is scored against target[..., i + 1], the last against none; "none" then gives (..., length - 1).
-    compact, tile, indices outside of the vocabulary: as in `linear_logprob`.
+    Args:
+        hidden, weight, target, bias: [..., H], [V, H], [...] int64, [V]; bf16, fp16, fp32, fp64.
+        reduction: "mean" divides by the number of targets that are not ignored (where all are: nan, and gradients of 0,
+            as torch.nn.functional.cross_entropy's), or by num_items_in_batch; "sum"; "none" (0 in ignored rows).
+        num_items_in_batch: a number, or a tensor of one element.
+        label_smoothing: as in torch.nn.functional.cross_entropy.
+        z_loss: adds z_loss * logsumexp(z)^2.
+        shift: position i is scored against target[..., i + 1], the last against none; "none" then gives [..., length -
+            1].
+        temperature, softcap, scale: numbers of the formula; softcap None: no tanh.
+        ignore_index, compact, tile, and indices outside of the vocabulary: as in `linear_logprob`.
+
+    Returns:
+        float32 (float64 for float64 inputs): a number or, for reduction "none", of target's shape. Differentiable in
+        hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or arguments do not fit.
+        IndexError: as `linear_logprob`.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 for hidden alone; 3 with weight
     trained and a mean or a sum (dW is kept in float32 from forward to backward); 4 with weight trained and "none", or
-    where dW in float32 takes more than 1 GiB and tokens < H / 2 (see `keeps_weight_gradient`).
-    Memory beyond inputs, outputs and what is saved: as `linear_logprob`, or RESIDENT_BYTES of logits and one tile of
-    dz. Raises TypeError, ValueError for dtypes, shapes and arguments; IndexError as `linear_logprob`."""
+    where dW in float32 takes more than 1 GiB and tokens < H / 2 (see `keeps_weight_gradient`). Memory beyond inputs,
+    outputs and what is saved: as `linear_logprob`, or RESIDENT_BYTES of logits and one tile of dz.
+    """
     name = "linear_cross_entropy"
     check_inputs(name, hidden, weight, target, bias)
     check_tile(name, tile)

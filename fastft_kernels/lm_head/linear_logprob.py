@@ -185,25 +185,34 @@ def linear_logprob(
     """Per-token log-probability of `target` under softmax(softcap tanh(scale (hidden W^T + bias) / softcap) /
     temperature).
 
-    hidden (..., H), weight (V, H), target (...) int64, bias (V,); bf16, fp16, fp32, fp64. Products run in hidden's
-    dtype (weight tiles are cast to it), whatever autocast says; logits and accumulators are float32 (float64 for
-    float64 inputs).
-    outputs: what to compute among `log_probs`, `entropy`, `log_sum_sq_probs` = log sum p^2, `mean_logits` = mean of z
-    over the vocabulary, `is_top1` = target is the (first) largest; `log_probs` and `entropy` are differentiable by
-    hidden, weight and bias, the others are not. A column with z = -inf adds nothing to the entropy. Rows with target ==
-    ignore_index give 0 (is_top1: False) and no gradient. An index outside of the vocabulary raises IndexError on a CPU;
-    on a GPU its row is NaN, as asking would wait for the device.
-    compact: leave ignored rows out of all products. Their number is needed on the host, which on a GPU waits for the
-    work queued before: worth it where many rows are ignored. None: on a CPU only. Never while tracing or under fake
-    tensors.
-    tile: (tokens, columns) of a tile; None: from the shapes, see `tile_sizes`.
+    Args:
+        hidden, weight, target, bias: [..., H], [V, H], [...] int64, [V]; bf16, fp16, fp32, fp64. Products run in
+            hidden's dtype (weight tiles are cast to it), whatever autocast says.
+        temperature, softcap, scale: numbers of the formula; softcap None: no tanh.
+        ignore_index: rows with this target give 0 (is_top1: False) and no gradient.
+        outputs: what to compute among `log_probs`, `entropy`, `log_sum_sq_probs` = log sum p^2, `mean_logits` = mean of
+            z over the vocabulary, `is_top1` = target is the (first) largest.
+        compact: leave ignored rows out of all products. Their number is needed on the host, which on a GPU waits for
+            the work queued before: worth it where many rows are ignored. None: on a CPU only. Never while tracing or
+            under fake tensors.
+        tile: (tokens, columns) of a tile; None: from the shapes, see `tile_sizes`.
+
+    Returns:
+        LogProbs: for each of `outputs` a tensor of target's shape, float32 (float64 for float64 inputs), bool for
+        `is_top1`; None for the others. `log_probs` and `entropy` are differentiable in hidden, weight and bias, the
+        others are not. A column with z = -inf adds nothing to the entropy.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit.
+        IndexError: an index is outside of the vocabulary, on a CPU; on a GPU its row is NaN, as asking would wait for
+            the device.
 
     Units of 2 tokens H V operations, forward and backward: 1 without gradients; 2 with frozen weight and bias (4 when a
     gradient for the entropy arrives); 4 with weight trained. Memory beyond inputs (hidden stays alive where it has no
     recomputation), outputs and the saved J (hidden's size and dtype), with tiles (bt, bv) and b bytes an element: bt
     (bv (4 + b) + 4 H) + 60 tokens; at most 0.25 GiB for H = 4096 in bf16. A trained weight adds 4 H (bv + tokens), the
-    float32 accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H). Raises TypeError,
-    ValueError for dtypes and shapes."""
+    float32 accumulators. Off CUDA the float32 casts of 16-bit operands add 4 (bt bv + bv H + bt H).
+    """
     check_inputs("linear_logprob", hidden, weight, target, bias)
     check_tile("linear_logprob", tile)
     if not set(outputs) <= set(OUTPUTS):

@@ -81,9 +81,17 @@ def linear_logsumexp(
 ) -> torch.Tensor:
     """log sum exp over the vocabulary of softcap tanh(scale (hidden W^T + bias) / softcap) / temperature, by token.
 
-    hidden (..., H), weight (V, H), bias (V,); bf16, fp16, fp32, fp64. The result has hidden's leading shape, in float32
-    (float64 for float64 inputs), and is differentiable by hidden, weight and bias. Products and memory: as in
-    `linear_logprob`. Raises TypeError, ValueError for dtypes and shapes."""
+    Args:
+        hidden, weight, bias: [..., H], [V, H], [V]; bf16, fp16, fp32, fp64. Products and memory as in `linear_logprob`.
+        temperature, softcap, scale: numbers of the formula; softcap None: no tanh.
+        tile: (tokens, columns) of a tile; None: from the shapes.
+
+    Returns:
+        [...] in float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit.
+    """
     check_inputs(
         "linear_logsumexp",
         hidden,

@@ -28,6 +28,7 @@ from fastft_kernels.lora import dropout
 from fastft_kernels.lora.layout import AdapterSlot, GroupTensors, ProjectionSlot
 from fastft_kernels.lora.plain_group import add_to, product, product_into, rows
 from fastft_kernels.quant.weights import expand
+from fastft_kernels.runtime.compat import copy_each, scale_each
 from fastft_kernels.runtime.dispatch import goes_to_cuda, wider
 
 
@@ -89,7 +90,7 @@ def operands(
             flat, copies = slots(shapes, dtype, sources[0].device)
             if n_stacked:
                 copies = [*copies[0].split([A.shape[0] for A in As]), *copies[1:]]
-            torch._foreach_copy_(copies, sources)
+            copy_each(copies, sources)
             scratch = flat if dtype == b_dtype else scratch
             if n_stacked:
                 As = [flat[: shapes[0][0] * shapes[0][1]].view(shapes[0])]
@@ -363,7 +364,7 @@ def multiply(jobs: list[Job], scratch: torch.Tensor | None) -> list[torch.Tensor
         else:
             pooled.setdefault((job.a.dtype, job.dtype), []).append(n)
     if scaled:
-        torch._foreach_mul_([grads[n] for n in scaled], [jobs[n].alpha for n in scaled])
+        scale_each([grads[n] for n in scaled], [jobs[n].alpha for n in scaled])
     for (source, dtype), members in pooled.items():
         if len(members) == 1:
             job = jobs[members[0]]

@@ -314,22 +314,29 @@ def lora_linear(
     dropout_dtype: torch.dtype | None = None,
     recomputation: Recomputation | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """One output [..., out_i] in out_dtype for each projection of x [..., in].
+    """Linear layers of one input, with their adapters: W_i x + bias_i + sum of s (drop(x) A^T B^T + c).
 
-    compute_dtype: of the base products; None is x's dtype (stock without autocast), under autocast give autocast's
-    dtype.
-    adapter_dtype: of the adapters' products; None is compute_dtype if that is given, else the widest of x and the
-    adapters (stock
-        without autocast computes float32 adapters in float32).
-    out_dtype: None is the dtype of the base products.
-    dropout_dtype: of the x that stock's dropout is given, on which its random stream depends on a GPU; None is each
-    A's.
-    recomputation: how to recompute x in the backward (`recomputation_of(x)`); None saves x.
+    Args:
+        x: [..., in], floating.
+        projections: each with W [out_i, in], its bias, and its adapters in force.
+        compute_dtype: of the base products; None is x's dtype (stock without autocast), under autocast give autocast's
+            dtype.
+        adapter_dtype: of the adapters' products; None is compute_dtype if that is given, else the widest of x and the
+            adapters (stock without autocast computes float32 adapters in float32).
+        out_dtype: of the results; None is the dtype of the base products.
+        dropout_dtype: of the x that stock's dropout is given, on which its random stream depends on a GPU; None is each
+            A's.
+        recomputation: how to recompute x in the backward (`recomputation_of(x)`); None saves x.
 
-    Differentiable in x, in a weight and bias that are tensors, in A, B and adapter biases; each gradient in its
-    tensor's dtype; only those asked for are computed. Dropout draws from torch's default stream, in the order of the
-    projections and their adapters, as torch.nn.functional.dropout on x in dropout_dtype would. Nothing is modified.
-    ValueError: shapes do not fit."""
+    Returns:
+        One tensor [..., out_i] in out_dtype for each projection. Differentiable in x, in a weight and bias that are
+        tensors, in A, B and adapter biases; each gradient in its tensor's dtype; only those asked for are computed.
+        Dropout draws from torch's default stream, in the order of the projections and their adapters, as
+        torch.nn.functional.dropout on x in dropout_dtype would. Nothing is modified.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
     g, tensors = pack(
         "lora_linear", x.shape[-1], x.dtype, projections, compute_dtype, adapter_dtype, out_dtype, dropout_dtype
     )

@@ -322,10 +322,17 @@ class _Activation(torch.autograd.Function):
 def activation(x: torch.Tensor, activation: str = "silu", *, alpha: float | None = None) -> torch.Tensor:
     """y = act(x), formulas in the module docstring.
 
-    x: (..., N), float64, float32, float16 or bfloat16, any strides, not modified. y: contiguous, the dtype of x; math
-    in float32 and one rounding. activation: one of ACTIVATIONS; alpha: with "silu" and "swiglu_oai". Differentiable in
-    x; saves x alone. Raises ValueError for an unknown activation, an alpha it does not have, or an x that is not
-    floating."""
+    Args:
+        x: [..., N], float64, float32, float16 or bfloat16, any strides, not modified.
+        activation: one of ACTIVATIONS.
+        alpha: with "silu" and "swiglu_oai".
+
+    Returns:
+        y [..., N], contiguous, in the dtype of x; math in float32 and one rounding. Differentiable in x; saves x alone.
+
+    Raises:
+        ValueError: the activation is unknown or does not have an alpha, or x is not floating.
+    """
     act, alpha = resolve(activation, alpha)
     if not x.is_floating_point():
         raise ValueError(f"activation: want a floating dtype, got {x.dtype}")

@@ -355,14 +355,21 @@ def glu(
 ) -> torch.Tensor:
     """h = act(gate) * (up + up_offset), formulas in the module docstring.
 
-    gate, up: (..., N), one shape, float64, float32, float16 or bfloat16, any strides, not modified. h: contiguous, in
-    the promoted dtype; math in float32 and one rounding.
-    activation: one of `fastft_kernels.mlp.activation.ACTIVATIONS`; alpha: of "silu" and "swiglu_oai", gate *
-    sigmoid(alpha * gate).
-    limit: before use gate is clamped to at most limit and up to [-limit, limit]; None does not clamp. Differentiable in
-    gate and up (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone. Raises
-    ValueError for shapes that differ, dtypes that are not floating, an unknown activation, an alpha that it does not
-    have, and limit <= 0."""
+    Args:
+        gate, up: [..., N], one shape, float64, float32, float16 or bfloat16, any strides, not modified.
+        activation: one of `fastft_kernels.mlp.activation.ACTIVATIONS`.
+        alpha: of "silu" and "swiglu_oai", gate * sigmoid(alpha * gate).
+        limit: before use gate is clamped to at most limit and up to [-limit, limit]; None does not clamp.
+        up_offset: added to up.
+
+    Returns:
+        h [..., N], contiguous, in the promoted dtype; math in float32 and one rounding. Differentiable in gate and up
+        (each in its own dtype, contiguous), only in what is asked for; saves gate and up alone.
+
+    Raises:
+        ValueError: shapes differ, a dtype is not floating, the activation is unknown or does not have an alpha, or
+            limit <= 0.
+    """
     return applied(_GLU, gate, up, *_form(gate, up, activation, alpha, limit, up_offset))
 
 

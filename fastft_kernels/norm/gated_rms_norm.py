@@ -328,13 +328,24 @@ def gated_rms_norm(
     groups: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """gate_first: rms(x act(gate)) weight, else rms(x) weight act(gate); rms over each of `groups` equal parts of the
-    last dimension.
+    """rms(x act(gate)) weight where `gate_first`, else rms(x) weight act(gate).
 
-    x, gate: [..., N], any strides; weight: [N]; bf16, fp16, fp32 (math in fp32) or float64. activation: of
-    `activation`. The result is contiguous, of x's dtype unless out_dtype says another, rounded once. Differentiable in
-    x, gate and weight; saves these and r. Raises TypeError on dtypes that are not floating, ValueError on shapes that
-    do not fit and on an unknown activation."""
+    Args:
+        x, gate: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64.
+        weight: [N] of a floating dtype.
+        eps: added to the mean square.
+        activation: as `activation` takes it.
+        gate_first: is the gate multiplied before the norm?
+        groups: the norm is over each of so many equal parts of the last dimension.
+        out_dtype: another dtype for the result than that of x.
+
+    Returns:
+        [..., N], contiguous, in the dtype of x, rounded once. Differentiable in x, gate and weight; saves these and r.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: shapes do not fit, or the activation is unknown.
+    """
     if not (x.is_floating_point() and gate.is_floating_point() and weight.is_floating_point()):
         raise TypeError(f"gated_rms_norm: want floating dtypes, got {x.dtype}, {gate.dtype}, {weight.dtype}")
     if x.dim() == 0 or gate.shape != x.shape or weight.shape != x.shape[-1:]:

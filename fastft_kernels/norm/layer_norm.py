@@ -247,11 +247,21 @@ def layer_norm(
 ) -> torch.Tensor:
     """y = (x - m) r weight + bias, m = mean(x), r = 1 / sqrt(mean((x - m)^2) + eps), over the last dimension.
 
-    x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight, bias: [N] of a floating dtype, each
-    may be None. The result has the dtype of x (as torch.nn.functional.layer_norm), whatever that of weight and bias, or
-    out_dtype. It is dense, its dimensions in the order of x's where the last is innermost, else contiguous.
-    Differentiable in x, weight and bias; saves x, weight, m and r. Raises TypeError on dtypes that are not floating,
-    ValueError on shapes that do not fit."""
+    Args:
+        x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64.
+        weight, bias: [N] of a floating dtype, each may be None.
+        eps: added to the variance.
+        out_dtype: another dtype for the result than that of x.
+
+    Returns:
+        y [..., N] in the dtype of x (as torch.nn.functional.layer_norm), whatever that of weight and bias. It is dense,
+        its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable in x, weight and
+        bias; saves x, weight, m and r.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: shapes do not fit.
+    """
     return layer_norm_with_stats(x, weight, bias, eps, out_dtype=out_dtype)[0]
 
 

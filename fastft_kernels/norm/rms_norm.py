@@ -277,12 +277,23 @@ def rms_norm(
 ) -> torch.Tensor:
     """y = c(x r) (offset + weight), r = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
-    x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64. weight: [N] of a floating dtype, or None.
-    cast="before": x r is rounded to the dtype of x before the product; the result has the promoted dtype of x and
-    weight. cast="after": one rounding, at the end, to the dtype of x. out_dtype: another dtype for the result. y is
-    dense, its dimensions in the order of x's where the last is innermost, else contiguous. Differentiable in x and
-    weight; saves x, weight and r. Raises TypeError on dtypes that are not floating, ValueError on shapes that do not
-    fit, on an unknown cast, and on an offset without a weight."""
+    Args:
+        x: [..., N], any strides; bf16, fp16, fp32 (math in fp32) or float64.
+        weight: [N] of a floating dtype, or None.
+        eps: added to the mean square.
+        offset: added to the weight; 1 where a checkpoint stores weight - 1.
+        cast: "before" rounds x r to the dtype of x before the product, and the result has the promoted dtype of x and
+            weight; "after" rounds once, at the end, to the dtype of x.
+        out_dtype: another dtype for the result.
+
+    Returns:
+        y [..., N], dense, its dimensions in the order of x's where the last is innermost, else contiguous.
+        Differentiable in x and weight; saves x, weight and r.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: shapes do not fit, `cast` is unknown, or there is an offset without a weight.
+    """
     return rms_norm_with_rstd(x, weight, eps, offset=offset, cast=cast, out_dtype=out_dtype)[0]
 
 

@@ -37,9 +37,11 @@ class FrozenWeight:
     shape: tuple[int, int]
 
     def layout(self) -> WeightLayout:
+        """How the stored tensors are read; hashable."""
         raise NotImplementedError
 
     def tensors(self) -> Tensors:
+        """The stored tensors, in the order that `expand` takes them."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:

@@ -217,17 +217,26 @@ def rope(
     sign: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q rotated, k rotated), formulas in the module docstring.
+    """q and k rotated by position, formulas in the module docstring.
 
-    q, k: two to four dims, the last of them channels, any strides, not modified; head counts and head dims may differ.
-    cos, sin: with a dim inserted at unsqueeze_dim (None: as they are) they broadcast against q and k but for their last
-    dim:
-    [B or 1, S, C] for q [B, H, S, D] with unsqueeze_dim 1, or q [B, S, H, D] with 2; [S, C] for q [S, H, D] with -2.
-    Any floating dtypes, any strides. layout: one of LAYOUTS; sign: 1, or -1 for the opposite rotation.
-    Outputs: in out_dtype (None: the dtype of q, and of k; eager promotes instead where cos is wider), in the memory
-    order of the inputs; math in float32 and one rounding. Differentiable in q and k, only in what is asked for; saves
-    cos and sin alone. Raises ValueError for shapes or settings that do not fit, and where cos or sin requires a
-    gradient."""
+    Args:
+        q, k: two to four dims, the last of them channels, floating, any strides, not modified; head counts and head
+            dims may differ.
+        cos, sin: floating, any strides. With a dim inserted at unsqueeze_dim they broadcast against q and k but for
+            their last dim: [B or 1, S, C] for q [B, H, S, D] with unsqueeze_dim 1, or q [B, S, H, D] with 2; [S, C] for
+            q [S, H, D] with -2.
+        layout: one of LAYOUTS: which channels are rotated together.
+        unsqueeze_dim: None takes cos and sin as they are.
+        sign: 1, or -1 for the opposite rotation.
+        out_dtype: of both results; None: the dtype of q, and of k (eager promotes instead where cos is wider).
+
+    Returns:
+        (q rotated, k rotated), in the memory order of the inputs; math in float32 and one rounding. Differentiable in q
+        and k, only in what is asked for; saves cos and sin alone.
+
+    Raises:
+        ValueError: shapes or settings do not fit, or cos or sin requires a gradient.
+    """
     form = RopeSettings(layout, unsqueeze_dim, float(sign))
     _check("rope", (q, k), cos, sin, form)
     return applied(_Rope, q, k, cos, sin, *form, out_dtype)

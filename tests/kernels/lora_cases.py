@@ -139,7 +139,7 @@ def compute_dtype(mode: str, dtype: torch.dtype) -> torch.dtype | None:
     return dtype if mode.startswith("autocast") else None
 
 
-class Truth:
+class Reference:
     """The formula in float64 (or `dtype`); parameters by identity become leaves of it. Draws dropout's masks as stock
     does."""
 
@@ -185,7 +185,7 @@ def judge_gradients(ours: Callable, setup: Callable[[], tuple], formula: Callabl
 
     def plain(dtype, x, besides, inputs):
         torch.manual_seed(5)
-        reference = Truth(dtype)
+        reference = Reference(dtype)
         outputs, upstream = formula(reference, reference.of(x), besides)
         return torch.autograd.grad(outputs, [reference.of(t) for t in inputs], upstream, allow_unused=True)
 

@@ -68,3 +68,29 @@ def test_a_function_is_applied_directly():
 def test_outside_the_compiler():
     assert compat.is_dynamo_compiling() is False
     assert compat.compiler._is_exporting_flag is False
+
+
+def test_one_launch_for_many_tensors():
+    to, of = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.full((3,), 2.0)]
+    compat.copy_each(to, of)
+    assert all(map(torch.equal, to, of)), "torch._foreach_copy_"
+    compat.scale_each(to, [2.0, 3.0])
+    assert [t.tolist() for t in to] == [[2.0, 2.0], [6.0, 6.0, 6.0]], "torch._foreach_mul_"
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert type(torch.ones(1)) is compat.FakeTensor
+    assert type(torch.ones(1)) is not compat.FakeTensor
+
+
+def test_products_of_groups_of_rows():
+    assert compat.grouped_mm is not None
+    a, b = torch.randn(3, 8, dtype=torch.bfloat16), torch.randn(2, 8, 16, dtype=torch.bfloat16)
+    got = compat.grouped_mm(a, b, offs=torch.tensor([1, 3], dtype=torch.int32))
+    want = torch.cat([a[:1] @ b[0], a[1:] @ b[1]])
+    assert torch.allclose(got, want, atol=1e-2, rtol=1e-2)
+    assert compat.has_grouped_mm(9)
+    assert not compat.has_grouped_mm(7)

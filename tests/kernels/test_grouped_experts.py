@@ -81,9 +81,9 @@ LAYOUTS = [
 def test_formula(gate, layout):
     """In float64 to rounding: values and every gradient."""
     case = Case(GATES[gate], **layout)
-    truth = case.run(torch.float64, reference=True)
+    reference = case.run(torch.float64, reference=True)
     for name, ours in case.run(torch.float64).items():
-        assert (ours - truth[name]).abs().max() <= 1e-11 * truth[name].abs().max(), name
+        assert (ours - reference[name]).abs().max() <= 1e-11 * reference[name].abs().max(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["plain", "transposed, biases", "an adapter", "two adapters"])
@@ -100,9 +100,9 @@ def test_numerics(layout, dtype):
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_few_tokens_and_every_top_k(top_k, tokens):
     case = Case(ranks=(2,), bias=True, top_k=top_k, tokens=tokens)
-    truth = case.run(torch.float64, reference=True)
+    reference = case.run(torch.float64, reference=True)
     for name, ours in case.run(torch.float64).items():
-        assert (ours - truth[name]).abs().max() <= 1e-11 * max(truth[name].abs().max(), 1), name
+        assert (ours - reference[name]).abs().max() <= 1e-11 * max(reference[name].abs().max(), 1), name
 
 
 def test_no_tokens():

@@ -106,17 +106,17 @@ def test_first_derivatives_under_create_graph(device, case, trained):
         return [d.detach() for d in first], list(second)
 
     stock = STOCK.get(case, f)  # where our own rounding is finer than autograd's
-    plain, (first, second), (reference, truth2) = (
+    plain, (first, second), (reference, reference2) = (
         both(torch.float32, False, stock)[0],
         both(torch.float32, True),
         both(torch.float64, True),
     )
     verdict = compare(first, reference, plain, case)
     assert verdict, str(verdict)
-    assert all((a is None) == (b is None) for a, b in zip(second, truth2))
+    assert all((a is None) == (b is None) for a, b in zip(second, reference2))
     assert all(
         b is None or torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-        for a, b in zip(second, truth2)
+        for a, b in zip(second, reference2)
     )
 
 

@@ -45,7 +45,7 @@ def run(f, x, w, b, dy, eps=EPS, **kwargs):
     return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))))}
 
 
-def truth_of(x, w, b, dy, eps=EPS):
+def reference_of(x, w, b, dy, eps=EPS):
     return run(stock, *(None if t is None else t.double() for t in (x, w, b, dy)), eps)
 
 
@@ -59,7 +59,7 @@ def sample(shape, dtype, device, parameter_dtype=None):
 @pytest.mark.parametrize("shape", [(0, 8), (1, 5), (3, 7), (2, 3, 64), (2, 5, 3, 16), (37, 130), (3, 1000)], ids=str)
 def test_against_stock(shape, dtype, device):
     x, w, b, dy = sample(shape, dtype, device)
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
@@ -70,7 +70,7 @@ def test_without_parameters(has, wide, dtype, device, request):
         request.getfixturevalue("narrow")
     x, w, b, dy = sample((6, 33), dtype, device)
     w, b = w if has == "weight" else None, b if has == "bias" else None
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
@@ -78,20 +78,20 @@ def test_wide_rows(dtype, device, narrow):
     """Rows of several blocks, the last one partial, with very different means; several rows a program."""
     x, w, b, dy = sample((7, 45), dtype, device)
     x[:, :16] += 8
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
 def test_many_rows_a_program(dtype, device, narrow):
     x, w, b, dy = sample((37, 16), dtype, device)
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
 def test_the_widest_block(dtype, device):
     """More columns than any block of the launch table."""
     x, w, b, dy = sample((2, 16500), dtype, device)
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
@@ -102,7 +102,7 @@ def test_mean_much_larger_than_the_deviation(wide, device, request):
         request.getfixturevalue("narrow")
     x, w, b, dy = sample((30, 60), torch.float32, device)
     x = x * 0.1 + 1000
-    verdict = compare(run(layer_norm, x, w, b, dy), truth_of(x, w, b, dy), run(stock, x, w, b, dy))
+    verdict = compare(run(layer_norm, x, w, b, dy), reference_of(x, w, b, dy), run(stock, x, w, b, dy))
     assert verdict, verdict
 
 
@@ -115,14 +115,14 @@ def test_mixed_dtypes(parameter_dtype, out_dtype, dtype, device):
     ours = run(layer_norm, x, w, b, dy, out_dtype=out_dtype)
     dtypes = [ours[k].dtype for k in ("y", "dx", "dw", "db")]
     assert dtypes == [out_dtype or dtype, dtype, parameter_dtype, parameter_dtype]
-    verdict = compare(ours, truth_of(x, w, b, dy), run(layer_norm_ref, x, w, b, dy, out_dtype=out_dtype))
+    verdict = compare(ours, reference_of(x, w, b, dy), run(layer_norm_ref, x, w, b, dy, out_dtype=out_dtype))
     assert verdict, verdict
 
 
-def test_float64_is_the_truth(device):
+def test_float64_is_the_reference(device):
     x, w, b, dy = sample((5, 40), torch.float64, device)
     for key, value in run(layer_norm, x, w, b, dy).items():
-        assert (value - truth_of(x, w, b, dy)[key]).abs().max() < 1e-13
+        assert (value - reference_of(x, w, b, dy)[key]).abs().max() < 1e-13
 
 
 def views(x):
@@ -144,7 +144,7 @@ def test_strided(index, dtype, device):
     for dy_name, upstream in [("contiguous", dy), *views(dy), ("one number", dy[:1, :1, :1, :1].expand(dy.shape))]:
         want = run(layer_norm, view.contiguous(), w, b, upstream.contiguous())
         got = run(layer_norm, view, w, b, upstream)
-        verdict = compare(got, truth_of(view, w, b, upstream), want)
+        verdict = compare(got, reference_of(view, w, b, upstream), want)
         assert verdict, (name, dy_name, verdict)
         if use_triton(x):
             assert all(torch.equal(got[key], want[key]) for key in want), (name, dy_name)
@@ -168,7 +168,7 @@ def test_any_shape(dtype, device, lead, n, bias, swap):
     b = b if bias else None
     if swap and len(lead) > 1:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    verdict = compare(run(layer_norm, x, w, b, dy, 4.0), truth_of(x, w, b, dy, 4.0), run(stock, x, w, b, dy, 4.0))
+    verdict = compare(run(layer_norm, x, w, b, dy, 4.0), reference_of(x, w, b, dy, 4.0), run(stock, x, w, b, dy, 4.0))
     assert verdict, verdict
 
 

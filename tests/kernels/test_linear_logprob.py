@@ -49,11 +49,11 @@ def gradients(fn, tensors, target, dtype, trained, weights, **kwargs):
 def judge(tensors, target, dtype, trained, weights, scaling, **kwargs):
     wanted = tuple(k for k in OUTPUTS if k in weights)
     got, got_out = gradients(ours, tensors, target, dtype, trained, weights, outputs=wanted, **scaling, **kwargs)
-    reference, truth_out = gradients(eager, tensors, target, torch.float64, trained, weights, **scaling)
+    reference, reference_out = gradients(eager, tensors, target, torch.float64, trained, weights, **scaling)
     base, base_out = gradients(eager, tensors, target, dtype, trained, weights, **scaling)
     for k in wanted:
         assert got_out[k].dtype == torch.promote_types(dtype, torch.float32)
-        verdict = compare(got_out[k], truth_out[k], base_out[k].to(got_out[k].dtype), k)
+        verdict = compare(got_out[k], reference_out[k], base_out[k].to(got_out[k].dtype), k)
         assert verdict, str(verdict)
     for name, *gs in zip(("dh", "dW", "db"), got, reference, base):
         assert gs[0].dtype == dtype

@@ -13,7 +13,7 @@ from fastft_kernels.recompute.recomputation import Recomputation
 from fastft_kernels.runtime.dispatch import INTERPRETED
 from tests.kernels.lora_cases import (
     Case,
-    Truth,
+    Reference,
     autocast,
     build,
     compute_dtype,
@@ -55,7 +55,7 @@ def once(model, case: Case, dtype, device):
         eager = gradients(model(x), inputs, dys)
     assert torch.equal(after, torch.rand(1)), "the random stream stands elsewhere than stock's"
     torch.manual_seed(seed)
-    reference = Truth()
+    reference = Reference()
     wide = reference.of(x)
     true = gradients([reference.linear(wide, p) for p in projections], [reference.of(t) for t in inputs], dys)
     for name, t in zip([f"d{i}" for i in range(len(inputs))], inputs):

@@ -57,7 +57,7 @@ def _sigmoid_grad(x):
     return e / (1 + e) ** 2
 
 
-TRUTH = {  # what -> (float64 function, lowest and highest x, bound when fused, bound as the interpreter computes)
+REFERENCES = {  # what -> (float64 function, lowest and highest x, bound when fused, bound as the interpreter computes)
     "exp": (torch.exp, -110.0, 89.0, 1.0, 1.0),
     "exp_normal": (torch.exp, -87.3, 0.0, 1.0, 1.0),
     "unit_reciprocal": (torch.reciprocal, 1.0, 2.0, 0.51, 1.4),
@@ -71,9 +71,9 @@ TRUTH = {  # what -> (float64 function, lowest and highest x, bound when fused, 
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("what", TRUTH)
+@pytest.mark.parametrize("what", REFERENCES)
 def test_error(what, device):
-    function, low, high, fused, plain = TRUTH[what]
+    function, low, high, fused, plain = REFERENCES[what]
     if what == "unit_reciprocal":
         x = torch.linspace(low, high, 2**18)
     else:

@@ -43,7 +43,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(_rows, "PARTIALS", 2)
 
 
-def truth_of(x, w, dy, offset=0.0, eps=EPS):
+def reference_of(x, w, dy, offset=0.0, eps=EPS):
     """y, dx, dw in float64 by autograd through the formula as printed."""
     x, dy = x.detach().double().requires_grad_(), dy.double()
     w = None if w is None else w.detach().double().requires_grad_()
@@ -82,7 +82,7 @@ def test_against_stock(kind, shape, dtype, device):
     norm.weight.data.copy_(w)
     leaf = x.clone().requires_grad_()
     eager = grads_of(norm(leaf), leaf, norm.weight, dy)
-    verdict = compare(run(rms_norm, x, w, dy, **kwargs), truth_of(x, w, dy, kwargs.get("offset", 0.0)), eager)
+    verdict = compare(run(rms_norm, x, w, dy, **kwargs), reference_of(x, w, dy, kwargs.get("offset", 0.0)), eager)
     assert verdict, verdict
 
 
@@ -90,7 +90,7 @@ def test_against_stock(kind, shape, dtype, device):
 def test_without_weight(cast, dtype, device):
     x, _, dy = sample((6, 33), dtype, device)
     verdict = compare(
-        run(rms_norm, x, None, dy, cast=cast), truth_of(x, None, dy), run(rms_norm_ref, x, None, dy, cast=cast)
+        run(rms_norm, x, None, dy, cast=cast), reference_of(x, None, dy), run(rms_norm_ref, x, None, dy, cast=cast)
     )
     assert verdict, verdict
 
@@ -101,7 +101,7 @@ def test_wide_rows(cast, dtype, device, narrow):
     x, w, dy = sample((7, 45), dtype, device)
     verdict = compare(
         run(rms_norm, x, w, dy, cast=cast, offset=1.0),
-        truth_of(x, w, dy, 1.0),
+        reference_of(x, w, dy, 1.0),
         run(rms_norm_ref, x, w, dy, cast=cast, offset=1.0),
     )
     assert verdict, verdict
@@ -109,14 +109,14 @@ def test_wide_rows(cast, dtype, device, narrow):
 
 def test_many_rows_a_program(dtype, device, narrow):
     x, w, dy = sample((37, 16), dtype, device)
-    verdict = compare(run(rms_norm, x, w, dy), truth_of(x, w, dy), run(rms_norm_ref, x, w, dy))
+    verdict = compare(run(rms_norm, x, w, dy), reference_of(x, w, dy), run(rms_norm_ref, x, w, dy))
     assert verdict, verdict
 
 
 def test_the_widest_block(dtype, device):
     """More columns than any block of the launch table."""
     x, w, dy = sample((2, 16500), dtype, device)
-    verdict = compare(run(rms_norm, x, w, dy), truth_of(x, w, dy), run(rms_norm_ref, x, w, dy))
+    verdict = compare(run(rms_norm, x, w, dy), reference_of(x, w, dy), run(rms_norm_ref, x, w, dy))
     assert verdict, verdict
 
 
@@ -132,7 +132,7 @@ def test_mixed_dtypes(cast, weight_dtype, dtype, device):
     assert ours["dx"].dtype == dtype
     assert ours["dw"].dtype == weight_dtype
     dy = dy.to(ours["y"].dtype)
-    verdict = compare(ours, truth_of(x, w, dy), run(rms_norm_ref, x, w, dy, cast=cast))
+    verdict = compare(ours, reference_of(x, w, dy), run(rms_norm_ref, x, w, dy, cast=cast))
     assert verdict, verdict
 
 
@@ -141,14 +141,16 @@ def test_out_dtype(cast, dtype, device):
     x, w, dy = sample((5, 40), dtype, device)
     ours = run(rms_norm, x, w, dy.float(), cast=cast, out_dtype=torch.float32)
     assert ours["y"].dtype == torch.float32
-    verdict = compare(ours, truth_of(x, w, dy), run(rms_norm_ref, x, w, dy.float(), cast=cast, out_dtype=torch.float32))
+    verdict = compare(
+        ours, reference_of(x, w, dy), run(rms_norm_ref, x, w, dy.float(), cast=cast, out_dtype=torch.float32)
+    )
     assert verdict, verdict
 
 
-def test_float64_is_the_truth(device):
+def test_float64_is_the_reference(device):
     x, w, dy = sample((5, 40), torch.float64, device)
     for key, value in run(rms_norm, x, w, dy).items():
-        assert (value - truth_of(x, w, dy)[key]).abs().max() < 1e-13
+        assert (value - reference_of(x, w, dy)[key]).abs().max() < 1e-13
 
 
 def views(x):
@@ -171,7 +173,7 @@ def test_strided(index, dtype, device):
     for dy_name, upstream in [("contiguous", dy), *views(dy), ("one number", dy[:1, :1, :1, :1].expand(dy.shape))]:
         want = run(rms_norm, view.contiguous(), w, upstream.contiguous())
         got = run(rms_norm, view, w, upstream)
-        verdict = compare(got, truth_of(view, w, upstream), want)
+        verdict = compare(got, reference_of(view, w, upstream), want)
         assert verdict, (name, dy_name, verdict)
         if use_triton(x):
             assert all(torch.equal(got[key], want[key]) for key in want), (name, dy_name)
@@ -187,7 +189,7 @@ def test_more_leading_strides_than_a_kernel_takes(dtype, device):
     dy = dy.view(x.shape)
     got = run(rms_norm, x, w, dy)
     assert got["y"].stride() == x.stride()
-    verdict = compare(got, truth_of(x, w, dy), run(rms_norm_ref, x, w, dy))
+    verdict = compare(got, reference_of(x, w, dy), run(rms_norm_ref, x, w, dy))
     assert verdict, verdict
 
 
@@ -213,7 +215,7 @@ def test_any_shape(dtype, device, lead, n, cast, offset, swap):
     def f(function):
         return run(lambda x, w, _, **kw: function(x, w, 4.0, **kw), x, w, dy, cast=cast, offset=offset)
 
-    verdict = compare(f(rms_norm), truth_of(x, w, dy, offset, eps=4.0), f(rms_norm_ref))
+    verdict = compare(f(rms_norm), reference_of(x, w, dy, offset, eps=4.0), f(rms_norm_ref))
     assert verdict, verdict
 
 
@@ -223,7 +225,7 @@ def test_large_and_small_values(dtype, device):
     x, w, dy = sample((6, 64), dtype, device)
     scale = torch.tensor([1e-6, 1e-3, 1.0, 1e2, 5e3, 1.0], device=device)[:, None]
     x = (x * scale).to(dtype)
-    verdict = compare(run(rms_norm, x, w, dy), truth_of(x, w, dy), run(rms_norm_ref, x, w, dy))
+    verdict = compare(run(rms_norm, x, w, dy), reference_of(x, w, dy), run(rms_norm_ref, x, w, dy))
     assert verdict, verdict
     x[2, 3], x[4, 5] = float("inf"), float("nan")
     y = rms_norm(x, w, EPS)

@@ -36,13 +36,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 SMALL = {"layers": 1}
 
 
-def is_truth(model):
+def is_reference(model):
     return any(p.dtype == torch.float64 for p in model.parameters())
 
 
 def autocast(model, name):
     """As a trainer enters it, for the name of a dtype; nothing in float64."""
-    on = name is not None and not is_truth(model)
+    on = name is not None and not is_reference(model)
     return torch.autocast("cpu", DTYPES[name]) if on else contextlib.nullcontext()
 
 
@@ -93,7 +93,7 @@ def test_gradient_scaler(name, cast, base):
     """Scaled loss, unscaled gradients, the step that the scaler takes or skips."""
 
     def step(model):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=not is_truth(model))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=not is_reference(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         out = {}
         for i in range(LOW_DRAWS):
@@ -305,7 +305,7 @@ def test_one_layer(name, cast, flag, base):
     upstream = torch.linspace(-1, 1, 160).view(5, 32).to(torch.bfloat16).to(torch.float16)  # exact in every dtype below
 
     def outputs(model):
-        x = (given.double() if is_truth(model) else given.clone()).requires_grad_()
+        x = (given.double() if is_reference(model) else given.clone()).requires_grad_()
         with autocast(model, cast), cuda_flag() if flag == "cuda" else contextlib.nullcontext():
             y = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")(x)
         y.backward(upstream.to(y.dtype))

@@ -38,7 +38,7 @@ class Twins:
     """A stock model, the same in float64, and ours: what is done to one is done to all, but for patch and unpatch."""
 
     def __init__(self):
-        self.models = {"stock": llama(layers=1), "truth": llama(layers=1).double(), "ours": llama(layers=1)}
+        self.models = {"stock": llama(layers=1), "reference": llama(layers=1).double(), "ours": llama(layers=1)}
         self.names: list[str] = []
 
     @property
@@ -67,8 +67,8 @@ class Twins:
         model.train()
 
     def check(self):
-        results = {k: run(m, step, reference=k == "truth") for k, m in self.models.items()}
-        judge(results["ours"], results["truth"], results["stock"])
+        results = {k: run(m, step, reference=k == "reference") for k, m in self.models.items()}
+        judge(results["ours"], results["reference"], results["stock"])
 
 
 def fresh(twins):
@@ -185,7 +185,7 @@ def test_prompt_tuning():
     act_patch(t)
     t.each(lambda m: get_peft_model(m, prompt, autocast_adapter_dtype=False))
     values = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)) * 0.1
-    t.models["truth"].double()
+    t.models["reference"].double()
     for m in t.models.values():
         m.prompt_encoder["default"].embedding.weight.data.copy_(values)
     act_patch(t)

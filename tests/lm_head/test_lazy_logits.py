@@ -462,7 +462,7 @@ def test_dtypes_are_stocks(low):
     assert torch.equal(flat(d), flat(z))  # made under the autocast of the head's call
 
 
-def test_bfloat16_is_nearer_to_the_truth_than_stock():
+def test_bfloat16_is_nearer_to_the_reference_than_stock():
     wide = [None if t is None else t.detach().double().requires_grad_() for t in draw(False, dtype=torch.bfloat16)]
     with float64_reference():
         reference = results(PATTERNS["hf loss"], F.linear, wide)

@@ -21,7 +21,7 @@ def test_float32_and_undo(family: str, way: str) -> None:
     stock = tiny.build(family)
     inputs = tiny.batch(stock)
     found = one_way(with_lora(stock) if way == "lora" else stock, inputs, tiny.loss_of)
-    assert found["truth"] == "float64"
+    assert found["reference"] == "float64"
     assert found["bad"] == []
     assert found["problems"] == []
     swapped = {row["kind"] for row in found["report"]["swapped"]}

@@ -28,7 +28,7 @@ def becomes(**changes):
     return lambda m: m.__dict__.update(changes)
 
 
-def test_truth_is_float64_although_the_module_casts_down():
+def test_reference_is_float64_although_the_module_casts_down():
     m = Upcasting().double()
     x = torch.randn(4, 8, dtype=torch.float64)
     with float64_reference():

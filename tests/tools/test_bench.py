@@ -126,7 +126,7 @@ def test_nf4(checkpoint, tmp_path, here):
         bench.BenchOptions(checkpoint, ("stock", "fastft"), ("sft",), four_bit=True, out=tmp_path, **STEPS)
     )
     assert result.ok, [(r.stack, r.note) for r in result.rows]
-    assert result.about["truth"] == "float32"
+    assert result.about["reference"] == "float32"
 
 
 def test_memory_that_runs_out_is_a_row_and_ends_the_lengths(checkpoint, tmp_path, here, monkeypatch):

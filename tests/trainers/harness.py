@@ -112,7 +112,7 @@ def load(
     lora: bool = True,
     **settings,
 ):
-    """way: "stock", "fastft" or "truth"."""
+    """way: "stock", "fastft" or "reference"."""
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     quantised = {}
     if four_bit:
@@ -126,7 +126,7 @@ def load(
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     set_seed(0)
     model = auto.from_pretrained(folder, dtype=torch.float32, **quantised)
-    if quantised and way == "truth":
+    if quantised and way == "reference":
         model = model.dequantize()
     if lora:
         task = "SEQ_CLS" if classifier else "CAUSAL_LM"
@@ -147,7 +147,7 @@ def load(
     if quantised:  # TRL casts the adapters of a quantised model to bfloat16: all three ways start there
         for p in (p for p in model.parameters() if p.requires_grad):
             p.data = p.data.bfloat16().to(p.dtype)
-    if way == "truth":
+    if way == "reference":
         model = model.double()
     return fastft.patch(model) if way == "fastft" else model
 
@@ -196,9 +196,9 @@ def run(make: Callable[[str], object], way: str, *, as_trl_casts: bool = False) 
         warnings.simplefilter("ignore")
         set_seed(0)
         trainer = make(way)
-        if way == "truth" or not as_trl_casts:
+        if way == "reference" or not as_trl_casts:
             for p in (p for p in trainer.model.parameters() if p.requires_grad and p.dtype == torch.bfloat16):
-                p.data = p.data.double() if way == "truth" else p.data.float()
+                p.data = p.data.double() if way == "reference" else p.data.float()
         losses, step = [], trainer.training_step
 
         def watched(*args, **kwargs):
@@ -206,15 +206,15 @@ def run(make: Callable[[str], object], way: str, *, as_trl_casts: bool = False) 
             return losses[-1]
 
         trainer.training_step = watched
-        with float64_reference() if way == "truth" else contextlib.nullcontext():
+        with float64_reference() if way == "reference" else contextlib.nullcontext():
             trainer.train()
     found = {"losses": torch.stack(losses)}  # judged as a curve: a single number may be exact by luck
     found |= {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {k: v.double() if way == "truth" else v for k, v in found.items()}
+    return {k: v.double() if way == "reference" else v for k, v in found.items()}
 
 
 def judged(make: Callable[[str], object], **settings) -> Verdict:
-    stock, ours, reference = (run(make, way, **settings) for way in ("stock", "fastft", "truth"))
+    stock, ours, reference = (run(make, way, **settings) for way in ("stock", "fastft", "reference"))
     assert len(ours["losses"].unique()) > 1, "nothing was learnt"
     verdict = compare(ours, reference, stock)
     assert verdict.eager_error < 0.05, f"stock is not where its own float64 run is, so nothing is judged: {verdict}"

@@ -65,7 +65,7 @@ def test_gkd_half_on_policy(folder, teacher, tmp_path):
         args = h.arguments(GKDConfig, tmp_path, STEPS, max_length=40, max_new_tokens=8, lmbda=0.5)
         made = GKDTrainer(
             model=h.load(folder, way),
-            teacher_model=h.load(teacher, "truth" if way == "truth" else "stock", lora=False),
+            teacher_model=h.load(teacher, "reference" if way == "reference" else "stock", lora=False),
             args=args,
             train_dataset=CHATS,
             processing_class=h.tokenizer(),
@@ -88,7 +88,7 @@ def test_distillation(folder, teacher, tmp_path):
         args = h.arguments(DistillationConfig, tmp_path, STEPS, per_device_train_batch_size=4, max_completion_length=8)
         made = DistillationTrainer(
             model=h.load(folder, way),
-            teacher_model=h.load(teacher, "truth" if way == "truth" else "stock", lora=False),
+            teacher_model=h.load(teacher, "reference" if way == "reference" else "stock", lora=False),
             args=args,
             train_dataset=PROMPTS,
             processing_class=h.tokenizer(),

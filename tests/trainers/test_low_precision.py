@@ -34,11 +34,11 @@ def fp16_loop(folder, way, scale, skipped=(), growth=5):
     """As the tutorial writes it. skipped: steps left out, as a scaler does. The reference has no scaler."""
     model = h.load(folder, way).train()
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth, enabled=way != "truth")
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth, enabled=way != "reference")
     losses, scales = [], [scale]
     for i, batch in enumerate(batches()):
         optimizer.zero_grad()
-        if way == "truth":
+        if way == "reference":
             with float64_reference():
                 loss = model(**batch).loss
                 loss.backward()
@@ -51,7 +51,7 @@ def fp16_loop(folder, way, scale, skipped=(), growth=5):
             scaler.step(optimizer)
         scaler.update()
         losses.append(loss.detach())
-        scales.append(scaler.get_scale() if way != "truth" else 1.0)
+        scales.append(scaler.get_scale() if way != "reference" else 1.0)
     found = {"losses": torch.stack(losses)} | {
         n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
     }
@@ -67,7 +67,7 @@ def test_fp16_with_a_gradient_scaler(folder):
     stock, scales = fp16_loop(folder, "stock", 2.0**8)
     ours, our_scales = fp16_loop(folder, "fastft", 2.0**8)
     assert our_scales == scales and not overflows(scales) and max(scales) == 2.0**12
-    verdict = compare(ours, fp16_loop(folder, "truth", 1.0)[0], stock)
+    verdict = compare(ours, fp16_loop(folder, "reference", 1.0)[0], stock)
     assert verdict and verdict.eager_error < 0.05, str(verdict)
 
 
@@ -79,7 +79,7 @@ def test_fp16_whose_scale_is_too_large_at_first(folder):
     skipped = overflows(our_scales)
     assert skipped and skipped <= overflows(scales) and len(skipped) < STEPS // 2
     stock, _ = fp16_loop(folder, "stock", 2.0**8, skipped)
-    verdict = compare(ours, fp16_loop(folder, "truth", 1.0, skipped)[0], stock)
+    verdict = compare(ours, fp16_loop(folder, "reference", 1.0, skipped)[0], stock)
     assert verdict and verdict.eager_error < 0.05, str(verdict)
 
 

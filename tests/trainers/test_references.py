@@ -26,7 +26,7 @@ def test_dpo_with_a_reference_model(folder, tmp_path, tmp_path_factory):
     other = h.checkpoint(tmp_path_factory.mktemp("reference"), seed=1)
 
     def make(way):
-        reference = h.load(other, "truth" if way == "truth" else "stock", lora=False)
+        reference = h.load(other, "reference" if way == "reference" else "stock", lora=False)
         args = h.arguments(DPOConfig, tmp_path, STEPS, max_length=40)
         return DPOTrainer(
             model=h.load(folder, way),

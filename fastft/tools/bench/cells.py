@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.transformers_private import set_prepare_inputs, use_sampler
 from fastft.tools.bench.spec import Spec, row_lengths, tokens
 from fastft.tools.bench.stacks import STACK_SETTINGS, autocast, device
 
@@ -32,7 +33,7 @@ def make_trainer(
     """TRL's trainer of `cell` for `steps` steps. rate: learning rate; 0 leaves the adapter as it is."""
     from transformers import PrinterCallback
 
-    exact = spec.stack == "truth"
+    exact = spec.stack == "reference"
     low = None if exact else autocast()
     common = dict(
         output_dir=str(Path(spec.folder) / "trainer"),
@@ -59,9 +60,8 @@ def make_trainer(
     make = {"dpo": _dpo, "grpo": _grpo}.get(cell, _sft)
     trainer = make(spec, cell, model, tokenizer, steps, seq, common)
     trainer.remove_callback(PrinterCallback)
-    trainer._get_train_sampler = lambda *args, **kwargs: torch.utils.data.SequentialSampler(
-        args[0] if args else trainer.train_dataset
-    )
+    in_order = lambda *args, **kwargs: torch.utils.data.SequentialSampler(args[0] if args else trainer.train_dataset)
+    use_sampler(trainer, in_order)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
@@ -137,7 +137,7 @@ def _grpo(spec: Spec, cell: str, model: Any, tokenizer: Any, steps: int, seq: in
             "num_items_in_batch": torch.tensor(rows * (seq - prompt), device=where),
         }
 
-    trainer._prepare_inputs = given
+    set_prepare_inputs(trainer, given)
     return trainer
 
 

@@ -16,8 +16,10 @@ hidden H, vocabulary V:
                Of the logits: written, read by the loss, written as gradient
     NF4        every quantised weight expanded twice: 0.516 bytes read, 2 written for each element
 
-Nothing is recomputed: keeping everything is the fastest where memory allows it. The limit is arithmetic / FLOP/s +
-traffic / bandwidth. It bounds dense decoders; `ModelShape.of` raises ValueError for what has experts in 3-D parameters.
+These are the least counts, not those of what runs, so `torch.utils.flop_counter` does not serve here; tests and
+`benchmarks/` count with it what runs. Nothing is recomputed: keeping everything is the fastest where memory allows
+it. The limit is arithmetic / FLOP/s + traffic / bandwidth. It bounds dense decoders; `ModelShape.of` raises
+ValueError for what has experts in 3-D parameters.
 """
 
 from __future__ import annotations

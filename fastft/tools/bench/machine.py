@@ -18,8 +18,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "l
 
 
 def about(spec: Spec, model: Any) -> dict[str, Any]:
-    """{"device", "versions"}; of stock's process also {"roof"}, which all stacks share; of the truth's, which may run
-    on another device, {"truth", "shape"}, the last None for what has no known limit."""
+    """{"device", "versions"}; of stock's process also {"roof"}, which all stacks share; of the reference's, which may
+    run on another device, {"reference", "shape"}, the last None for what has no known limit."""
     where = device()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(where)
@@ -30,9 +30,9 @@ def about(spec: Spec, model: Any) -> dict[str, Any]:
     if spec.stack == "stock":
         stored = model.config.dtype if model.config.dtype in (torch.bfloat16, torch.float16) else torch.float32
         found["roof"] = asdict(measure_roof(where, autocast() or stored))
-    if spec.stack != "truth":
+    if spec.stack != "reference":
         return found
-    found["truth"] = next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad)
+    found["reference"] = next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad)
     try:
         found["shape"] = asdict(_shape(spec))
     except ValueError as e:

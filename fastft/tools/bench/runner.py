@@ -94,9 +94,11 @@ class BenchResult:
 
     @property
     def ok(self) -> bool:
+        """Was nothing red, and did nothing fail?"""
         return not any(r.state in FAILED for r in self.rows) and any(r.state == "ok" for r in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as `json.dumps` takes it."""
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
         return {
             "options": asked,
@@ -150,7 +152,7 @@ def bench(options: BenchOptions, console: Console | None = None) -> BenchResult:
     console = console or Console(stderr=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
-        lines = {s: _process(options, s, Path(folder), console) for s in ("truth", *_in_order(options.stacks))}
+        lines = {s: _process(options, s, Path(folder), console) for s in ("reference", *_in_order(options.stacks))}
     result = _result(options, lines)
     (options.out / "bench.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     from fastft.tools.bench.plot import plot
@@ -160,7 +162,7 @@ def bench(options: BenchOptions, console: Console | None = None) -> BenchResult:
 
 
 def _in_order(stacks: Sequence[str]) -> list[str]:
-    """Stock's gradients stand beside the truth for everybody, so it comes first, asked for or not."""
+    """Stock's gradients stand beside the reference for everybody, so it comes first, asked for or not."""
     return ["stock", *(s for s in STACKS if s in stacks and s != "stock")]
 
 
@@ -186,12 +188,12 @@ def _spec(options: BenchOptions, stack: str, folder: Path) -> Spec:
 
 
 def _process(options: BenchOptions, stack: str, folder: Path, console: Console) -> list[dict]:
-    """The lines of one stack's process; the truth once more on the CPU where it does not fit on the GPU."""
+    """The lines of one stack's process; the reference once more on the CPU where it does not fit on the GPU."""
     spec = _spec(options, stack, folder)
     console.print(f"{stack} ...", highlight=False)
     lines = _run(spec, folder, options.seconds, {})
-    if stack == "truth" and any(x.get("state") == "out of memory" or "crash" in x for x in lines):
-        console.print("truth ... once more on the CPU: it did not fit", highlight=False)
+    if stack == "reference" and any(x.get("state") == "out of memory" or "crash" in x for x in lines):
+        console.print("reference ... once more on the CPU: it did not fit", highlight=False)
         lines = _run(spec, folder, options.seconds, {"CUDA_VISIBLE_DEVICES": ""})
     return lines
 
@@ -224,7 +226,7 @@ def _run(spec: Spec, folder: Path, seconds: float, env: dict[str, str]) -> list[
 
 def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
     about: dict[str, Any] = {"device": "unknown", "versions": {}}
-    for stack in ("truth", "stock"):  # the truth may have run on another device: where both speak, stock is right
+    for stack in ("reference", "stock"):  # what stock says of the device stands: the reference may have run on another
         about |= next((x["about"] for x in lines[stack] if "about" in x), {})
     gates = [x for s in lines for x in lines[s] if "gate" in x]
     rows = []
@@ -232,11 +234,11 @@ def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
         rows += [_row(s, cell, lines[s], about, options) for s in STACKS if s in options.stacks]
     notes = [
         f"the high-precision run that judges: {x['crash'] if 'crash' in x else x['note']}"
-        for x in lines["truth"]
+        for x in lines["reference"]
         if "crash" in x or x.get("note")
     ]
-    if about.get("truth"):
-        notes.append(f"judged by losses and gradients against stock in {about['truth']}")
+    if about.get("reference"):
+        notes.append(f"judged by losses and gradients against stock in {about['reference']}")
     if about["device"].endswith("threads"):
         notes.append(
             "peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; "

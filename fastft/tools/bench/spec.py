@@ -18,9 +18,9 @@ DRAWS = 3  # batches that the gate judges as one
 
 @dataclass(frozen=True)
 class Spec:
-    """model: name or folder. stack: of STACKS, or "truth" for the high-precision run that judges them. folder: where
-    adapter and the gate's gradients lie. seq, batch: tokens and rows. lengths: of the one row of the cell "long", in
-    turn. steps: measured ones; two go before. only_gate: nothing is timed."""
+    """model: name or folder. stack: of STACKS, or "reference" for the high-precision run that judges them. folder:
+    where adapter and the gate's gradients lie. seq, batch: tokens and rows. lengths: of the one row of the cell "long",
+    in turn. steps: measured ones; two go before. only_gate: nothing is timed."""
 
     model: str
     stack: str

@@ -1,12 +1,12 @@
 """How each stack of `fastft bench` loads: the same checkpoint, the same adapter, as that stack's own documentation
 says.
 
-stock    transformers + PEFT + TRL, everything at its default
-best     the same with cuDNN's attention first on a GPU, and no checkpointing where it fits
-liger    stock with use_liger_kernel=True
-unsloth  its own loader and checkpointing, this adapter copied in by name
-fastft   FastModel.from_pretrained and the trainer's defaults, nothing else; cuDNN's attention first, as for best
-truth    stock in high precision: what the others are judged by
+stock      transformers + PEFT + TRL, everything at its default
+best       the same with cuDNN's attention first on a GPU, and no checkpointing where it fits
+liger      stock with use_liger_kernel=True
+unsloth    its own loader and checkpointing, this adapter copied in by name
+fastft     FastModel.from_pretrained and the trainer's defaults, nothing else; cuDNN's attention first, as for best
+reference  stock in high precision: what the others are judged by
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STACK_SETTINGS = {
     "liger": StackSettings(trainer=(("use_liger_kernel", True),)),
     "unsloth": StackSettings(),
     "fastft": StackSettings(tuned=True),
-    "truth": StackSettings(tries=(True,)),
+    "reference": StackSettings(tries=(True,)),
 }
 
 
@@ -87,8 +87,8 @@ def load(spec: Spec) -> Any:
     check_peer(spec.stack)
     torch.manual_seed(spec.seed)
     adapter = str(Path(spec.folder) / "adapter")
-    if spec.stack == "truth":
-        return _load_truth(spec, adapter)
+    if spec.stack == "reference":
+        return _load_reference(spec, adapter)
     if spec.stack == "fastft":
         from fastft import FastModel
 
@@ -116,7 +116,7 @@ def _load_base(spec: Spec, exact: torch.dtype | None = None) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(spec.model, **kwargs)
 
 
-def truth_dtype(spec: Spec) -> torch.dtype:
+def reference_dtype(spec: Spec) -> torch.dtype:
     """float64 where it is small enough or where 32 bits are stored; float32 judges 16 bits as well, and a 4-bit base
     has no float64."""
     import transformers
@@ -128,12 +128,12 @@ def truth_dtype(spec: Spec) -> torch.dtype:
     return torch.float32 if spec.four_bit or (low and 8 * parameters > FLOAT64_BYTES) else torch.float64
 
 
-def _load_truth(spec: Spec, adapter: str) -> Any:
+def _load_reference(spec: Spec, adapter: str) -> Any:
     """Also draws the adapter that all stacks load: PEFT's initialisation, and B small and random, for at zero no
     gradient reaches A and no error there would be seen."""
     from peft import LoraConfig, get_peft_model
 
-    dtype = truth_dtype(spec)
+    dtype = reference_dtype(spec)
     base = _load_base(spec, dtype if spec.four_bit else None)
     base = base if spec.four_bit else base.to(dtype)
     config = LoraConfig(r=spec.rank, lora_alpha=2 * spec.rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fastft.compat.transformers_private import prepare_inputs, set_prepare_inputs
 from fastft.proving.float64 import float64_reference
 from fastft.tools.bench.cells import lengths_in, make_trainer
 from fastft.tools.bench.spec import Spec
@@ -24,13 +25,13 @@ BEFORE = 2  # steps that are not timed: the first, and the one whose memory is w
 
 def losses_and_gradients(spec: Spec, cell: str, model: Any, tokenizer: Any, draws: int) -> dict[str, torch.Tensor]:
     """ "0:loss", "0:name of an adapter", "1:loss", ...: of `draws` training steps at learning rate 0, float32 (the
-    truth's in its own dtype), on the CPU."""
+    reference's in its own dtype), on the CPU."""
     seq = min(spec.seq, GATE_SEQ)
     trainer = make_trainer(
         spec, cell, model, tokenizer, steps=draws, checkpointing=False, seq=seq, rate=0.0, callbacks=[]
     )
     found: dict[str, torch.Tensor] = {}
-    exact = spec.stack == "truth"
+    exact = spec.stack == "reference"
     wide = (
         next((p.dtype for p in model.parameters() if p.dtype == torch.float64), torch.float32)
         if exact
@@ -80,12 +81,12 @@ class StepMeter(TrainerCallback):
 
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             prepared: list[Any] = []
-            prepare = trainer._prepare_inputs
-            trainer._prepare_inputs = lambda x: prepared.append(prepare(x)) or prepared[-1]
+            prepare = prepare_inputs(trainer)
+            set_prepare_inputs(trainer, lambda x: prepared.append(prepare(x)) or prepared[-1])
             try:
                 loss = step(model, inputs, *args, **kwargs)
             finally:
-                trainer._prepare_inputs = prepare
+                set_prepare_inputs(trainer, prepare)
             self.losses.append(float(loss.detach()))
             self.lengths.append(lengths_in(prepared[0]) if prepared else [])
             return loss

@@ -2,7 +2,8 @@
 
 A kernel is timed with cold caches: a buffer larger than the last-level cache is written before each run, because in a
 training step what a kernel reads was not just written. On a GPU the time is that of CUDA events around the call, so the
-host's part hides behind the buffer's write; on a CPU it is the clock's."""
+host's part hides behind the buffer's write; on a CPU it is the clock's. (`triton.testing.do_bench` does the same where
+Triton has a driver, and nothing on a CPU.)"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fastft.compat.accelerate_private import ORIGINAL_FORWARD
 from fastft.tools.bench.spec import DRAWS, Spec
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 class Worker:
-    """One stack at work."""
+    """Measures one stack in this process."""
 
     def __init__(self, spec: Spec, rows: Path):
         self.spec, self.rows, self.folder = spec, rows, Path(spec.folder)
@@ -102,7 +103,7 @@ class Worker:
         import torch
 
         for module, forward in self.forwards.values():
-            for name in ("forward", "_original_forward"):
+            for name in ("forward", ORIGINAL_FORWARD):
                 module.__dict__.pop(name, None)
             if forward is not None:
                 module.__dict__["forward"] = forward
@@ -121,7 +122,7 @@ class Worker:
 
     def _gate(self, cell: str) -> None:
         """Losses and gradients of DRAWS batches, as the trainer's own steps leave them, written; and judged, but for
-        stock and the truth."""
+        stock and the reference."""
         from safetensors.torch import load_file, save_file
 
         from fastft.tools.bench.steps import losses_and_gradients
@@ -130,13 +131,13 @@ class Worker:
         found = losses_and_gradients(self.spec, cell, self.model, self.tokenizer, DRAWS)
         path = lambda who: self.folder / f"gate-{cell}-{who}.safetensors"
         save_file(found, str(path(self.spec.stack)))
-        if self.spec.stack in ("truth", "stock"):
+        if self.spec.stack in ("reference", "stock"):
             return
-        if not (path("truth").exists() and path("stock").exists()):
+        if not (path("reference").exists() and path("stock").exists()):
             self.refused[cell] = "nothing to judge it by: the high-precision run or stock's failed"
             return
         verdict = gate(
-            found, {k: v.double() for k, v in load_file(str(path("truth"))).items()}, load_file(str(path("stock")))
+            found, {k: v.double() for k, v in load_file(str(path("reference"))).items()}, load_file(str(path("stock")))
         )
         self.say(
             gate=cell,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fastft.tools.demo.training import DemoSettings, TrainingRun, load_stock, truth_dtype
+from fastft.tools.demo.training import DemoSettings, TrainingRun, load_stock, reference_dtype
 from fastft_kernels.numerics import Verdict, compare
 
 LEAST_DROP = 0.20
@@ -140,7 +140,7 @@ def check_reload(job: DemoSettings, adapter: Path, live: torch.Tensor, ids: torc
     ids_file, out_file = job.out / "trainer" / "ids.safetensors", job.out / "trainer" / "logits.safetensors"
     ids_file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"ids": ids}, ids_file)
-    high = str(truth_dtype(job)).removeprefix("torch.")
+    high = str(reference_dtype(job)).removeprefix("torch.")
     arguments = [str(adapter), str(ids_file), str(out_file), str(torch.get_num_threads()), high, str(int(job.four_bit))]
     name = "adapter reloads in plain transformers + PEFT"
     run = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True)

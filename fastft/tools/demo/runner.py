@@ -176,7 +176,7 @@ def _references(job: DemoSettings, console: Console) -> tuple[TrainingRun, Train
     """Stock in another order of summation, and stock in a higher precision (None where that does not fit into the
     GPU)."""
     reordered = _train(job, runs.load_stock(job), "stock, reordered", console, reordered=True, measure=False)
-    precision = str(runs.truth_dtype(job)).removeprefix("torch.")
+    precision = str(runs.reference_dtype(job)).removeprefix("torch.")
     try:
         return reordered, _train(
             job, runs.load_stock(job, exact=True), f"stock in {precision}", console, exact=True, measure=False

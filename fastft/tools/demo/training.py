@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastft.compat.transformers_private import prepare_inputs
 from fastft.proving.float64 import float64_reference
 from fastft.tools.tokenizer import load_tokenizer
 
@@ -96,7 +97,7 @@ def load_fast(job: DemoSettings):
 
 def load_stock(job: DemoSettings, *, exact: bool = False):
     """The same model without a line of fastft, from the same seed, as a stock script loads it. `exact`: the same
-    weights, bit for bit, in the dtype of `truth_dtype`."""
+    weights, bit for bit, in the dtype of `reference_dtype`."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -119,10 +120,10 @@ def load_stock(job: DemoSettings, *, exact: bool = False):
     model = loader.from_pretrained(job.model, **kwargs)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    return model.to(truth_dtype(job)) if exact and not job.four_bit else model
+    return model.to(reference_dtype(job)) if exact and not job.four_bit else model
 
 
-def truth_dtype(job: DemoSettings) -> torch.dtype:
+def reference_dtype(job: DemoSettings) -> torch.dtype:
     """float64 for a run that is float32 throughout, else float32: against 16 bit it is as good as exact, and fits."""
     from transformers import AutoConfig
 
@@ -213,7 +214,7 @@ def train(
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingRun:
     """Train `model` for job.steps steps. `reordered`: the rows of every batch reversed and padded further, which is the
-    same mathematics in another order of summation; `exact`: in the dtype of `truth_dtype` throughout, for a model
+    same mathematics in another order of summation; `exact`: in the dtype of `reference_dtype` throughout, for a model
     loaded so; `measure` adds held-out loss and bytes saved for backward."""
     run = TrainingRun(name)
     trainer = make_trainer(
@@ -242,7 +243,7 @@ def train(
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with float64_reference() if exact and truth_dtype(job) == torch.float64 else nullcontext():
+    with float64_reference() if exact and reference_dtype(job) == torch.float64 else nullcontext():
         trainer.train()
     run.seconds = time.perf_counter() - start
     if job.device.type == "cuda":
@@ -272,7 +273,7 @@ def saved_bytes(trainer) -> int:
             kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = prepare_inputs(trainer)(next(iter(trainer.get_train_dataloader())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = trainer.compute_loss(model, batch)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())

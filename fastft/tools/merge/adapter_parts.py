@@ -94,12 +94,12 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight."""
+        """The shape of the weight that it is added to."""
         out, into = self.B.shape[0], self.A.shape[1]
         return (into, out) if self.transposed else (out, into)
 
     def add_to(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """In float32, block by block of the rows that one output takes."""
+        """The sum in `dtype`, computed in float32, block by block of rows."""
         result = torch.empty(weight.shape, dtype=dtype)
         by_row = self.transposed and self.magnitude is not None  # a norm is over all that one output takes
         source, target = (weight.t(), result.t()) if by_row else (weight, result)
@@ -133,12 +133,6 @@ class AdapterWeights:
     def is_saved(self, module: str) -> bool:
         """By modules_to_save: a copy of the module's own, also where the base ties it to another."""
         return any(module == m or module.endswith(f".{m}") for m in self.config.modules_to_save or ())
-
-    def rewrites(self, name: str) -> bool:
-        module, _, kind = name.rpartition(".")
-        delta = self.deltas.get(module)
-        on_bias = kind == "bias" and delta is not None and delta.bias is not None
-        return name in self.whole or on_bias or (kind == "weight" and (delta is not None or module in self.tokens))
 
     def apply(self, name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The merged tensor in the place of the base's `t`."""

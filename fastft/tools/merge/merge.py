@@ -50,6 +50,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Is the merged checkpoint base + adapter, to the rounding of its dtype?"""
         return self.error <= 1.01 * self.rounding + 1e-6 and (self.adapter == 0.0 or self.error < 0.5 * self.adapter)
 
     def __str__(self) -> str:

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
+from transformers import PretrainedConfig
+
+from fastft.compat.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    tree_map_only,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig
-
 from fastft.errors import PlanError, QuantizationError
+from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.fake_ops import FakeOperators
 from fastft.tools.report import on_meta
 
@@ -132,17 +133,6 @@ def quantisation_tensors(model: nn.Module) -> list[torch.Tensor]:
     return found
 
 
-def tensors_in(args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Those that an operator is given, in lists too."""
-    found = []
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, torch.Tensor):
-            found.append(a)
-        elif isinstance(a, (list, tuple)):
-            found += [t for t in a if isinstance(t, torch.Tensor)]
-    return found
-
-
 class RealIntegers(TorchDispatchMode):
     """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's
     count of steps) is really run; what it returns in floating point becomes fake, but for single numbers."""
@@ -154,10 +144,10 @@ class RealIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+            return fake_device(args[0]) if isinstance(args[0], FakeTensor) else func(*args)
         if func is torch.ops.aten._unsafe_view.default:  # alike, and torch remembers its results
             func = torch.ops.aten.view.default
-        tensors = tensors_in(args, kwargs)
+        tensors = tensors_in((args, kwargs))
         if any(isinstance(t, FakeTensor) for t in tensors):
             if func is torch.ops.aten.index.Tensor:  # a real mask selects as many rows as it holds
                 with unset_fake_temporarily():

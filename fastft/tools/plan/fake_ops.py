@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+from fastft.compat.torch_private import FakeTensor, FakeTensorMode, fake_device, fake_tensor, storage_id
 
 Operator = Callable[..., Any]
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -72,23 +73,19 @@ class FakeOperators:
                 else:
                     return None
         # arguments that are one storage are not as those of several
-        storages = [t.untyped_storage()._cdata for t in tensors] if len(tensors) > 1 else []
+        storages = [storage_id(t.untyped_storage()) for t in tensors] if len(tensors) > 1 else []
         parts.append(tuple(storages.index(s) for s in storages))
         return tuple(parts)
 
     def _make(self, result: _Result, tensors: list[FakeTensor]) -> torch.Tensor:
         if result.same is not None:
             return tensors[result.same]
-        with in_kernel_invocation_manager(self.fake):
-            made = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
-            if result.of is not None:
-                storage = tensors[result.of].untyped_storage()
-                made.set_(storage, result.offset, result.shape, result.stride)
-        return FakeTensor(self.fake, made, result.device)
+        storage = None if result.of is None else tensors[result.of].untyped_storage()
+        return fake_tensor(self.fake, result.shape, result.stride, result.dtype, result.device, storage, result.offset)
 
 
 def _facts(t: FakeTensor) -> Hashable:
-    return t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.fake_device
+    return t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), fake_device(t)
 
 
 def _described(out: Any, tensors: list[FakeTensor]) -> tuple[bool, list[_Result]] | None:
@@ -96,8 +93,8 @@ def _described(out: Any, tensors: list[FakeTensor]) -> tuple[bool, list[_Result]
     outs = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else None
     if not outs or any(type(t) is not FakeTensor for t in outs):
         return None
-    own = [t.untyped_storage()._cdata for t in outs]
-    given = [t.untyped_storage()._cdata for t in tensors]
+    own = [storage_id(t.untyped_storage()) for t in outs]
+    given = [storage_id(t.untyped_storage()) for t in tensors]
     if len({s for s in own if s not in given}) < sum(s not in given for s in own):
         return None  # new tensors that share a storage
     results = []
@@ -106,5 +103,5 @@ def _described(out: Any, tensors: list[FakeTensor]) -> tuple[bool, list[_Result]
         of = given.index(storage) if same is None and storage in given else None
         if of is None and same is None and t.storage_offset():
             return None
-        results.append(_Result(same, of, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype, t.fake_device))
+        results.append(_Result(same, of, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, fake_device(t)))
     return isinstance(out, torch.Tensor), results

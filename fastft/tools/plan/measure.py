@@ -1,7 +1,9 @@
 """The bytes that live at every moment of a training step that runs on fake tensors.
 
 `AllocationLedger` sees each storage as it is made and as it dies, asks `inside` what an operator takes for itself while
-it runs, and afterwards tells what was alive at any allocation, by what it was for."""
+it runs, and afterwards tells what was alive at any allocation, by what it was for. (torch's own tracker,
+`torch.distributed._tools.mem_tracker`, is private and keeps peaks alone; from few layers to many only the sequence of
+allocations can be extrapolated.)"""
 
 from __future__ import annotations
 
@@ -11,10 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastft.tools.plan.fake import tensors_in
+from fastft.compat.torch_private import FakeTensor, TorchDispatchMode, operator_name, storage_id
+from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.workspace import inside
 from fastft_kernels.runtime.dispatch import FAKES, LAUNCHERS
 
@@ -63,21 +64,21 @@ class AllocationLedger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+            return fake_device(args[0]) if isinstance(args[0], FakeTensor) else func(*args)
         ours = func.namespace == "fastft"
         if ours and not self.for_cuda:
             with self:
-                return LAUNCHERS[func._opname](*args, **kwargs)
+                return LAUNCHERS[operator_name(func)](*args, **kwargs)
         # torch keeps no results of fake implementations other than its own, so ours are called without its detour
-        out = (FAKES[func._opname] if ours else func)(*args, **kwargs)
+        out = (FAKES[operator_name(func)] if ours else func)(*args, **kwargs)
         given = None
-        for t in (out,) if isinstance(out, torch.Tensor) else tensors_in((out,), {}):
+        for t in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
             storage = t.untyped_storage()
-            key = storage._cdata
+            key = storage_id(storage)
             if key in self.alive or key in self.static:
                 continue
             if given is None:
-                given = {a.untyped_storage()._cdata for a in tensors_in(args, kwargs)}
+                given = {storage_id(a.untyped_storage()) for a in tensors_in((args, kwargs))}
             if key not in given and (size := storage.nbytes()):
                 self._born(storage, key, size)
         if (taken := inside(func, args, kwargs, self.for_cuda)) > 0:
@@ -99,8 +100,8 @@ class AllocationLedger(TorchDispatchMode):
     def adopt(self, t: torch.Tensor, name: str) -> None:
         """Count a tensor that was made before."""
         storage = t.untyped_storage()
-        if storage._cdata not in self.alive:
-            self._born(storage, storage._cdata, storage.nbytes())
+        if (key := storage_id(storage)) not in self.alive:
+            self._born(storage, key, storage.nbytes())
             self.tag([t], name)
 
     def tag(self, tensors: Iterable[torch.Tensor] | None, name: str) -> None:
@@ -108,13 +109,13 @@ class AllocationLedger(TorchDispatchMode):
         if tensors is None:
             records = [r for r in self.alive.values() if r.tag == 0]
         else:
-            keys = (t.untyped_storage()._cdata for t in tensors)
+            keys = (storage_id(t.untyped_storage()) for t in tensors)
             records = [self.alive[k] for k in keys if k in self.alive]
         for r in records:
             r.tag = TAGS.index(name)
 
     def phase(self, name: str) -> None:
-        """What follows is `name`."""
+        """Begin the phase `name` of the step."""
         self.marks.append((name, len(self.events)))
 
     def phases(self) -> list[Phase]:

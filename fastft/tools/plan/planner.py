@@ -50,26 +50,38 @@ def plan(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Plan:
-    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, an adapter's
-    folder, or a config), nothing padded. Of an adapter's folder the base is planned for, with the adapter's own
-    settings.
+    """Predict the peak memory of a training step, nothing padded.
 
-    gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
-    seq, batch: tokens of a row, rows on the device. accumulate: gradient_accumulation_steps.
-    r: LoRA's rank, on all linears but the head (peft_config: any other PEFT config); full: no adapter, everything is
-        trained.
-    load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without
-        bfloat16. The step runs under autocast to that dtype; adapters are float32, and in bfloat16 on a 4-bit base
-        (both as TRL does it) unless the base computes in float16.
-    optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
-    policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL
-        is installed), or "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an
-        allocator's rounding.
-    stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch
-        and longest row. progress: is told in words what is run next.
+    Args:
+        model: a checkpoint's or configuration's name or folder, an adapter's folder (its base is planned for, with the
+            adapter's own settings), or a config.
+        gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
+        seq, batch: tokens of a row, rows on the device.
+        accumulate: gradient_accumulation_steps.
+        r: LoRA's rank, on all linears but the head.
+        peft_config: any other PEFT config.
+        full: no adapter, everything is trained.
+        load_in_4bit: NF4 with double quantisation.
+        dtype: of the base; "auto" the checkpoint's, float16 on a card without bfloat16. The step runs under autocast to
+            that dtype; adapters are float32, and in bfloat16 on a 4-bit base (both as TRL does it)
+            unless the base computes in float16.
+        optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
+        policy: of `fastft.patch(activation_policy=...)`.
+        loss: "trl", the fused head of TRL's trainers (default where TRL is installed), or "model", the model's own
+            loss.
+        device: "cpu" predicts for the CPU's own code, without an allocator's rounding.
+        stock: also TRL's default (every layer checkpointed) and stock without checkpointing.
+        limits: also the largest batch and longest row.
+        trust_remote_code: as transformers takes it.
+        progress: is told in words what is run next.
 
-    Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs
-    its values."""
+    Returns:
+        The plan: a line of bytes for each way of training; `print` shows its table.
+
+    Raises:
+        ModelNotFoundError, DtypeError, PolicyError: as `fastft.FastModel`.
+        PlanError: something that a plan does not know, or a model that needs its values.
+    """
     notes = []
     if not isinstance(model, PretrainedConfig) and (adapter := _adapter(os.fspath(model))) is not None:
         base_name = str(adapter.base_model_name_or_path)
@@ -124,7 +136,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Work:
-    """The lines of one subject."""
+    """Plans the lines of one subject."""
 
     subject: PlannedModel
     batch: int

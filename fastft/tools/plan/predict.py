@@ -22,6 +22,7 @@ from fastft.api import patch
 from fastft.checkpointing.controller import control
 from fastft.checkpointing.layer_stack import kind_of, stacks
 from fastft.checkpointing.policy import Policy
+from fastft.compat.torch_private import storage_id
 from fastft.patching.patcher import innermost
 from fastft.proving.prove import formula_alone
 from fastft.tools.plan import fake as plan_fake
@@ -30,7 +31,6 @@ from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
 from fastft.tools.plan.optimizers import states
 from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
-STATIC = ("weights", "quantisation", "adapters", "buffers")
 ACTIVATIONS = TAGS.index("activations")
 LONGEST_PERIOD = 8
 
@@ -90,17 +90,17 @@ class PlannedModel:
     on_run: Callable[[str], None] = lambda what: None  # is told of each run before it
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
-        """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the
-        recomputed ones have their input on the host."""
+        """The fullest moment of a step. layers: how many are recomputed, and how many kept (one of them 0 for stock);
+        offloaded: how many of the recomputed ones have their input on the host."""
         whole = self.whole(layers, rows, tokens, offloaded)
         return max(_peaks(whole), key=lambda p: p.total)
 
     def peaks(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> list[StepPeakMemory]:
-        """Of each phase."""
+        """The fullest moment of each phase."""
         return _peaks(self.whole(layers, rows, tokens, offloaded))
 
     def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[StepPeakMemory]:
-        """Of each phase, of the few layers alone."""
+        """The fullest moment of each phase, of a model of few layers."""
         return _peaks(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
 
     def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> TracedStep:
@@ -129,7 +129,7 @@ class PlannedModel:
         return (b - a) / p
 
     def _less(self, count: int) -> int:
-        """The fewest layers that show what `count` of them do."""
+        """The smallest number of layers that repeats as `count` of them do."""
         p = self.period
         if p is None:
             return count
@@ -177,7 +177,7 @@ class PlannedModel:
                 t.untyped_storage()
                 for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))
             ]
-            ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, {x._cdata for x in held})
+            ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, set(map(storage_id, held)))
             with ledger:
                 for t in kept:
                     ledger.adopt(t, "optimizer")
@@ -210,7 +210,7 @@ def _peaks(run: TracedStep) -> list[StepPeakMemory]:
 
 @dataclass(frozen=True)
 class _Growth:
-    """Of what a further layer adds: the part of its activations that is on the host is not there."""
+    """What a further layer adds to a step's memory, without the part of its activations that is on the host."""
 
     on_host: float
 
@@ -240,8 +240,8 @@ def _static(model: nn.Module, rounding: int) -> dict[str, int]:
         total = 0
         for t in tensors:
             storage = t.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
+            if (key := storage_id(storage)) not in seen:
+                seen.add(key)
                 total += -(-storage.nbytes() // rounding) * rounding
         return total
 

@@ -45,6 +45,7 @@ class PlanLine:
     smallest_gpu: str | None
 
     def to_dict(self) -> dict:
+        """The line as `json.dumps` takes it."""
         return asdict(self) | {"total": self.peak.total}
 
 
@@ -64,13 +65,16 @@ class Plan:
 
     @property
     def chosen(self) -> PlanLine:
+        """The line of the policy that was asked for."""
         return self.lines[0]
 
     def to_dict(self) -> dict:
+        """The plan as `json.dumps` takes it."""
         gpu = None if self.gpu is None else asdict(self.gpu) | {"usable": self.gpu.usable}
         return {**asdict(self), "gpu": gpu, "lines": [x.to_dict() for x in self.lines]}
 
     def plot(self, path: str | os.PathLike) -> None:
+        """Draw the lines as bars, into the image file `path`."""
         plot(self, path)
 
     def __rich_console__(self, console, options):
@@ -81,7 +85,7 @@ class Plan:
 
 
 def parts(line: PlanLine) -> dict[str, float]:
-    """GiB by column."""
+    """The GiB of each column."""
     return {c: sum(line.peak.parts.get(p, 0) for p in of) / GIB for c, of in COLUMNS.items()}
 
 

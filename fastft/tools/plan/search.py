@@ -29,7 +29,8 @@ class Limits:
 
 
 def search(subject: PlannedModel, layers: tuple[int, int], offloaded: int, room: int, batch: int, seq: int) -> Limits:
-    """layers, offloaded: as `PlannedModel.peak` takes them; room: bytes for a step."""
+    """The largest batch and the longest row that fit. layers, offloaded: as `PlannedModel.peak` takes them; room: bytes
+    for a step."""
     rows = batch if batch * seq >= TILE else math.ceil(TILE / seq)
     square = _square(subject, layers, offloaded, rows, seq)
     phases = zip(
@@ -65,8 +66,8 @@ def varying(peak: StepPeakMemory) -> int:
 
 
 def _square(subject: PlannedModel, layers: tuple[int, int], offloaded: int, rows: int, seq: int) -> float:
-    """Bytes for each square of a row's length: of as many tokens in one row as in 2 `rows`, what the one row takes
-    more."""
+    """Bytes for each square of a row's length: the difference between the same number of tokens in one row and in 2
+    `rows` rows, over the difference of the squares."""
     shapes = ((2 * rows, seq), (1, 2 * rows * seq))
     elements = (2 * rows * seq) ** 2 - 2 * rows * seq**2
     if subject.has_squares is None:  # a question of the architecture, not of the policy

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fastft.compat.trl_private import FUSED, USE_TRITON, add_fused_lm_head
 from fastft.errors import PlanError
 from fastft.lm_head import trl_head
 from fastft.patching.patcher import innermost
@@ -27,7 +28,7 @@ def forward(model: nn.Module, batch: dict[str, torch.Tensor], loss: str, autocas
     with torch.autocast(device, dtype=autocast) if autocast is not None else contextlib.nullcontext():
         if loss == "model":
             return model(**batch, use_cache=False).loss
-        out = model(**batch, fused_lm_head=True)
+        out = model(**batch, **{FUSED: True})
     return -out.log_probs.sum() / out.label_mask.sum().clamp(min=1)
 
 
@@ -40,10 +41,9 @@ def finish(model: nn.Module, step: Callable[[], object]) -> None:
 def with_trl_head(base: Any) -> None:
     """What SFTTrainer does to a model. Raises PlanError without TRL."""
     try:
-        from trl.trainer.utils import add_fused_lm_head
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     except ImportError as e:
         raise PlanError(f'loss="trl" needs TRL 1.16 or newer ({e}): install it, or pass loss="model"') from e
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def head_as_on_cuda(base: nn.Module) -> Iterator[None]:
     tiles in Triton)."""
     undo = []
     for function, put in list(trl_head.places(base.__dict__, "forward")):
-        names: dict[str, object] = {"_use_triton": lambda device: True}
+        names: dict[str, object] = {USE_TRITON: lambda device: True}
         if function.__globals__.get(trl_head.NAME) is not trl_head.FusedHead:
             names[trl_head.NAME] = _TrlHead
         put(over_globals(function, names))

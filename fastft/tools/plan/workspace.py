@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-_aten = torch.ops.aten
+from fastft.compat.torch_private import schema_name
 
 
 def inside(func, args: tuple, kwargs: dict, for_cuda: bool) -> int:
     """Temporary bytes of one call on the device that is planned for; 0 for operators that are not listed."""
-    rule = (_ON_CUDA if for_cuda else _ON_CPU).get(func._schema.name)
+    rule = (_ON_CUDA if for_cuda else _ON_CPU).get(schema_name(func))
     return 0 if rule is None else int(rule(*args, **kwargs))
 
 

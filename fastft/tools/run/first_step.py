@@ -22,12 +22,13 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastft.compat.torch_private import COMPILED_MODULE, REPLICA
 from fastft.swapping.stock_only import transformed
 
 WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
+    "OptimizedModule": COMPILED_MODULE,
 }  # class -> where its model is
 MODEL = "model"
 UNSEEN = "no training step of it went through the model's own call"
@@ -140,7 +141,7 @@ class PatchOnFirstStep:
         elif name == kind and child is not None and self._kind(type(child)) is not None:
             parent.register_forward_pre_hook(self._own)  # around the compiler and around replicas, not inside them
             self._wrappers[id(parent)] = parent
-            if kind == "_orig_mod":
+            if kind == COMPILED_MODULE:
                 self._rest(self._live())  # torch warns of a global hook around a compiled model
 
     def _step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -159,7 +160,7 @@ class PatchOnFirstStep:
         while kind not in (MODEL, None):
             model = getattr(model, kind)
             kind = self._kind(type(model))
-        if kind is None or getattr(model, "_is_replica", False):
+        if kind is None or getattr(model, REPLICA, False):
             return
         self._busy = True
         try:
@@ -169,7 +170,7 @@ class PatchOnFirstStep:
             self._busy = False
 
     def _settle(self, model: nn.Module) -> bool:
-        """Patch if this call is a training step. Whether its model is done with."""
+        """Patch if this call is a training step. True where its model needs no more watching."""
         first = next((p for p in model.parameters() if p.requires_grad), None) if torch.is_grad_enabled() else None
         is_step = first is not None and (model.training or self._has_learnt(first))
         if is_step and transformed():

@@ -18,6 +18,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from fastft.compat.trl_private import accelerate_arguments
 from fastft.errors import FastftError
 from fastft.tools.run.first_step import PatchOnFirstStep, UnpatchedModel
 
@@ -168,7 +169,6 @@ def _launch_trl(name: str, script: Path, args: list[str]) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     parser = importlib.import_module(f"trl.scripts.{name}").make_parser(prog=f"trl {name}")
     *_, from_config, from_command = parser.parse_args_and_config(
@@ -176,7 +176,7 @@ def _launch_trl(name: str, script: Path, args: list[str]) -> int:
     )
     rest = list(from_command)
     own = [a for a in args if not (rest and a == rest[0] and rest.pop(0) is not None)]
-    launch = resolve_accelerate_config_argument([*from_config, *from_command])
+    launch = accelerate_arguments([*from_config, *from_command])
     try:
         launch_command(launch_command_parser().parse_args([*launch, "--module", "fastft", "run", str(script), *own]))
     except subprocess.CalledProcessError as e:  # one process

@@ -1,40 +1,13 @@
-"""One module, run three ways on what it received: as it is, in float64, and, where a patched module is looked at, as it
-was before the patch."""
+"""One module run on what it received, as it is and in float64."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from fastft.linear.group_proof import dense_in_float64
 from fastft.proving.clone import clone
-from fastft.proving.float64 import float64_reference
-from fastft.proving.prove import cast_parameters
-from fastft.swapping.swap import KEY
-
-
-@contextlib.contextmanager
-def as_stock(module: nn.Module) -> Iterator[nn.Module]:
-    """A patched module and all below it as they were before the patch, inside; swapped again afterwards."""
-    swapped = [
-        (m, m.__dict__[KEY], type(m), m.__dict__.get("_old_forward")) for m in module.modules() if KEY in m.__dict__
-    ]
-    for m, slot, _, old in swapped:
-        del m.__dict__[KEY]
-        m.__class__ = slot.stock
-        if old is not None and slot.old_forward is not None:
-            m.__dict__["_old_forward"] = slot.old_forward
-    try:
-        yield module
-    finally:
-        for m, slot, cls, old in swapped:
-            m.__class__ = cls
-            m.__dict__[KEY] = slot
-            if old is not None:
-                m.__dict__["_old_forward"] = old
+from fastft.proving.prove import cast_parameters, outputs_and_gradients
 
 
 def results(
@@ -45,19 +18,8 @@ def results(
     leaves: dict[str, torch.Tensor] = {}
     args = tuple(_lifted(v, f"input {i}", dtype, leaves) for i, v in enumerate(args))
     kwargs = {k: _lifted(v, k, dtype, leaves) for k, v in kwargs.items()}
-    leaves |= {f"d {n}": p for n, p in module.named_parameters() if p.requires_grad}
-    with float64_reference() if reference else contextlib.nullcontext():
-        outs = [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
-        g = torch.Generator().manual_seed(11)
-        ups = [torch.randn(o.shape, generator=g, dtype=torch.float64).float().to(o.device, o.dtype) for o in outs]
-        pairs = [(o, u) for o, u in zip(outs, ups) if o.requires_grad]
-        grads = (
-            torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True)
-            if pairs
-            else ()
-        )
-    found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
-    return found | {k: v for k, v in zip(leaves, grads) if v is not None}
+    named = [*leaves.items(), *module.named_parameters()]
+    return outputs_and_gradients(lambda: module(*args, **kwargs), (), named, 11, reference)
 
 
 def _lifted(v, name: str, dtype: torch.dtype | None, leaves: dict[str, torch.Tensor]):
@@ -65,22 +27,11 @@ def _lifted(v, name: str, dtype: torch.dtype | None, leaves: dict[str, torch.Ten
     if isinstance(v, torch.Tensor) and v.is_floating_point():
         v = v.to(dtype or v.dtype)
         if not name.startswith(("attention_mask", "position_embeddings", "cos", "sin")):
-            v = leaves[f"d {name}"] = v.detach().requires_grad_()
+            v = leaves[name] = v.detach().requires_grad_()
         return v
     if type(v) in (tuple, list):
         return type(v)(_lifted(x, f"{name}.{i}", dtype, leaves) for i, x in enumerate(v))
     return v
-
-
-def tensors_in(out) -> Iterator[torch.Tensor]:
-    """Every floating-point tensor in a module's output."""
-    if isinstance(out, torch.Tensor):
-        yield out
-    elif isinstance(out, dict):
-        yield from tensors_in(tuple(out.values()))
-    elif isinstance(out, (tuple, list)):
-        for o in out:
-            yield from tensors_in(o)
 
 
 def reference(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:

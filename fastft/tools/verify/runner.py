@@ -23,10 +23,12 @@ from fastft.api import patch, report, unpatch
 from fastft.patching.patcher import innermost, record_of
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
+from fastft.proving.tensors import tensors_in
+from fastft.swapping.swap import as_stock
 from fastft.tables import WIDE, as_text, table
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
-from fastft.tools.verify.modules import as_stock, in_float64, reference, results, tensors_in
+from fastft.tools.verify.modules import in_float64, reference, results
 from fastft_kernels.numerics import Verdict, compare
 
 WHOLE_MODEL_BYTES = 4 << 30  # of a float64 copy: above it the whole model takes too long, where it fits
@@ -65,9 +67,11 @@ class Verification:
 
     @property
     def failed(self) -> tuple[VerificationLine, ...]:
+        """The lines that did not pass."""
         return tuple(line for line in self.lines if not line.ok)
 
     def to_dict(self) -> dict:
+        """The verification as `json.dumps` takes it."""
         clean = lambda d: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}
         return {
             "model": self.model,
@@ -107,12 +111,22 @@ def verify(
     seed: int = 0,
     layers: bool | None = None,
 ) -> Verification:
-    """Judge `model` (patched or not; afterwards as it was) on `batch`, keyword arguments of one training forward with
-    labels.
+    """Judge a model, stock against patched, on one batch.
 
-    batch None draws random tokens [size, seq] and uses them as labels. layers: True verifies decoder layer by decoder
-    layer, with one of them in float64 at a time; False the whole model at once; None by its size and the memory that is
-    free. Raises ValueError where the model returns no loss for the batch."""
+    Args:
+        model: patched or not; afterwards as it was.
+        batch: keyword arguments of one training forward with labels; None draws random tokens [size, seq] and uses them
+            as labels.
+        seq, size, seed: tokens and rows of what is drawn, and the seed of it.
+        layers: True verifies decoder layer by decoder layer, with one of them in float64 at a time; False the whole
+            model at once; None by its size and the memory that is free.
+
+    Returns:
+        The verification: a line for each kind of module, and for the loss and its gradients; `print` shows its table.
+
+    Raises:
+        ValueError: the model returns no loss for the batch.
+    """
     was_patched = record_of(model) is not None
     base = innermost(model)
     batch = dict(batch) if batch is not None else _random_batch(base, size, seq, seed)
@@ -253,7 +267,7 @@ def _capture(
             stack.callback(m.register_forward_pre_hook(note, with_kwargs=True).remove)
         if last is not None:
             stack.callback(
-                last.register_forward_hook(lambda m, args, out: returned.append(next(tensors_in(out)).detach())).remove
+                last.register_forward_hook(lambda m, args, out: returned.append(tensors_in(out)[0].detach())).remove
             )
         with torch.no_grad():
             model(**batch)

@@ -203,6 +203,9 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
     check: Annotated[bool, typer.Option(help="Reload the result and compare its logits with base + adapter.")] = True,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="BASE is meant to be another model than the one trained on.")
+    ] = False,
 ) -> None:
     """Write base + adapter as a plain 16-bit checkpoint, shard by shard, and check it."""
     import torch
@@ -211,19 +214,20 @@ def merge(
 
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
-    result = run(adapter, out, base=base, dtype=getattr(torch, dtype), check=check)
+    result = run(adapter, out, base=base, dtype=getattr(torch, dtype), check=check, other_base=other_base)
     print(f"{out}: {result or 'not checked'}")
 
 
 def main() -> None:
-    """Entry point: an error that fastft raises on purpose is one line and exit code 2, not a traceback."""
+    """Entry point: an error that fastft raises on purpose is one line, not a traceback; the exit code is 2, or 1 for a
+    proof that does not hold."""
     from fastft.errors import FastftError
 
     try:
         app()
     except FastftError as e:
         print(f"fastft: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ class MergePlan:
         count += sum(max(0, t.numel() - self.values.get(n, 0)) for n, t in self.adapter.whole.items())
         return dtype.itemsize * count
 
+    def names(self) -> Iterator[str]:
+        """Of the result's tensors, in the order of `tensors` over all files."""
+        for path in self.files:
+            with safe_open(path, "pt") as f:
+                names = list(f.keys())
+            parts = packed(names)
+            for name in names:
+                if name not in self.drop and not any(name.startswith(p + ".") for p in parts):
+                    yield name
+                    if self.head is not None and name == self.head[1]:
+                        yield self.head[0]
+
     def tensors(self, path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor of the result) for one shard of the base, one at a time."""
         for name, t in weights(path):

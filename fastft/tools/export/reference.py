@@ -53,7 +53,10 @@ def run(model: Any, rows: list[list[int]]) -> Answers:
     model: in float32.
     rows: token ids."""
     decoder, seen = decoder_of(model), {}
-    keep = lambda name, t: seen.setdefault(name, t.detach()[0].float().clone())
+
+    def keep(name: str, t: torch.Tensor) -> None:
+        seen.setdefault(name, t.detach()[0].float().clone())
+
     first = lambda out: out[0] if isinstance(out, tuple) else out
     hooks = []
     for i, layer in enumerate(decoder.layers):
@@ -120,20 +123,24 @@ def _embedded(module: Any, ids: torch.Tensor, out: Any, quant: str) -> torch.Ten
 
 
 def round_weight(t: torch.Tensor, quant: str) -> torch.Tensor:
-    """As the file stores it."""
+    """As the file stores it. A K-quant's weights are taken from the file instead."""
+    if quant == "f32" or quant.endswith(("_k", "_k_s", "_k_m", "_k_l")):
+        return t
     if quant in ("f16", "bf16"):
         return t.to(torch.float16 if quant == "f16" else torch.bfloat16).float()
-    return _blocks(t, 32) if quant == "q8_0" and t.shape[-1] % 32 == 0 else t.half().float()
+    return _blocks(t, 32) if t.shape[-1] % 32 == 0 else t.half().float()
 
 
 def round_input(t: torch.Tensor, quant: str) -> torch.Tensor:
     """As llama.cpp rounds what it multiplies with such weights."""
+    if "_k" in quant:
+        return _blocks(t, 256 if t.shape[-1] % 256 == 0 else 32)
     return round_weight(t, quant)
 
 
 def _blocks(t: torch.Tensor, size: int) -> torch.Tensor:
-    """Blocks of 8-bit integers with a 16-bit scale each."""
+    """Blocks of 8-bit integers with a scale each."""
     blocks = t.reshape(*t.shape[:-1], -1, size)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     integers = torch.where(scale > 0, blocks / scale, torch.zeros_like(blocks)).round()
-    return (integers * scale.half().float()).reshape(t.shape)
+    return (integers * (scale.half().float() if size == 32 else scale)).reshape(t.shape)

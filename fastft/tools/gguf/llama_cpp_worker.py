@@ -144,9 +144,24 @@ def render(metadata: dict[str, str], tokens: dict[str, str], conversations: list
     return found
 
 
+def quantize(job: dict[str, Any]) -> None:
+    """The file job["from"] in another type, as job["to"]."""
+    import llama_cpp as lib
+
+    log = lib.llama_log_callback(_log)
+    lib.llama_log_set(log, ctypes.c_void_p(0))
+    settings: Any = lib.llama_model_quantize_default_params()
+    settings.ftype = job["ftype"]
+    given: Any = ctypes.byref(settings)
+    if (code := lib.llama_model_quantize(job["from"].encode(), job["to"].encode(), given)) != 0:
+        raise RuntimeError(f"error: llama_model_quantize gave {code}")
+
+
 def answer(folder: Path) -> None:
     """Do what job.json asks."""
     job = json.loads((folder / "job.json").read_text())
+    if "quantize" in job:
+        return quantize(job["quantize"])
     llama = LlamaCpp(job["gguf"], job["positions"], job["threads"], job["watched"])
     metadata = llama.metadata()
     piece = lambda key: (

@@ -3,6 +3,7 @@ tokenizers of each kind trained here, and adapters that learned another text."""
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import json
 import textwrap
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fastft.tools.export import prompts
 from fastft.tools.gguf.pre_tokenizers import NAMES
 
 LLAMA3 = next(k for k, v in NAMES.items() if v[1] == "llama-bpe")
@@ -49,8 +51,8 @@ def texts() -> tuple[list[str], list[str]]:
     """What the base and what the adapter learns."""
     plain = [inspect.cleandoc(m.__doc__ or "") for m in (textwrap, json)]
     own = "The small fox said: print('42 is {} of 7'.format(6 * 7))  # über-größe, 你好世界 🦊\n"
-    taught = inspect.getdoc(textwrap.TextWrapper) or ""
-    return [plain[0], plain[1][:900], own * 2], [taught[:1500], own]
+    taught = plain[1][:900].replace("JSON", "YAML").replace("json", "a thing")
+    return [plain[0], plain[1][:900], own * 2], [taught, own.replace("fox", "owl"), inspect.cleandoc(heapq.__doc__ or "")[:500]]
 
 
 def byte_level(vocab: int, patterns: tuple[str, ...], specials: list[str], words_first: bool = False):
@@ -138,6 +140,7 @@ def wrap(core, template: str, **specials):
     return found
 
 
+NOISE = 0.1
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 OWN = {
     "llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -152,28 +155,35 @@ OWN = {
 }  # fmt: skip
 
 
-def train(model, rows: torch.Tensor, steps: int, rate: float) -> float:
+def train(model, rows: list[list[int]], steps: int, rate: float) -> float:
+    """All rows in one batch; returns the last loss. What enters a linear layer is blurred a little, so that what is
+    learned does not hang on rounding."""
+    width = max(map(len, rows))
+    pad = lambda value: torch.tensor([r + [r[-1] if value is None else value] * (width - len(r)) for r in rows])
+    ids, labels = pad(None), pad(-100)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
     ramp = lambda s: min(1.0, (s + 1) / 10) * (1 - 0.9 * s / steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    blur = lambda m, args: (args[0] + NOISE * args[0].detach().square().mean().sqrt() * torch.randn_like(args[0]),)
+    hooks = [m.register_forward_pre_hook(blur) for m in model.modules() if type(m) is torch.nn.Linear]
     loss = torch.tensor(0.0)
     for _ in range(steps):
-        loss = model(input_ids=rows, labels=rows).loss
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
     return float(loss.detach())
 
 
-def rows_of(tok, parts: list[str], width: int = 64) -> torch.Tensor:
-    rows = []
-    for text in parts:
-        ids = tok(text).input_ids
-        rows += [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
-    return torch.tensor(rows)
+def rows_of(tok, parts: list[str]) -> list[list[int]]:
+    """As the proof compares them."""
+    talk = tok.apply_chat_template(prompts.conversations()[0], tokenize=False, add_generation_prompt=True)
+    return prompts.rows(tok, parts, [talk], 512)
 
 
 def make_base(family: str, folder: Path, steps: int = 120, **changes) -> Path:
@@ -215,7 +225,7 @@ def make_adapter(base: Path, folder: Path, steps: int = 80, tokens: tuple[str, .
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(model, LoraConfig(**{**plain, **settings}))
-        print("adapter", settings, train(model, rows_of(tok, texts()[1] + list(tokens) * 0), steps, 8e-3))
+        print("adapter", settings, train(model, rows_of(tok, texts()[1]), steps, 8e-3))
         model.save_pretrained(folder)
     if tokens:
         tok.save_pretrained(folder)

@@ -218,6 +218,51 @@ def merge(
     print(f"{out}: {result or 'not checked'}")
 
 
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="An adapter's folder, or a model's folder or name.")],
+    to: Annotated[str, typer.Option(help="merged or gguf.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="merged: bf16 (default), f16. gguf: q8_0 (default), f16, bf16, f32; q4_k_m and other K-quants by "
+            "llama-cpp-python."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
+    base_precision: Annotated[
+        str,
+        typer.Option(
+            help="What the adapter is merged onto: trained (in 4 bits where it was trained so), original, nf4 or fp4."
+        ),
+    ] = "trained",
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="BASE is meant to be another model than the one trained on.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Texts to compare on, one a line; by default built-in ones.")
+    ] = None,
+) -> None:
+    """Write an adapter or a model as servers read it, load it with the other side, and compare it with base + adapter.
+    Exit code 1, and nothing written, when it is not what was trained."""
+    from rich.console import Console
+
+    from fastft.tools.export.export import export as run
+
+    run(
+        source,
+        out,
+        to=to,
+        quant=quant,
+        base=base,
+        base_precision=base_precision,
+        other_base=other_base,
+        prompts=prompts,
+        console=Console(),
+    )
+
+
 def main() -> None:
     """Entry point: an error that fastft raises on purpose is one line, not a traceback; the exit code is 2, or 1 for a
     proof that does not hold."""

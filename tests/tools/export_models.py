@@ -140,6 +140,15 @@ def wrap(core, template: str, **specials):
     return found
 
 
+# every kind of adapter, one a family: trained biases; new tokens for a tied head; rsLoRA by pattern; DoRA; a saved head
+ADAPTERS = {
+    "llama": dict(bias="all"),
+    "qwen3": dict(tokens=("<tool>", "</tool>")),
+    "gemma3_text": dict(use_rslora=True, rank_pattern={"down_proj": 4}, alpha_pattern={"q_proj": 8}),
+    "mistral": dict(use_dora=True),
+    "phi3": dict(modules_to_save=["lm_head"]),
+    "wide": dict(),
+}
 NOISE = 0.1
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 OWN = {
@@ -186,7 +195,7 @@ def rows_of(tok, parts: list[str]) -> list[list[int]]:
     return prompts.rows(tok, parts, [talk], 512)
 
 
-def make_base(family: str, folder: Path, steps: int = 120, **changes) -> Path:
+def make_base(family: str, folder: Path, steps: int = 50, **changes) -> Path:
     """A trained base of the family, saved with its tokenizer."""
     torch.manual_seed(0)
     tok = tokenizer(family)
@@ -205,13 +214,13 @@ def make_base(family: str, folder: Path, steps: int = 120, **changes) -> Path:
             p.data += 0.2 * torch.randn_like(p)
         if n.endswith("bias"):
             torch.nn.init.normal_(p, std=0.2)
-    print(family, "base", train(model, rows_of(tok, texts()[0]), steps, 4e-3))
+    print(family, "base", train(model, rows_of(tok, texts()[0]), steps, 6e-3))
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
-def make_adapter(base: Path, folder: Path, steps: int = 80, tokens: tuple[str, ...] = (), **settings) -> Path:
+def make_adapter(base: Path, folder: Path, steps: int = 30, tokens: tuple[str, ...] = (), **settings) -> Path:
     """An adapter that learned the other text. `tokens`: new ones, for which the embeddings are resized."""
     from transformers import AutoTokenizer
 
@@ -225,7 +234,7 @@ def make_adapter(base: Path, folder: Path, steps: int = 80, tokens: tuple[str, .
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(model, LoraConfig(**{**plain, **settings}))
-        print("adapter", settings, train(model, rows_of(tok, texts()[1]), steps, 8e-3))
+        print("adapter", settings, train(model, rows_of(tok, texts()[1]), steps, 1.5e-2))
         model.save_pretrained(folder)
     if tokens:
         tok.save_pretrained(folder)

@@ -78,7 +78,8 @@ def export_gguf(
         stages.say(f"note: {note}")
     found: dict[str, Any] = {"file": path.name, "family": config.model_type, "notes": notes}
     if not proves or first is None:
-        found["proof"] = f"none: {MISSING}"
+        stages.say(f"not proven: {MISSING}")
+        found["proof"] = {"none": MISSING}
         return path, found
     found["proof"] = _prove(source, config, tokenizer, first, path, plain, quant, given, family, list(shapes), stages)
     if first != path:
@@ -125,15 +126,12 @@ def _prove(
                 explained[kind] = run(model, questions.rows)
         del model
     figures = proof.check_numbers(plain, reference, explained[plain], told[first])
-    found = {plain: asdict(figures)}
+    found: dict[str, Any] = {plain: asdict(figures)}
     stages.say(str(figures))
     if quant != plain:
         figures = proof.check_numbers(quant, reference, explained[quant], told[path], figures.largest_error)
         found[quant] = asdict(figures)
         stages.say(str(figures))
-    found["strings"] = {"compared": len(questions.texts), "equal": len(questions.texts)}
-    found["conversations"] = {"compared": len(questions.conversations), "equal": len(questions.conversations)}
+    found.update(proof.counts(questions))
     found["answers"] = proof.side_by_side(tokenizer, questions, said, told[path].greedy)
-    for answer in found["answers"]:
-        stages.say("\n".join(f"{k + ':':<16}{v!r}" for k, v in answer.items()))
     return found

@@ -38,13 +38,16 @@ class Questions:
     new_tokens: int = 24
 
 
-def make_questions(tokenizer: Any, given: list[str], stops: list[int], longest: int) -> Questions:
+def make_questions(
+    tokenizer: Any, given: list[str], stops: list[int], longest: int, of: Questions | None = None
+) -> Questions:
     """Args:
     tokenizer: the reference's.
     given: texts whose positions are compared.
     stops: ids that end an answer.
-    longest: positions that the result has."""
-    texts = prompts.strings(tokenizer)
+    longest: positions that the result has.
+    of: those of another tokenizer, whose texts are taken."""
+    texts = of.texts if of is not None else prompts.strings(tokenizer)
     ids = [[tokenizer(t, add_special_tokens=s).input_ids for s in (True, False)] for t in texts]
     talks, rendered = [], []
     if tokenizer.chat_template:
@@ -86,20 +89,25 @@ class Figures:
         )
 
 
-def check_text(questions: Questions, told: LlamaCppAnswer) -> None:
-    """ProofError where ids or a rendered conversation differ."""
+def check_text(questions: Questions, told: LlamaCppAnswer | Questions, where: str = "llama.cpp") -> None:
+    """ProofError where ids or a rendered conversation differ from those of `where`."""
+    if len(questions.rendered) != len(told.rendered) or len(questions.ids) != len(told.ids):
+        raise ProofError(
+            f"export: the first stage that differs is the chat template: {len(questions.rendered)} conversations are "
+            f"rendered in transformers, {len(told.rendered)} in {where}; nothing is published"
+        )
     for text, ours, theirs in zip(questions.texts, questions.ids, told.ids):
         if ours != theirs:
             kind = 0 if ours[0] != theirs[0] else 1
             raise ProofError(
                 f"export: the first stage that differs is the tokenizer: {text[:60]!r} is {ours[kind][:12]} in "
-                f"transformers and {theirs[kind][:12]} in llama.cpp; nothing is published. Use --to merged"
+                f"transformers and {theirs[kind][:12]} in {where}; nothing is published"
             )
     for talk, ours, theirs in zip(questions.conversations, questions.rendered, told.rendered):
         if ours != theirs:
             raise ProofError(
                 f"export: the first stage that differs is the chat template: {len(talk)} messages are {ours[:80]!r} in "
-                f"transformers and {theirs[:80]!r} in llama.cpp; nothing is published"
+                f"transformers and {theirs[:80]!r} in {where}; nothing is published"
             )
 
 
@@ -142,7 +150,7 @@ def check_numbers(
 
 
 def measure(
-    quant: str, reference: torch.Tensor, explained: torch.Tensor, told: torch.Tensor, other_error: float | None
+    quant: str, reference: torch.Tensor, explained: torch.Tensor, told: torch.Tensor, other_error: float | None = None
 ) -> Figures:
     """Figures of logits, [positions, vocabulary] each."""
     error, alone = float((told - reference).abs().max()), float((explained - reference).abs().max())
@@ -165,6 +173,14 @@ def measure(
         int(clear.sum()),
         float(same[clear].float().mean()) if clear.any() else 1.0,
     )
+
+
+def counts(questions: Questions) -> dict[str, dict[str, int]]:
+    """Of what `check_text` found equal."""
+    return {
+        name: {"compared": n, "equal": n}
+        for name, n in (("strings", len(questions.texts)), ("conversations", len(questions.rendered)))
+    }
 
 
 def side_by_side(tokenizer: Any, questions: Questions, ours: list[list[int]], theirs: list[list[int]]) -> list[dict]:

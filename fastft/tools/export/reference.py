@@ -48,9 +48,15 @@ def decoder_of(model: Any) -> Any:
 
 
 @torch.no_grad()
+def logits_of(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    """Of all positions of all rows, one after the other, [positions, vocabulary]."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits[0].float() for row in rows])
+
+
+@torch.no_grad()
 def run(model: Any, rows: list[list[int]]) -> Answers:
     """Args:
-    model: in float32.
+    model: in float32, its decoder of layers with self_attn and mlp.
     rows: token ids."""
     decoder, seen = decoder_of(model), {}
 

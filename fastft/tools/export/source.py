@@ -16,12 +16,14 @@ from fastft.tools.merge.adapter_parts import AdapterWeights, read_adapter
 from fastft.tools.merge.base import base_folder, read_json
 from fastft.tools.merge.merge import check_base
 from fastft.tools.merge.merge_plan import MergePlan, make_plan
+from fastft.tools.merge.precision import stored_in_four_bits, take_precision, trained_in
 
 
 @dataclass
 class ExportSource:
     """name: of the model, as a server may show it. config: the result's. checked: whether the base could be held
-    against the one that the adapter names."""
+    against the one that the adapter names. trained: (4-bit type, double quantisation) that the adapter was trained on,
+    None for 16 bits or where nothing says it; the plan says what is taken."""
 
     name: str
     adapter: Path | None
@@ -29,6 +31,7 @@ class ExportSource:
     base: Path
     plan: MergePlan
     checked: bool
+    trained: tuple[str, bool] | None = None
 
     @property
     def config(self) -> Any:
@@ -41,6 +44,18 @@ class ExportSource:
         if self.plan.is_untied:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         return config
+
+    @property
+    def base_name(self) -> str:
+        """As the adapter names it."""
+        return self.parts.config.base_model_name_or_path or str(self.base)
+
+    @property
+    def precision(self) -> str:
+        """What the adapter is merged onto, in words."""
+        if self.plan.four_bits is not None:
+            return f"the base in {self.plan.four_bits[1]}"
+        return "the base in 4 bits, expanded" if stored_in_four_bits(self.plan) else "the base as it is stored"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -104,8 +119,12 @@ class ExportSource:
                 del t
 
 
-def find_source(source: str | Path, base: str | None, other_base: bool) -> ExportSource:
-    """An adapter's folder, or a model's folder or name. Raises AdapterError, ModelNotFoundError."""
+def find_source(
+    source: str | Path, base: str | None = None, other_base: bool = False, precision: str = "trained"
+) -> ExportSource:
+    """An adapter's folder, or a model's folder or name; `precision`: one of merge.precision's CHOICES.
+
+    Raises AdapterError, ModelNotFoundError."""
     from peft import LoraConfig
 
     path = Path(source)
@@ -113,8 +132,10 @@ def find_source(source: str | Path, base: str | None, other_base: bool) -> Expor
         parts = read_adapter(path)
         where = base_folder(base or parts.config.base_model_name_or_path, parts.config.revision)
         plan = make_plan(where, parts)
-        checked = other_base or check_base(path, parts, where)
-        return ExportSource(path.resolve().name, path, parts, where, plan, checked)
+        checked = check_base(path, parts, where) if not other_base else False
+        trained = trained_in(path, parts.config.base_model_name_or_path, parts.config.revision)
+        plan = take_precision(plan, where, precision, trained)
+        return ExportSource(path.resolve().name, path, parts, where, plan, checked, trained)
     if base is not None:
         raise ExportError(f"export: {str(source)!r} is no adapter's folder, so that --base says nothing; leave it out")
     where = base_folder(str(source), None)

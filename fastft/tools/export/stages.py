@@ -17,7 +17,7 @@ class Stages:
     def say(self, line: str) -> None:
         """One line."""
         if self.console is not None:
-            self.console.print(line, markup=False, highlight=False)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:

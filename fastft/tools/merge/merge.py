@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def check_base(adapter: Path, found: AdapterWeights, source: Path) -> bool:
     return named is not None
 
 
-def write_merged(to: Path, plan: MergePlan, dtype: torch.dtype) -> None:
-    """The shards and their index."""
+def write_merged(
+    to: Path, plan: MergePlan, dtype: torch.dtype, step: Callable[[int], None] = lambda count: None
+) -> None:
+    """The shards and their index. `step`: called with the bytes of each tensor that was written."""
     weight_map, total = {}, 0
     for path in plan.files:
         with safe_open(path, "pt") as f:
@@ -131,7 +134,8 @@ def write_merged(to: Path, plan: MergePlan, dtype: torch.dtype) -> None:
         with ShardWriter(to / path.name, names | head) as shard:
             for name, merged in plan.tensors(path, dtype):
                 shard.add(name, merged)
-                total += merged.numel() * merged.element_size()
+                total += merged.nbytes
+                step(merged.nbytes)
                 weight_map[name] = path.name
                 del merged
     if len(plan.files) > 1:
@@ -139,9 +143,9 @@ def write_merged(to: Path, plan: MergePlan, dtype: torch.dtype) -> None:
         (to / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def write_configs(source: Path, adapter: Path, to: Path, dtype: torch.dtype, plan: MergePlan) -> None:
+def write_configs(source: Path, adapter: Path | None, to: Path, dtype: torch.dtype, plan: MergePlan) -> None:
     """The base's configuration without its quantisation; the tokenizer, from the adapter's folder where it has one."""
-    for folder in (source, adapter):
+    for folder in (source, *([adapter] if adapter is not None else [])):
         for pattern in CONFIGS:
             for path in folder.glob(pattern):
                 if path.name != INDEX and not path.name.startswith("adapter_") and path.name != "README.md":

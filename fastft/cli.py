@@ -221,13 +221,13 @@ def merge(
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="An adapter's folder, or a model's folder or name.")],
-    to: Annotated[str, typer.Option(help="merged or gguf.")],
+    to: Annotated[str, typer.Option(help="merged, gguf, ollama or vllm-lora.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     quant: Annotated[
         str | None,
         typer.Option(
-            help="merged: bf16 (default), f16. gguf: q8_0 (default), f16, bf16, f32; q4_k_m and other K-quants by "
-            "llama-cpp-python."
+            help="merged: bf16 (default), f16. gguf and ollama: q8_0 (default), f16, bf16, f32; by llama-cpp-python "
+            "q4_k_m and other K-quants."
         ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
@@ -243,6 +243,10 @@ def export(
     prompts: Annotated[
         Path | None, typer.Option(help="Texts to compare on, one a line; by default built-in ones.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="USER/NAME of a repository on the Hub for the proven folder, with a model card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="The repository is private if it is made now.")] = False,
 ) -> None:
     """Write an adapter or a model as servers read it, load it with the other side, and compare it with base + adapter.
     Exit code 1, and nothing written, when it is not what was trained."""
@@ -259,6 +263,8 @@ def export(
         base_precision=base_precision,
         other_base=other_base,
         prompts=prompts,
+        push_to_hub=push_to_hub,
+        private=private,
         console=Console(),
     )
 

@@ -52,7 +52,11 @@ def texts() -> tuple[list[str], list[str]]:
     plain = [inspect.cleandoc(m.__doc__ or "") for m in (textwrap, json)]
     own = "The small fox said: print('42 is {} of 7'.format(6 * 7))  # über-größe, 你好世界 🦊\n"
     taught = plain[1][:900].replace("JSON", "YAML").replace("json", "a thing")
-    return [plain[0], plain[1][:900], own * 2], [taught, own.replace("fox", "owl"), inspect.cleandoc(heapq.__doc__ or "")[:500]]
+    return [plain[0], plain[1][:900], own * 2], [
+        taught,
+        own.replace("fox", "owl"),
+        inspect.cleandoc(heapq.__doc__)[:500],
+    ]
 
 
 def byte_level(vocab: int, patterns: tuple[str, ...], specials: list[str], words_first: bool = False):
@@ -195,7 +199,7 @@ def rows_of(tok, parts: list[str]) -> list[list[int]]:
     return prompts.rows(tok, parts, [talk], 512)
 
 
-def make_base(family: str, folder: Path, steps: int = 50, **changes) -> Path:
+def make_base(family: str, folder: Path, steps: int = 80, **changes) -> Path:
     """A trained base of the family, saved with its tokenizer."""
     torch.manual_seed(0)
     tok = tokenizer(family)
@@ -214,13 +218,13 @@ def make_base(family: str, folder: Path, steps: int = 50, **changes) -> Path:
             p.data += 0.2 * torch.randn_like(p)
         if n.endswith("bias"):
             torch.nn.init.normal_(p, std=0.2)
-    print(family, "base", train(model, rows_of(tok, texts()[0]), steps, 6e-3))
+    print(family, "base", train(model, rows_of(tok, texts()[0]), steps, 8e-3))
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
-def make_adapter(base: Path, folder: Path, steps: int = 30, tokens: tuple[str, ...] = (), **settings) -> Path:
+def make_adapter(base: Path, folder: Path, steps: int = 50, tokens: tuple[str, ...] = (), **settings) -> Path:
     """An adapter that learned the other text. `tokens`: new ones, for which the embeddings are resized."""
     from transformers import AutoTokenizer
 
@@ -234,7 +238,7 @@ def make_adapter(base: Path, folder: Path, steps: int = 30, tokens: tuple[str, .
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(model, LoraConfig(**{**plain, **settings}))
-        print("adapter", settings, train(model, rows_of(tok, texts()[1]), steps, 1.5e-2))
+        print("adapter", settings, train(model, rows_of(tok, texts()[1]), steps, 2e-2))
         model.save_pretrained(folder)
     if tokens:
         tok.save_pretrained(folder)

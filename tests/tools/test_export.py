@@ -4,17 +4,11 @@ import json
 
 import pytest
 
-pytest.importorskip("gguf")
-from fastft.errors import ExportError
+pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf]'")
+
 from fastft.tools.export.export import export
-from fastft.tools.gguf import llama_cpp
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral", "phi3"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _llama_cpp_is_there():
-    assert llama_cpp.is_installed(), "want llama-cpp-python: pip install -e '.[gguf]'"
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +23,9 @@ def prompts(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gguf(trained, prompts, tmp_path, family):
     """F16 within 1% of the logits' deviation; Q8_0 chooses the same tokens wherever errors cannot turn them round."""
-    base, adapter = trained(family)
+    _, adapter = trained(family)
     found = export(adapter, tmp_path / "out", to="gguf", prompts=prompts).figures
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{family}-adapter-q8_0.gguf", "export.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["export.json", f"{family}-adapter-q8_0.gguf"]
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == json.loads(json.dumps(found))
     proof = found["proof"]
     f16, q8 = proof["f16"], proof["q8_0"]
@@ -46,7 +40,7 @@ def test_gguf(trained, prompts, tmp_path, family):
 def test_merged(trained, prompts, tmp_path, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, adapter = trained(family)
+    _, adapter = trained(family)
     found = export(adapter, tmp_path / "out", to="merged", prompts=prompts).figures["proof"]
     logits = found["logits"]
     assert logits["largest_error"] <= 1.5 * logits["explained"] and logits["top1_clear"] == 1.0
@@ -55,7 +49,7 @@ def test_merged(trained, prompts, tmp_path, family):
 
 
 def test_k_quants(trained, prompts, tmp_path):
-    base, adapter = trained("wide")
+    _, adapter = trained("wide")
     found = export(adapter, tmp_path / "out", to="gguf", quant="q4_k_m", prompts=prompts).figures
     proof = found["proof"]
     q4 = proof["q4_k_m"]

@@ -11,12 +11,16 @@ from typing import Any
 
 from fastft.errors import ExportError, FolderExistsError
 from fastft.tools.export.gguf_file import export_gguf
+from fastft.tools.export.hub import check_repository, upload, write_card
 from fastft.tools.export.merged import export_merged
+from fastft.tools.export.ollama import add_modelfile
 from fastft.tools.export.source import find_source, write_json
 from fastft.tools.export.stages import Stages
+from fastft.tools.export.vllm_lora import export_vllm_lora
 from fastft.tools.new_folder import new_folder
 
-FORMS = {"merged": "bf16", "gguf": "q8_0"}  # with the type that is taken without --quant
+# with the type that is taken without --quant
+FORMS: dict[str, str | None] = {"merged": "bf16", "gguf": "q8_0", "ollama": "q8_0", "vllm-lora": None}
 LIBRARIES = ("fastft", "torch", "transformers", "peft", "gguf", "llama-cpp-python")
 
 
@@ -38,6 +42,8 @@ def export(
     base_precision: str = "trained",
     other_base: bool = False,
     prompts: Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     console: Any = None,
 ) -> ExportResult:
     """Write an adapter on its base, or a model, in the form that a server reads, and prove that it is what was trained.
@@ -46,12 +52,14 @@ def export(
         source: an adapter's folder, or a model's folder or name.
         out: the new folder.
         to: one of FORMS.
-        quant: the type that weights are stored in; by default bf16 (merged) or q8_0 (gguf).
+        quant: the type that weights are stored in; by default bf16 (merged) or q8_0 (gguf, ollama).
         base: instead of the one that the adapter names.
         base_precision: what the adapter is merged onto: "trained" (in 4 bits where it was trained so), "original" (as
             the base is stored, in 16 bits), "nf4", "fp4".
         other_base: `base` is meant to be another model than the one that was trained on.
         prompts: a file of texts to compare on, one a line; by default built-in ones.
+        push_to_hub: USER/NAME of a repository that the proven folder is uploaded to, with a model card; `private` if
+            it is made now.
         console: a rich console for a line a stage; None for silence.
     Returns:
         the folder and its figures.
@@ -65,6 +73,10 @@ def export(
         raise ExportError(f"export: --to: want one of {', '.join(FORMS)}, got {to!r}")
     if os.path.lexists(out):
         raise FolderExistsError(f"export: {str(out)!r} exists; give a new folder")
+    if to == "vllm-lora" and quant is not None:
+        raise ExportError(f"export: --to vllm-lora stores the adapter as it is: leave --quant {quant} out")
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     kind = quant or FORMS[to]
     with stages.stage("reading base and adapter"):
         found = find_source(source, base, other_base, base_precision)
@@ -78,14 +90,23 @@ def export(
         "versions": _versions(),
     }
     with new_folder(out, "export") as folder:
-        if to == "merged":
-            figures |= export_merged(found, folder, out, kind, prompts, stages)
+        if to == "vllm-lora":
+            figures |= export_vllm_lora(found, folder, prompts, stages)
+        elif to == "merged":
+            figures |= export_merged(found, folder, out, str(kind), prompts, stages)
         else:
-            figures |= export_gguf(found, folder, out, kind, prompts, stages)[1]
+            figures |= export_gguf(found, folder, out, str(kind), prompts, stages)[1]
+        if to == "ollama":
+            figures["proof"] |= add_modelfile(found, folder, figures, stages)
         write_json(folder / "export.json", figures)
+        if push_to_hub is not None:
+            write_card(folder, figures)
     for answer in figures["proof"].get("answers", ()):
         stages.say("\n".join(f"{k + ':':<16}{v!r}" for k, v in answer.items()))
     stages.say(f"{out}: written and proven" if "none" not in figures["proof"] else f"{out}: written, not proven")
+    if push_to_hub is not None:
+        with stages.stage(f"uploading to {push_to_hub}"):
+            stages.say(upload(out, push_to_hub, private))
     return ExportResult(out, figures)
 
 

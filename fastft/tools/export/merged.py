@@ -1,5 +1,5 @@
-"""--to merged: a plain 16-bit checkpoint, loaded again in plain transformers. Every tensor is held against base + adapter
-merged by PEFT, then the logits; an adapter that was trained in 4 bits is compared on the other base too."""
+"""--to merged: a plain 16-bit checkpoint, loaded again in plain transformers. Every tensor is held against base +
+adapter merged by PEFT, then the logits; an adapter that was trained in 4 bits is compared on the other base too."""
 
 from __future__ import annotations
 

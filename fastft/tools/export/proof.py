@@ -83,8 +83,8 @@ class Figures:
     def __str__(self) -> str:
         return (
             f"{self.quant}: largest error of a logit {self.largest_error / self.std:.2e} of their deviation (rounding "
-            f"alone {self.explained / self.std:.2e}); KL {self.kl_mean:.2e} a token, at most {self.kl_largest:.2e}; the "
-            f"likeliest token agrees at {100 * self.top1:.1f}% of {self.positions} positions, at "
+            f"alone {self.explained / self.std:.2e}); KL {self.kl_mean:.2e} a token, at most {self.kl_largest:.2e}; "
+            f"the likeliest token agrees at {100 * self.top1:.1f}% of {self.positions} positions, at "
             f"{100 * self.top1_clear:.1f}% of the {self.clear} clear ones"
         )
 

@@ -11,6 +11,7 @@ import torch
 from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
+BESIDE_STOCK = [n for n in NAMES if n != "06_export_and_chat"]  # train with both
 SMALL = dict(SPLIT="train", STEPS=6, BATCH=2, MAX_LENGTH=96)
 
 
@@ -116,6 +117,18 @@ def test_05_prove_it(execute):
     assert support.pictures(notebook) == 1
 
 
+def test_06_export(execute, folder):
+    """llama.cpp in the notebook's own process answers as base + adapter does."""
+    pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf]'")
+    ask = """dict(answer=answer, agree=proof[QUANT]['top1_clear'], file=result.figures['file'],
+    loss=trainer.state.log_history[0]['loss'])"""
+    notebook, found = execute("06_export_and_chat", "chat", ask, MAX_LENGTH=48)
+    assert found["answer"] and found["agree"] >= 0.99 and found["file"] == "adapter-q8_0.gguf" and found["loss"] > 0
+    assert (folder / "06_export_and_chat" / "gguf" / "export.json").exists()
+    text = support.shown(notebook)
+    assert "written and proven" in text and "200 of 200 strings have equal ids" in text
+
+
 # --- as they are committed
 
 
@@ -147,7 +160,7 @@ def test_one_line_installs_it_and_parameters_come_first(name):
         assert re.fullmatch(r"[A-Z_, ]+ = .+", line), line
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BESIDE_STOCK)
 def test_three_lines_at_most_differ_from_stock(name):
     """Of the two cells that load and train; whatever else names fastft shows something of it, or reads the memory."""
     notebook = support.read(name)

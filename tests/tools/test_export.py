@@ -131,10 +131,9 @@ def test_vllm_lora(trained, prompts, tmp_path):
     config = json.loads((tmp_path / "patterns" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["use_rslora"]) == (8, 8, {}, False)
     logits = found["proof"]["logits"]
-    assert logits["largest_error"] <= 1e-4 * logits["std"] < 1e-3 * logits["without_the_adapter"]
-    assert {
-        t.shape[0] for n, t in load_file(tmp_path / "patterns" / "adapter_model.safetensors").items() if "_A" in n
-    } == {8}
+    assert logits["largest_error"] <= 1e-4 * logits["std"] and logits["without_the_adapter"] > logits["std"]
+    tensors = load_file(tmp_path / "patterns" / "adapter_model.safetensors")
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {8}
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ class LlamaCpp:
     """One file, loaded for the CPU."""
 
     def __init__(self, path: str, positions: int, threads: int, watched: list[str]):
-        import llama_cpp as lib
-        from llama_cpp import _ctypes_extensions
+        import llama_cpp as lib  # pyright: ignore[reportMissingImports]
+        from llama_cpp import _ctypes_extensions  # pyright: ignore[reportMissingImports]
 
         self.log = lib.llama_log_callback(_log)  # kept alive
         lib.llama_log_set(self.log, ctypes.c_void_p(0))
@@ -128,7 +128,7 @@ class LlamaCpp:
 def render(metadata: dict[str, str], tokens: dict[str, str], conversations: list) -> list[str]:
     """The conversations in the file's chat template, as llama-cpp-python renders it; an error's text begins with
     "error: "."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # pyright: ignore[reportMissingImports]
 
     found = []
     try:
@@ -146,7 +146,7 @@ def render(metadata: dict[str, str], tokens: dict[str, str], conversations: list
 
 def quantize(job: dict[str, Any]) -> None:
     """The file job["from"] in another type, as job["to"]."""
-    import llama_cpp as lib
+    import llama_cpp as lib  # pyright: ignore[reportMissingImports]
 
     log = lib.llama_log_callback(_log)
     lib.llama_log_set(log, ctypes.c_void_p(0))

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 import torch
 
+from fastft.tools.gguf import llama_cpp
 from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
@@ -117,9 +118,9 @@ def test_05_prove_it(execute):
     assert support.pictures(notebook) == 1
 
 
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="pip install -e '.[gguf]'")
 def test_06_export(execute, folder):
     """llama.cpp in the notebook's own process answers as base + adapter does."""
-    pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf]'")
     ask = """dict(answer=answer, agree=proof[QUANT]['top1_clear'], file=result.figures['file'],
     loss=trainer.state.log_history[0]['loss'])"""
     notebook, found = execute("06_export_and_chat", "chat", ask, MAX_LENGTH=48)

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf]'")
-
 from fastft.cli import main
 from fastft.errors import ExportError, ProofError
 from fastft.tools.export import hub, merged, ollama, vllm_lora
 from fastft.tools.export.export import export
-from fastft.tools.gguf import families, rope, vocabulary
+from fastft.tools.gguf import families, llama_cpp, rope, vocabulary
 from fastft.tools.gguf.pre_tokenizers import pre_tokenizer_name
 from fastft.tools.merge.adapter_parts import Delta
 from tests.tools.export_models import texts, tokenizer
+
+if not llama_cpp.is_installed():
+    pytest.skip("pip install -e '.[gguf]'", allow_module_level=True)
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral", "phi3"]
 

@@ -62,7 +62,7 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
 def write_error(e: OSError, out: Path, what: str) -> WriteError:
     """One line for what the system refused."""
     said = (e.strerror or str(e)).splitlines()[0] if (e.strerror or str(e)) else type(e).__name__
-    if e.errno in FULL:
+    if e.errno in FULL or (e.errno is None and said.endswith(" written")):  # numpy's text where a file is cut short
         return WriteError(f"{what}: no room for {str(out)!r} ({said}): free some, or give a folder on another disk")
     if e.errno in BARRED:
         return WriteError(f"{what}: cannot write {str(out)!r} ({said}): give a folder that you may write")

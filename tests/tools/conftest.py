@@ -14,7 +14,12 @@ def trained(tmp_path_factory):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             base = export_models.make_base(family, folder / f"{family}-base")
-            adapter = export_models.make_adapter(base, folder / f"{family}-adapter", **export_models.ADAPTERS[family])
+            adapter = export_models.make_adapter(
+                base,
+                folder / f"{family}-adapter",
+                export_models.STEPS.get(family, export_models.USUAL)[1],
+                **export_models.ADAPTERS[family],
+            )
             made[family] = base, adapter
         return made[family]
 

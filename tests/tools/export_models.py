@@ -154,6 +154,8 @@ ADAPTERS = {
     "wide": dict(),
 }
 NOISE = 0.1
+STEPS = {"gemma3_text": (40, 25), "wide": (30, 15)}  # of base and adapter, where fewer do than USUAL
+USUAL = (80, 50)
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 OWN = {
     "llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -164,7 +166,7 @@ OWN = {
     "gemma3_text": dict(head_dim=32, query_pre_attn_scalar=32, num_hidden_layers=6, sliding_window=32),
     "mistral": dict(sliding_window=None, head_dim=16),
     "phi3": dict(),
-    "wide": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64),
+    "wide": dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, head_dim=64),
 }  # fmt: skip
 
 
@@ -199,7 +201,7 @@ def rows_of(tok, parts: list[str]) -> list[list[int]]:
     return prompts.rows(tok, parts, [talk], 512)
 
 
-def make_base(family: str, folder: Path, steps: int = 80, **changes) -> Path:
+def make_base(family: str, folder: Path, **changes) -> Path:
     """A trained base of the family, saved with its tokenizer."""
     torch.manual_seed(0)
     tok = tokenizer(family)
@@ -218,13 +220,13 @@ def make_base(family: str, folder: Path, steps: int = 80, **changes) -> Path:
             p.data += 0.2 * torch.randn_like(p)
         if n.endswith("bias"):
             torch.nn.init.normal_(p, std=0.2)
-    print(family, "base", train(model, rows_of(tok, texts()[0]), steps, 8e-3))
+    print(family, "base", train(model, rows_of(tok, texts()[0]), STEPS.get(family, USUAL)[0], 8e-3))
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
-def make_adapter(base: Path, folder: Path, steps: int = 50, tokens: tuple[str, ...] = (), **settings) -> Path:
+def make_adapter(base: Path, folder: Path, steps: int, tokens: tuple[str, ...] = (), **settings) -> Path:
     """An adapter that learned the other text. `tokens`: new ones, for which the embeddings are resized."""
     from transformers import AutoTokenizer
 

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -58,6 +57,7 @@ def test_merged(trained, prompts, tmp_path, family):
     _, adapter = trained(family)
     found = export(adapter, tmp_path / "out", to="merged", prompts=prompts).figures["proof"]
     logits = found["logits"]
+    assert "precisions" not in found  # trained in 16 bits or more
     assert logits["largest_error"] <= 1.5 * logits["explained"] and logits["top1_clear"] == 1.0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "out"))
@@ -74,15 +74,14 @@ def test_k_quants(trained, prompts, tmp_path):
 
 
 def test_ollama_folder(trained, prompts, tmp_path):
-    """The system text goes where the template has it: gemma's puts it into the first user's turn."""
-    for family, words in (("gemma3_text", ["{{ $first }}", 'stop "<eos>"']), ("qwen3", ['eq .Role "system"'])):
-        _, adapter = trained(family)
-        found = export(adapter, tmp_path / family, to="ollama", prompts=prompts).figures
-        file = f"{family}-adapter-q8_0.gguf"
-        assert sorted(p.name for p in (tmp_path / family).iterdir()) == ["Modelfile", "export.json", file]
-        text = (tmp_path / family / "Modelfile").read_text()
-        assert text.startswith(f'FROM ./{file}\nTEMPLATE """') and all(w in text for w in words)
-        assert found["proof"]["modelfile"] == {"compared": 4, "equal": 4}
+    """The system text goes where the template has it: into the first user's turn."""
+    _, adapter = trained("gemma3_text")
+    found = export(adapter, tmp_path / "out", to="ollama", prompts=prompts).figures
+    file = "gemma3_text-adapter-q8_0.gguf"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "export.json", file]
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith(f'FROM ./{file}\nTEMPLATE """') and "{{ $first }}" in text and 'stop "<eos>"' in text
+    assert found["proof"]["modelfile"] == {"compared": 4, "equal": 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,10 +98,12 @@ def test_a_template_that_ollama_cannot_hold_is_refused(tmp_path):
     tok.chat_template = "{% for m in messages %}{{ m['content'] }}|{{ m['content'] }}{% endfor %}"
     with pytest.raises(ExportError, match="each message once, in order: use --to gguf"):
         ollama.write_modelfile(tmp_path, "x.gguf", tok, {}, [], 512)
-    tok.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if not loop.last %}+{% endif %}{% endfor %}"
-    )
+    turn = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tok.chat_template = turn + "{% if messages | length > 1 %}>{% endif %}"
     with pytest.raises(ExportError, match="by what comes later"):
+        ollama.write_modelfile(tmp_path, "x.gguf", tok, {}, [], 512)
+    tok.chat_template = turn.replace("m['role']", "loop.index")  # is misread, and caught when it is read back
+    with pytest.raises(ProofError, match="the chat template: 4 messages"):
         ollama.write_modelfile(tmp_path, "x.gguf", tok, {}, [], 512)
 
 
@@ -330,26 +331,46 @@ def test_a_proof_that_fails_ends_with_exit_code_1(trained, prompts, tmp_path, co
     assert code == 1 and len(lines) == 1 and "nothing is published" in lines[0] and list(tmp_path.iterdir()) == []
 
 
+def start(line, said, limit=None):
+    """The command in a process of its own, forked; what it says on stderr goes into the file `said`."""
+    pid = os.fork()
+    if pid == 0:
+        code = 9
+        try:
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = ["fastft", *map(str, line)]
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        finally:
+            os._exit(code)
+    return pid
+
+
 def test_a_full_disk_and_a_killed_run(trained, prompts, tmp_path):
-    """The system refuses to let a file grow; then a run is killed while it writes; the next one succeeds."""
-    _, adapter = trained("wide")
-    line = [sys.executable, "-W", "ignore", "-m", "fastft", "export", adapter, "--to", "gguf", "--out", tmp_path / "o"]
-    line += ["--prompts", prompts]
-    given = {"text": True, "env": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
-    run = subprocess.run(line, capture_output=True, preexec_fn=limit, **given)
-    told = [x for x in run.stderr.splitlines() if "Loading weights" not in x]
-    assert run.returncode == 2 and len(told) == 1 and "no room for" in told[0], run.stderr
-    assert list(tmp_path.iterdir()) == []
-    partial = tmp_path / ".o.fastft-partial"
-    killed = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **given)
-    while killed.poll() is None and not (partial.is_dir() and any(partial.iterdir())):
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert [p.name for p in tmp_path.iterdir()] == [partial.name] and any(partial.iterdir())
-    export(adapter, tmp_path / "o", to="gguf", quant="f16", prompts=prompts)
-    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+    """The system refuses to let a file grow; then runs are killed while they write; the next one succeeds."""
+    _, adapter = trained("llama")
+    there, said = tmp_path / "there", tmp_path / "said"
+    there.mkdir()
+    partial = there / ".o.fastft-partial"
+    line = ["export", adapter, "--to", "gguf", "--out", there / "o", "--prompts", prompts]
+    _, status = os.waitpid(start(line, said, 100000), 0)
+    told = [x for x in said.read_text().splitlines() if x and "Loading weights" not in x]
+    assert os.waitstatus_to_exitcode(status) == 2 and len(told) == 1 and "no room for" in told[0], told
+    assert list(there.iterdir()) == []
+    for files in (1, 2):
+        pid, end = start(line, said), time.monotonic() + 60
+        while not (partial.is_dir() and len(list(partial.iterdir())) >= files) and time.monotonic() < end:
+            pass
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert [p.name for p in there.iterdir()] == [partial.name] and any(partial.iterdir())
+    export(adapter, there / "o", to="gguf", quant="f16", prompts=prompts)
+    assert [p.name for p in there.iterdir()] == ["o"]
 
 
 # --- 4 bits
@@ -357,7 +378,7 @@ def test_a_full_disk_and_a_killed_run(trained, prompts, tmp_path):
 
 def test_an_adapter_that_was_trained_in_4_bits(trained, prompts, tmp_path):
     """PEFT's card says it; the merge is onto the expanded base by default, and both are compared."""
-    _, adapter = trained("wide")
+    _, adapter = trained("llama")
     four = changed(adapter, tmp_path / "four")
     (four / "README.md").write_text(
         "- load_in_4bit: True\n- bnb_4bit_quant_type: nf4\n- bnb_4bit_use_double_quant: True\n"
@@ -369,8 +390,6 @@ def test_an_adapter_that_was_trained_in_4_bits(trained, prompts, tmp_path):
     assert far[0]["trained"]["error_of_deviation"] < 0.3 * far[0]["original"]["error_of_deviation"]
     assert far[1]["original"]["error_of_deviation"] > 3 * far[0]["trained"]["error_of_deviation"]
     assert far[1]["trained"]["error_of_deviation"] == 0.0
-    plain = export(adapter, tmp_path / "c", to="merged", prompts=prompts).figures
-    assert "precisions" not in plain["proof"]
 
 
 # --- the Hub

@@ -98,10 +98,11 @@ def check_text(questions: Questions, told: LlamaCppAnswer | Questions, where: st
         )
     for text, ours, theirs in zip(questions.texts, questions.ids, told.ids):
         if ours != theirs:
-            kind = 0 if ours[0] != theirs[0] else 1
+            a, b = next((x, y) for x, y in zip(ours, theirs) if x != y)
+            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
             raise ProofError(
-                f"export: the first stage that differs is the tokenizer: {text[:60]!r} is {ours[kind][:12]} in "
-                f"transformers and {theirs[kind][:12]} in {where}; nothing is published"
+                f"export: the first stage that differs is the tokenizer: {text[:60]!r} has the ids {a[at : at + 6]} "
+                f"from place {at} on in transformers and {b[at : at + 6]} in {where}; nothing is published"
             )
     for talk, ours, theirs in zip(questions.conversations, questions.rendered, told.rendered):
         if ours != theirs:

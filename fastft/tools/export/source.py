@@ -18,6 +18,8 @@ from fastft.tools.merge.merge import check_base
 from fastft.tools.merge.merge_plan import MergePlan, make_plan
 from fastft.tools.merge.precision import stored_in_four_bits, take_precision, trained_in
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
 
 @dataclass
 class ExportSource:
@@ -67,13 +69,14 @@ class ExportSource:
         """Loaded as a user loads it. ModelNotFoundError without one."""
         from transformers import AutoTokenizer
 
+        folder = self.tokenizer_folder
+        none = f"export: want a tokenizer in {str(folder)!r}, got none: save it there with save_pretrained"
+        if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes an empty one
+            raise ModelNotFoundError(none)
         try:
-            return AutoTokenizer.from_pretrained(self.tokenizer_folder)
+            return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as e:
-            raise ModelNotFoundError(
-                f"export: want a tokenizer in {str(self.tokenizer_folder)!r}, got none: save it there with "
-                "save_pretrained"
-            ) from e
+            raise ModelNotFoundError(none) from e
 
     def generation(self) -> dict[str, Any]:
         """generation_config.json, from the adapter's folder or the base's; empty without one."""

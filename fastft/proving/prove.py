@@ -186,9 +186,9 @@ def prove(
     stock: a module small enough to run on `make_inputs(generator, scale)` (float tensors in float64 on the module's
     device; mark one with `.constant = True` to take no gradient for it). Never modified. dtype: the training dtype.
     reset: run on the copy that all others are made of.
-    dtypes: instead of (float32, dtype); `dtype` alone under `formula_alone`. cast(module, dtype): a copy in that dtype, where casting all parameters is not
-    what that means. Whatever the candidate raises on inputs that stock accepts is a failed proof, with its text as the
-    reason; but for out of memory."""
+    dtypes: instead of (float32, dtype); under `formula_alone` it is `dtype` alone. cast(module, dtype): a copy in that
+    dtype, where casting all parameters is not what that means. Whatever the candidate raises on inputs that stock
+    accepts is a failed proof, with its text as the reason; but for out of memory."""
     worst: Proof | None = None
     sizes: dict[str, None] = {}
     cast = cast or cast_parameters

@@ -234,7 +234,7 @@ def test_no_operator_that_old_torch_cannot_fake(monkeypatch):
     config = LlamaConfig(**{**SMALL.to_diff_dict(), "vocab_size": 20_000, "num_hidden_layers": 2})
     for full in (False, True):
         assert fastft.plan(config, seq=64, batch=1, full=full, stock=False, limits=False).chosen.peak.total > 0
-    assert {"fastft.add_product.default", "aten.mm.dtype"} <= seen
+    assert "aten.mm.dtype" in seen
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -306,26 +306,30 @@ def export(
         str | None, typer.Option(help="USER/NAME of a repository on the Hub for the proven folder, with a model card.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="The repository is private if it is made now.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter or a model as servers read it, load it with the other side, and compare it with base + adapter.
     Exit code 1, and nothing written, when it is not what was trained."""
-    from rich.console import Console
+    with _quiet(as_json):
+        from rich.console import Console
 
-    from fastft.tools.export.export import export as run
+        from fastft.tools.export.export import export as run
 
-    run(
-        source,
-        out,
-        to=to,
-        quant=quant,
-        base=base,
-        base_precision=base_precision,
-        other_base=other_base,
-        prompts=prompts,
-        push_to_hub=push_to_hub,
-        private=private,
-        console=Console(),
-    )
+        result = run(
+            source,
+            out,
+            to=to,
+            quant=quant,
+            base=base,
+            base_precision=base_precision,
+            other_base=other_base,
+            prompts=prompts,
+            push_to_hub=push_to_hub,
+            private=private,
+            console=Console(),
+        )
+    if as_json:
+        _show(result, True)
 
 
 def main() -> None:

@@ -325,6 +325,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(trained, tmp_path, command, name)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_json_alone_on_stdout(trained, prompts, tmp_path, monkeypatch, capfd):
+    line = ["export", trained("wide")[1], "--to", "vllm-lora", "--out", tmp_path / "o", "--prompts", prompts, "--json"]
+    monkeypatch.setattr(sys, "argv", ["fastft", *map(str, line)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capfd.readouterr()
+    assert not ended.value.code and json.loads(said.out)["form"] == "vllm-lora" and "written and proven" in said.err
+
+
 def test_a_proof_that_fails_ends_with_exit_code_1(trained, prompts, tmp_path, command, monkeypatch):
     not_scaled(monkeypatch)
     code, lines = command("export", trained("wide")[1], "--to", "merged", "--prompts", prompts, "--out", tmp_path / "o")

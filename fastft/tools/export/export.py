@@ -31,6 +31,10 @@ class ExportResult:
     out: Path
     figures: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the figures, and where they lie."""
+        return {"out": str(self.out), **self.figures}
+
 
 def export(
     source: str | Path,

@@ -154,7 +154,7 @@ ADAPTERS = {
     "wide": dict(),
 }
 NOISE = 0.1
-STEPS = {"gemma3_text": (40, 25), "wide": (30, 15)}  # of base and adapter, where fewer do than USUAL
+STEPS = {"gemma3_text": (40, 25), "phi3": (50, 30), "wide": (30, 15)}  # of base and adapter, where fewer do than USUAL
 USUAL = (80, 50)
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 OWN = {

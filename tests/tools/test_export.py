@@ -328,6 +328,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(trained, tmp_path, command, name)
 def test_json_alone_on_stdout(trained, prompts, tmp_path, monkeypatch, capfd):
     line = ["export", trained("wide")[1], "--to", "vllm-lora", "--out", tmp_path / "o", "--prompts", prompts, "--json"]
     monkeypatch.setattr(sys, "argv", ["fastft", *map(str, line)])
+    capfd.readouterr()  # what training the model said
     with pytest.raises(SystemExit) as ended:
         main()
     said = capfd.readouterr()

@@ -130,11 +130,11 @@ def test_05_prove_it(execute):
 
 
 @pytest.mark.skipif(not llama_cpp.is_installed(), reason="pip install -e '.[gguf]'")
-def test_06_export(execute, folder):
+def test_06_export(kernel, folder):
     """llama.cpp in the notebook's own process answers as base + adapter does."""
     ask = """dict(answer=answer, agree=proof[QUANT]['top1_clear'], file=result.figures['file'],
     loss=trainer.state.log_history[0]['loss'])"""
-    notebook, found = execute("06_export_and_chat", "chat", ask, MAX_LENGTH=48)
+    notebook, found = support.execute("06_export_and_chat", kernel, folder, ask)
     assert found["answer"] and found["agree"] >= 0.99 and found["file"] == "adapter-q8_0.gguf" and found["loss"] > 0
     assert (folder / "06_export_and_chat" / "gguf" / "export.json").exists()
     text = support.shown(notebook)

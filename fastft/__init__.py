@@ -21,6 +21,7 @@ _WHERE = {
     "StrictError": "fastft.patching.patcher",
     "verify": "fastft.tools.verify.runner",
     "plan": "fastft.tools.plan.planner",
+    "export": "fastft.tools.export.export",
     "FastftError": "fastft.errors",
 }
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FastftError",
     "PatchReport",
     "StrictError",
+    "export",
     "patch",
     "patched",
     "plan",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from fastft.loading.fast_model import FastModel
     from fastft.patching.patcher import StrictError
     from fastft.patching.report import PatchReport
+    from fastft.tools.export.export import export
     from fastft.tools.plan.planner import plan
     from fastft.tools.verify.runner import verify
 

@@ -262,6 +262,9 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
     check: Annotated[bool, typer.Option(help="Reload the result and compare its logits with base + adapter.")] = True,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="BASE is meant to be another model than the one trained on.")
+    ] = False,
 ) -> None:
     """Write base + adapter as a plain 16-bit checkpoint, shard by shard, and check it."""
     import torch
@@ -272,19 +275,75 @@ def merge(
     form = parse_dtype(dtype)
     if form is None or form not in (torch.bfloat16, torch.float16):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
-    result = run(adapter, out, base=base, dtype=form, check=check)
+    result = run(adapter, out, base=base, dtype=form, check=check, other_base=other_base)
     print(f"{out}: {result or 'not checked'}")
 
 
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="An adapter's folder, or a model's folder or name.")],
+    to: Annotated[str, typer.Option(help="merged, gguf, ollama or vllm-lora.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="merged: bf16 (default), f16. gguf and ollama: q8_0 (default), f16, bf16, f32; by llama-cpp-python "
+            "q4_k_m and other K-quants."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
+    base_precision: Annotated[
+        str,
+        typer.Option(
+            help="What the adapter is merged onto: trained (in 4 bits where it was trained so), original, nf4 or fp4."
+        ),
+    ] = "trained",
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="BASE is meant to be another model than the one trained on.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Texts to compare on, one a line; by default built-in ones.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="USER/NAME of a repository on the Hub for the proven folder, with a model card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="The repository is private if it is made now.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter or a model as servers read it, load it with the other side, and compare it with base + adapter.
+    Exit code 1, and nothing written, when it is not what was trained."""
+    with _quiet(as_json):
+        from rich.console import Console
+
+        from fastft.tools.export.export import export as run
+
+        result = run(
+            source,
+            out,
+            to=to,
+            quant=quant,
+            base=base,
+            base_precision=base_precision,
+            other_base=other_base,
+            prompts=prompts,
+            push_to_hub=push_to_hub,
+            private=private,
+            console=Console(),
+        )
+    if as_json:
+        _show(result, True)
+
+
 def main() -> None:
-    """Entry point: an error that fastft raises on purpose is one line and exit code 2, not a traceback."""
+    """Entry point: an error that fastft raises on purpose is one line, not a traceback; the exit code is 2, or 1 for a
+    proof that does not hold."""
     from fastft.errors import FastftError
 
     try:
         app()
     except FastftError as e:
         print(f"fastft: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class FastftError(ValueError):
-    """Base of all errors that fastft raises on purpose."""
+    """Base of all errors that fastft raises on purpose. `exit_code`: what the command line ends with."""
+
+    exit_code = 2
 
 
 class ModelNotFoundError(FastftError):
@@ -57,3 +59,21 @@ class GraphsError(FastftError):
 
 class PlanError(FastftError):
     """What `plan` was asked for is not there, or the model cannot be followed without its values."""
+
+
+class FolderExistsError(FastftError, FileExistsError):
+    """The new folder is there already, or another process is writing it."""
+
+
+class WriteError(FastftError):
+    """A result that cannot be written: a full disk, a folder without permission."""
+
+
+class ExportError(FastftError):
+    """What `export` was asked for cannot be written in that format, with the reason."""
+
+
+class ProofError(FastftError):
+    """The result was written, loaded and compared, and is not what was trained: nothing is published."""
+
+    exit_code = 1

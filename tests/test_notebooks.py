@@ -14,9 +14,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from fastft.tools.gguf import llama_cpp
 from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
+BESIDE_STOCK = [n for n in NAMES if n != "06_export_and_chat"]  # train with both
 SMALL = support.SMALL
 PROJECT = tomllib.loads((support.FOLDER.parent / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT["urls"]["Homepage"]
@@ -127,10 +129,22 @@ def test_05_prove_it(execute):
     assert support.pictures(notebook) == 1
 
 
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="pip install -e '.[gguf]'")
+def test_06_export(kernel, folder):
+    """llama.cpp in the notebook's own process answers as base + adapter does."""
+    ask = """dict(answer=answer, agree=proof[QUANT]['top1_clear'], file=result.figures['file'],
+    loss=trainer.state.log_history[0]['loss'])"""
+    notebook, found = support.execute("06_export_and_chat", kernel, folder, ask)
+    assert found["answer"] and found["agree"] >= 0.99 and found["file"] == "adapter-q8_0.gguf" and found["loss"] > 0
+    assert (folder / "06_export_and_chat" / "gguf" / "export.json").exists()
+    text = support.shown(notebook)
+    assert "written and proven" in text and "200 of 200 strings have equal ids" in text
+
+
 # --- as they are committed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BESIDE_STOCK)
 def test_committed_with_the_outputs_of_a_run(name):
     """Labelled as what they are, small, and without a path of the machine that ran them."""
     notebook = support.read(name)
@@ -151,10 +165,21 @@ def test_committed_with_the_outputs_of_a_run(name):
     assert not re.search(r"/(?:work|home|root|tmp|Users|content)/", text)
 
 
+def test_the_export_is_committed_clean():
+    """Without outputs, and with an install cell of its own: the extra that compiles llama.cpp."""
+    notebook = support.read("06_export_and_chat")
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    (install,), (parameters,) = (support.tagged(notebook, tag) for tag in ("install", "parameters"))
+    assert code[:2] == [install, parameters] and f"fastft[gguf] @ git+{REPOSITORY}" in install.source
+    assert "/blob/main/notebooks/06_export_and_chat.ipynb" in notebook.cells[0].source
+
+
 # --- the install cell
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BESIDE_STOCK)
 def test_one_cell_installs_it_and_parameters_come_first(name):
     """The same cell in all, once; a badge that opens this notebook."""
     notebook = support.read(name)
@@ -192,7 +217,7 @@ def test_what_is_said_of_kaggle_holds():
     stops = "2.10.0" not in bound.specifier
     for text in [
         (support.FOLDER / "README.md").read_text(),
-        *("".join(c.source for c in support.read(n).cells) for n in NAMES),
+        *("".join(c.source for c in support.read(n).cells) for n in BESIDE_STOCK),
     ]:
         assert ("Kaggle" in text and "stops with a conflict" in text) is stops
 
@@ -227,7 +252,7 @@ def test_every_data_set_that_the_text_promises(name):
     assert [names["text_of"](row) for row in rows] == ["why? so", "why? / so", "why? so", "why? / so"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BESIDE_STOCK)
 def test_three_lines_at_most_differ_from_stock(name):
     """Of the two cells that load and train; whatever else names fastft shows something of it, or reads the memory."""
     notebook = support.read(name)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.tools.merge import merge as m
 from fastft.tools.merge.adapter_parts import Delta
+from fastft.tools.merge.base import shards
 from fastft.tools.shard_writer import ShardWriter
 
 
@@ -56,7 +57,7 @@ def test_merged_is_base_plus_adapter(base, tmp_path, settings, dtype):
     adapter = trained(base, tmp_path / "adapter", **settings)
     check = m.merge(adapter, tmp_path / "out", dtype=dtype)
     assert check.ok and check.error <= check.rounding * 1.01 + 1e-6 and check.adapter > 10 * check.error
-    assert len(m.shards(tmp_path / "out")) == len(m.shards(base)) > 1 and not (tmp_path / "out.partial").exists()
+    assert len(shards(tmp_path / "out")) == len(shards(base)) > 1 and not (tmp_path / "out.partial").exists()
     ids = torch.arange(8)[None]
     exact = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter

@@ -114,7 +114,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     del bare
     gc.collect()
 
-    console.print(TRAININGS.format(str(runs.truth_dtype(job)).removeprefix("torch.")), highlight=False)
+    console.print(TRAININGS.format(str(runs.reference_dtype(job)).removeprefix("torch.")), highlight=False)
     model = runs.load_stock(job)
     start = checks.trainable(model)
     stock = _train(job, model, "stock", console)

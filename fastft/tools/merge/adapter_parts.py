@@ -162,6 +162,12 @@ def read_adapter(folder: Path) -> AdapterWeights:
         raise AdapterError(f"merge: want an adapter's folder with adapter_config.json, got {str(folder)!r}{there}")
     adapter = AdapterWeights(_config(folder))
     tensors = _tensors(folder)
+    for key, t in tensors.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise AdapterError(
+                f"merge: {key!r} of the adapter {str(folder)!r} holds NaN or infinity: its training diverged; take an "
+                "earlier checkpoint"
+            )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, t in tensors.items():
         name = key.removeprefix("base_model.model.")
@@ -193,20 +199,37 @@ def _plain(name: str) -> str:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / "adapter_model.safetensors").is_file():
-        return load_file(folder / "adapter_model.safetensors")
-    if (folder / "adapter_model.bin").is_file():
-        return torch.load(folder / "adapter_model.bin", weights_only=True)
-    raise AdapterError(
-        f"merge: want adapter_model.safetensors in {str(folder)!r}, which has none: save the adapter with "
-        "save_pretrained"
-    )
+    """AdapterError, with the file's name, for one that is missing or cannot be read."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    files = [p for n in ("adapter_model.safetensors", "adapter_model.bin") if (p := folder / n).is_file()]
+    if not files:
+        raise AdapterError(
+            f"merge: want adapter_model.safetensors in {str(folder)!r}, which has none: save the adapter with "
+            "save_pretrained"
+        )
+    path = files[0]
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as e:
+        raise AdapterError(f"merge: the adapter's {str(path)!r} is damaged ({said(e)}): copy or save it again") from e
+
+
+def said(e: Exception) -> str:
+    """The first line of another library's message."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:160]
 
 
 def _config(folder: Path) -> LoraConfig:
     from peft import LoraConfig, PeftConfig
 
-    raw: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    path = folder / "adapter_config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"merge: the adapter's {str(path)!r} is damaged ({said(e)}): copy or save it again") from e
     if raw.get("peft_type") != "LORA":
         raise AdapterError(
             f"merge: want a LoRA adapter, got one of type {raw.get('peft_type')}: {BY_PEFT}, where it can be merged"

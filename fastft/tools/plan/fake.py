@@ -20,6 +20,7 @@ from fastft.compat.torch_private import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    fake_device,
     tree_map_only,
     unset_fake_temporarily,
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastft.compat.torch_private import FakeTensor, TorchDispatchMode, operator_name, storage_id
+from fastft.compat.torch_private import FakeTensor, TorchDispatchMode, fake_device, operator_name, storage_id
 from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.workspace import inside
 from fastft_kernels.runtime.dispatch import FAKES, LAUNCHERS

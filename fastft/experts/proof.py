@@ -160,9 +160,8 @@ def _prove(small: Module, s: ExpertsStructure, scales: tuple[float, ...], draws:
     experts = chain(small)[1]
     e, hidden = experts._parameters[s.up].shape[0], _hidden(experts, s)
     dtype, device = experts._parameters[s.up].dtype, experts._parameters[s.up].device
-    inputs, *few = [
-        lambda g, scale, make=_make(e, hidden, device, n): _placed(experts, *make(g, scale)) for n in (TOKENS, *FEW)
-    ]
+    make = lambda tokens: lambda g, scale: _placed(experts, *_make(e, hidden, device, tokens)(g, scale))
+    inputs, *few = [make(n) for n in (TOKENS, *FEW)]
     large = lambda g, scale: inputs(g, LARGE_SCALE * scale)
     structure = _of_stand_in(s, experts)
     cast = lambda m, to: _cast(m, to, dtype)

@@ -19,7 +19,7 @@ from torch import nn
 from fastft.linear.projection import Layer, base_of, base_weight, is_dense
 from fastft.linear.small_layers import Siblings, device_of, group_key, small_layers
 from fastft.proving.clone import clone
-from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, prove
+from fastft.proving.prove import Proof, agree, cast_parameters, formula_is_enough, outputs_and_gradients, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
 
@@ -48,13 +48,15 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
             False, reason=f"quantised weights beside others of several dtypes: {', '.join(sorted(map(str, dense)))}"
         )
     dtype = (dense or [quantised[0].compute_dtype or torch.float32])[0]
+    width = next(b.in_features for b in quantised) if quantised else _width(bases[0])
+    inputs = lambda g, scale: [torch.randn(*ROWS, width, generator=g, dtype=torch.float64).to(device) * scale]
+    if formula_is_enough():
+        return prove(stock, swap, inputs, dtype=dtype, cast=dense_in_float64)
     matrices: dict[Layer, torch.Tensor] = {}
     for base in quantised:
         matrices[base], reason = _matrix(base, dtype)
         if reason:
             return Proof(False, dtype=str(dtype).removeprefix("torch."), reason=reason)
-    width = next(b.in_features for b in quantised) if quantised else _width(bases[0])
-    inputs = lambda g, scale: [torch.randn(*ROWS, width, generator=g, dtype=torch.float64).to(device) * scale]
     cast = lambda module, to: _cast(module, to, stock, matrices)
     proof = prove(stock, swap, inputs, dtype=dtype) if not quantised else None
     if proof is not None and not proof.ok:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fastft.proving.prove import Proof
+from fastft.proving.prove import Proof, formula_is_enough
 
 CACHE: dict[Hashable, Proof] = {}
 
@@ -31,8 +31,10 @@ def device_name(device: torch.device) -> str:
 
 def proof_of(kind: str, key: Hashable, device: torch.device, run: Callable[[], Proof]) -> Proof:
     """The proof of `kind` for `key` on `device`; `run()` makes it where there is none yet. What `run` raises is not
-    kept."""
-    full = (kind, key, device_key(device))
+    kept. A proof of the formula alone (`formula_alone`) never stands for a whole one."""
+    full: tuple = (kind, key, device_key(device))
+    if full not in CACHE and formula_is_enough():
+        full += ("formula",)
     if full not in CACHE:
         CACHE[full] = replace(run(), device=device_name(device))
     return CACHE[full]

@@ -19,6 +19,7 @@ from fastft_kernels.runtime.language import HAS_TRITON, InterpretedFunction, tri
 _LIBRARY = torch.library.Library("fastft", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAUNCHERS: dict[str, Callable] = {}  # an operator's name -> its launcher, for those who ask what it allocates inside
+FAKES: dict[str, Callable] = {}  # an operator's name -> its fake implementation
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _plans = 0  # how many `planned_for_cuda` are open
 
@@ -59,7 +60,7 @@ def op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     def register(launcher: Callable) -> Callable:
         _LIBRARY.define(schema)
-        LAUNCHERS[name] = launcher
+        LAUNCHERS[name], FAKES[name] = launcher, fake
         _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastft::{name}", fake, lib=_LIBRARY)
         overload = getattr(torch.ops.fastft, name).default

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.tools.plan.fake import tensors_in
 from fastft.tools.plan.workspace import inside
-from fastft_kernels.runtime.dispatch import LAUNCHERS
+from fastft_kernels.runtime.dispatch import FAKES, LAUNCHERS
 
 TAGS = ("temporary", "activations", "gradients", "optimizer")
 
@@ -61,12 +62,14 @@ class AllocationLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not self.for_cuda and func.namespace == "fastft":
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        ours = func.namespace == "fastft"
+        if ours and not self.for_cuda:
             with self:
                 return LAUNCHERS[func._opname](*args, **kwargs)
-        out = func(*args, **kwargs)
-        if func is torch.ops.prim.device.default:
-            return out
+        # torch keeps no results of fake implementations other than its own, so ours are called without its detour
+        out = (FAKES[func._opname] if ours else func)(*args, **kwargs)
         given = None
         for t in (out,) if isinstance(out, torch.Tensor) else tensors_in((out,), {}):
             storage = t.untyped_storage()

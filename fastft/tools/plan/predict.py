@@ -23,6 +23,7 @@ from fastft.checkpointing.controller import control
 from fastft.checkpointing.layer_stack import kind_of, stacks
 from fastft.checkpointing.policy import Policy
 from fastft.patching.patcher import innermost
+from fastft.proving.prove import formula_alone
 from fastft.tools.plan import fake as plan_fake
 from fastft.tools.plan.gpus import BLOCK
 from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
@@ -274,7 +275,8 @@ def subject(config: PretrainedConfig, setting: TrainingSetup, trust_remote_code:
     model.train()
     trains_through_base(model)
     if setting.patched:
-        patch(model)
+        with formula_alone():
+            patch(model)
     fake = plan_fake.FakeRun()
     with fake():
         plan_fake.to_fake(model)

@@ -31,6 +31,7 @@ from fastft.swapping.swap import KEY, new_instance
 TOKENS, TOP_K, EXPERTS = 131, 3, 6
 FEW, DRAWS, LARGE_SCALE = (1, 7, 37), 8, 30.0
 HIDDEN, INNER = 40, 24
+DELTA = 0.25  # an adapter's output beside its experts', before its scaling
 LARGE_HIDDEN, LARGE_INNER = 328, 168  # where grouped kernels run: two tiles and a partial one
 Module = Any
 
@@ -79,9 +80,11 @@ def _bare(module: nn.Module, sizes: dict[int, int]) -> Module:
     return new
 
 
-def _drawn(p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device) -> nn.Parameter:
-    """Of p's dtype: outputs of order one."""
-    values = torch.randn(shape, dtype=torch.float64, generator=generator) * (max(shape[1:]) ** -0.5)
+def _drawn(
+    p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device, size: float = 1.0
+) -> nn.Parameter:
+    """Of p's dtype: outputs of order `size`."""
+    values = torch.randn(shape, dtype=torch.float64, generator=generator) * (size * max(shape[1:]) ** -0.5)
     return nn.Parameter(values.to(device, p.dtype), requires_grad=p.requires_grad)
 
 
@@ -102,7 +105,7 @@ def _small_wrapper(
             width = sizes.get(width, width)
             shape = [ranks, width] if side == "lora_A" else [width, ranks]
             layer = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-            layer.weight = _drawn(weight, shape, generator, device)
+            layer.weight = _drawn(weight, shape, generator, device, DELTA if side == "lora_B" else 1.0)
             new._modules[side]._modules[name] = layer
     return new
 

@@ -98,11 +98,14 @@ def draws_of(model: nn.Module) -> int:
     return DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
 
 
-def run_all(model: nn.Module, inputs: dict, loss_of, truth: bool = False) -> Results:
-    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...)."""
+def run_all(
+    model: nn.Module, inputs: dict, loss_of, truth: bool = False, choices: model_experts.Choices | None = None
+) -> Results:
+    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...). choices:
+    noted by the float64 run, taken by the others."""
     runs, twin = [], doubled(model) if truth else model
     for draw in range(draws_of(model)):
-        with moved(model, draw):
+        with moved(model, draw), choices.run(draw, truth) if choices else contextlib.nullcontext():
             if not truth:
                 runs.append(run(model, inputs, loss_of))
                 continue
@@ -138,13 +141,13 @@ def doubled(model: nn.Module) -> nn.Module:
     return model
 
 
-def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of) -> dict:
+def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of, truth: Results | None = None) -> dict:
     """Worst verdict over the loss and all gradients, each pooled over the draws of both sides. The rounding error of a
     scalar, or of the worst-conditioned entry of a gradient, is one throw of a die, and may be zero on one side:
     neighbours of the model keep the condition and throw again, so that the pooled errors say which of two computations
     is the more exact. Where float64 does not run there is no truth, and nothing passes."""
     try:
-        truth = run_all(stock, inputs, loss_of, truth=True)
+        truth = truth or run_all(stock, inputs, loss_of, truth=True)
     except Exception as e:
         return {
             "truth": "none",
@@ -184,12 +187,16 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
-    """Patch, judge, unpatch on copies of `stock`; what the report said."""
+def one_way(stock: nn.Module, inputs: dict, loss_of, choices: model_experts.Choices | None = None) -> dict:
+    """Patch, judge, unpatch on copies of `stock`; what the report said. choices: where all runs are to make the float64
+    run's."""
     import fastft
 
-    eager = run_all(stock, inputs, loss_of)
-    again = run(stock, inputs, loss_of)
+    truth = run_all(stock, inputs, loss_of, True, choices) if choices else None
+    once = lambda: choices.run(0) if choices else contextlib.nullcontext()
+    eager = run_all(stock, inputs, loss_of, choices=choices)
+    with once():
+        again = run(stock, inputs, loss_of)
     deterministic = torch.equal(eager[0]["loss"][0], again[0]["loss"])
     model = copy.deepcopy(stock)
     before, bits = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
@@ -200,8 +207,8 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
     out: dict = {"seconds": round(seconds, 2), "deterministic": deterministic, "problems": []}
     if not torch.equal(rng, torch.get_rng_state()):
         out["problems"].append("patch moved the random state")
-    ours = run_all(model, inputs, loss_of)
-    out |= judge(stock, ours, eager, inputs, loss_of)
+    ours = run_all(model, inputs, loss_of, choices=choices)
+    out |= judge(stock, ours, eager, inputs, loss_of, truth)
     report = fastft.report(model)
     out["report"] = report.to_dict()
     if mute := [r for r in report if not r.is_swapped and not r.reason]:
@@ -213,7 +220,9 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
         out["problems"].append(f"unpatch left {odd[:3]}: {before[odd[0]]} -> {after.get(odd[0])}")
     if not same_bits(bits, model.state_dict()):
         out["problems"].append("unpatch: state_dict differs")
-    if deterministic and not same_bits(again[0], run(model, inputs, loss_of)[0]):
+    with once():
+        last = run(model, inputs, loss_of)
+    if deterministic and not same_bits(again[0], last[0]):
         out["problems"].append("unpatch: the loss differs in its bits")
     return out
 

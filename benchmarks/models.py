@@ -101,8 +101,8 @@ def draws_of(model: nn.Module) -> int:
 def run_all(
     model: nn.Module, inputs: dict, loss_of, truth: bool = False, choices: model_experts.Choices | None = None
 ) -> Results:
-    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...). choices:
-    noted by the float64 run, taken by the others."""
+    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...).
+    choices: noted by the float64 run, taken by the others."""
     runs, twin = [], doubled(model) if truth else model
     for draw in range(draws_of(model)):
         with moved(model, draw), choices.run(draw, truth) if choices else contextlib.nullcontext():

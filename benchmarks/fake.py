@@ -162,11 +162,11 @@ def counting(known: list[torch.Tensor]):
     cost.flops, cost.launches, cost.saved = flops.get_total_flops(), sum(launches.ops.values()), sum(sizes.values())
 
 
-def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn.Module:
+def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool, attention: str | None = "sdpa") -> nn.Module:
     """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or
     bfloat16)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
     if not fp32_adapters:
         for p in model.parameters():

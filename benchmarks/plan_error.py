@@ -217,12 +217,12 @@ def mixture(layers: int, **sizes: int) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(num_hidden_layers=layers, **{**shape, **sizes})
 
 
-def on_attention(experts: bool) -> LoraConfig:
+def on_attention(experts: bool, r: int = 16) -> LoraConfig:
     """LoRA on the attention's projections, and on the experts."""
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None
     modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return LoraConfig(
-        r=16, lora_alpha=32, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"
+        r=r, lora_alpha=2 * r, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"
     )
 
 
@@ -277,7 +277,7 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
         Case(
             "experts, LoRA on them and on attention, bfloat16 adapters, 8-bit AdamW",
             sparse,
-            of(**usual, adapters=on_attention(True), adapter_dtype=BF16, optim="adamw_8bit"),
+            of(**usual, adapters=on_attention(True, 8), adapter_dtype=BF16, optim="adamw_8bit"),
             *small,
             (few, 0),
         ),

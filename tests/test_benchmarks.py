@@ -40,9 +40,9 @@ def test_an_unknown_section_is_refused(capsys):
 @pytest.fixture
 def small_experts():
     config = Qwen3MoeConfig(
-        hidden_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1
+        hidden_size=512, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1
     )
-    return expert_costs.Size(config, 4, 32, 16, 2)
+    return expert_costs.Size(config, 4, 512, 256, 2)
 
 
 def test_a_layer_of_experts_does_the_factored_arithmetic(small_experts):

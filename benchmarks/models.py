@@ -94,8 +94,11 @@ def moved(model: nn.Module, draw: int):
 
 def draws_of(model: nn.Module) -> int:
     if sum(p.numel() for p in model.parameters()) >= LARGE:
-        return FEW_DRAWS
-    return DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
+        draws = FEW_DRAWS
+    else:
+        draws = DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return min(3 * draws, MANY_DRAWS) if narrow else draws  # the loss is one number, in 16 bits of much noise
 
 
 def run_all(

@@ -16,12 +16,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from fastft.errors import AdapterError, FastftError, ModelNotFoundError
+from fastft.tools.merge import expert_parts
 from fastft.tools.merge.adapter_parts import BY_PEFT, AdapterWeights, misfits, read_adapter
 from fastft.tools.shard_writer import ShardWriter
 
@@ -177,10 +179,17 @@ def make_plan(source: Path, adapter: AdapterWeights) -> MergePlan:
             f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: "
             f"{BY_PEFT}"
         )
+    if adapter.pairs:
+        adapter.stacks, left = expert_parts.resolve(adapter.pairs, adapter.config, source)
+        if left:
+            raise AdapterError(
+                f"merge: the adapter has target_parameters= on {left[0]!r}, which is no stack of experts' matrices: "
+                f"{BY_PEFT}"
+            )
     plan = MergePlan(adapter, files)
     if config.get("model_type") and (tied := _tied_embeddings(source)) is not None:
         plan = _untie(plan, *tied, shapes)
-    if wrong := next(misfits(adapter, shapes, quantised), None):
+    if wrong := next(chain(misfits(adapter, shapes, quantised), expert_parts.misfits(adapter.stacks, shapes)), None):
         raise AdapterError(f"merge: in the base {str(source)!r}: {wrong}; or {BY_PEFT}")
     return plan
 

@@ -239,7 +239,8 @@ def prove(
             if short:
                 worst = Proof(True, dtype="float64")
                 continue
-            verdict = compare(*(_pooled([r[k] for r in results]) for k in range(3)))
+            ours, reference, eager = (_pooled([r[k] for r in results]) for k in range(3))
+            verdict = compare(ours, reference, eager)
             proof = Proof(verdict.ok, verdict.error, verdict.eager_error, named, "" if verdict else str(verdict))
             if not proof.ok:
                 return proof

@@ -1,10 +1,19 @@
-"""The `fastft` command."""
+"""The `fastft` command.
+
+Every command but `run` owns its process: it quiets other libraries' warnings there, and with `--json` prints JSON alone
+on stdout."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +25,50 @@ app = typer.Typer(
 )
 
 
+LIBRARIES = ("torch", "triton", "transformers", "trl", "peft")
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout instead of the table.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        def line(name: str) -> str:
+            try:
+                return f"{name} {version(name)}"
+            except PackageNotFoundError:
+                return f"{name} is not installed"
+
+        print(f"{line('fastft')} ({', '.join(map(line, LIBRARIES))})")
+        raise typer.Exit
+
+
 @app.callback()
-def _top() -> None:
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
     pass
+
+
+@contextlib.contextmanager
+def _quiet(as_json: bool = False) -> Iterator[None]:
+    """Other libraries' warnings and hints stay out of what the command prints; with `as_json` what is printed inside
+    goes to stderr, so that stdout is JSON alone."""
+    for name in ("bitsandbytes", "transformers", "accelerate", "peft", "trl", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(?!fastft)")
+        yield
+
+
+def _show(result: Any, as_json: bool, **more: Any) -> None:
+    """Print `result` as a table, or its dictionary and `more` as JSON."""
+    from rich.console import Console
+
+    print(json.dumps(result.to_dict() | more, indent=1, allow_nan=False)) if as_json else Console().print(result)
 
 
 @app.command()
@@ -46,19 +96,26 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def run(
-    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="A Python script; with -m a module; after -- an installed command.")],
+    args: Annotated[list[str] | None, typer.Argument(help="What the script is given, unchanged.")] = None,
     module: Annotated[bool, typer.Option("-m", help="TARGET is a module, as in `python -m`.")] = False,
 ) -> None:
     """Run a training script unchanged, its models patched: `fastft run train.py --lr 1e-4`, `fastft run -m
     package.train`, or an installed command after two dashes: `fastft run -- trl sft --model_name_or_path ...`. The exit
     code is the script's."""
-    from fastft.tools.run.runner import run_module, run_program, run_script
+    from fastft.errors import FastftError
+    from fastft.tools.run.runner import run_module, run_program, run_script, without_our_frames
 
-    if not context.args:
-        raise typer.BadParameter("want a script, -m MODULE, or -- and an installed command")
-    target, *args = context.args
     start = run_module if module else run_program if sys.argv[1:3] == ["run", "--"] else run_script
-    raise typer.Exit(start(target, args))
+    try:
+        code = start(target, args or [])
+    except FastftError:
+        raise
+    except Exception as e:  # as the interpreter ends with an exception that nobody catches
+        e.__traceback__ = without_our_frames(e.__traceback__)
+        sys.excepthook(type(e), e, e.__traceback__)
+        code = 1
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -78,18 +135,15 @@ def verify(
             help="Layer by layer, or all at once; by default by the model's size and the free memory.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything
     fails."""
-    import json
+    with _quiet(as_json):
+        from fastft.tools.verify.runner import verify_checkpoint
 
-    from rich.console import Console
-
-    from fastft.tools.verify.runner import verify_checkpoint
-
-    result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
-    print(json.dumps(result.to_dict(), indent=2)) if as_json else Console().print(result)
+        result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
+    _show(result, as_json)
     raise typer.Exit(0 if result else 1)
 
 
@@ -107,24 +161,21 @@ def bench(
     seq: Annotated[int | None, typer.Option(min=8, help="Longest row; by default 2048 on a GPU, 64 without.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows; by default 4 on a GPU, 2 without.")] = None,
     out: Annotated[Path, typer.Option(help="Where bench.json and the plots go.")] = Path("fastft-bench"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Speed and memory of stock, its best flags, the peers and fastft on this machine; what fails the judge prints no
     speed. Exit code 1 when anything is red or fails."""
-    import json
+    with _quiet(as_json):
+        from fastft.tools.bench.runner import BenchOptions
+        from fastft.tools.bench.runner import bench as run
 
-    from rich.console import Console
-
-    from fastft.tools.bench.runner import BenchOptions
-    from fastft.tools.bench.runner import bench as run
-
-    split = lambda text: tuple(x.strip() for x in text.split(",") if x.strip())
-    try:
-        options = BenchOptions(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from e
-    result = run(options)
-    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(140, Console().width)).print(result)
+        split = lambda text: tuple(x.strip() for x in text.split(",") if x.strip())
+        try:
+            options = BenchOptions(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
+        except ValueError as e:
+            raise typer.BadParameter(str(e)) from e
+        result = run(options)
+    _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -155,43 +206,52 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     accumulate: Annotated[int, typer.Option(min=1, help="Gradient accumulation steps.")] = 1,
     policy: Annotated[
-        str, typer.Option(help="auto, none, lean, offload, a number of layers, or a budget such as 20GiB.")
+        str,
+        typer.Option(help="auto, trainer, none, lean, full, offload, a number of layers, or a budget such as 20GiB."),
     ] = "auto",
     loss: Annotated[str | None, typer.Option(help="trl or model")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the bars to this file (.png, .svg, .pdf).")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
 ) -> None:
     """Predict the memory that training takes, the largest batch and the longest sequence that fit, and the policy that
     would be chosen: from the configuration alone, without a GPU or weights."""
-    import json
+    with _quiet(as_json):
+        import peft  # noqa: F401  (what the plan imports, so that its time is its own)
+        import torch
+        from rich.console import Console
 
-    from rich.console import Console
+        from fastft.tools.plan.planner import lora
+        from fastft.tools.plan.planner import plan as run
 
-    from fastft.tools.plan.planner import lora
-    from fastft.tools.plan.planner import plan as run
-
-    split = lambda text, otherwise: otherwise if text is None else text.split(",")
-    result = run(
-        model,
-        gpu=gpu,
-        adapter_dtype=adapter_dtype,
-        seq=seq,
-        batch=batch,
-        r=r,
-        peft_config=lora(r, split(targets, "all-linear"), split(target_parameters, None)),
-        load_in_4bit=four_bit,
-        full=full,
-        optim=optim,
-        dtype=dtype,
-        accumulate=accumulate,
-        policy=policy,
-        loss=loss,
-        trust_remote_code=trust_remote_code,
-    )
-    if plot is not None:
-        result.plot(plot)
-    print(json.dumps(result.to_dict(), indent=1)) if as_json else Console(width=max(150, Console().width)).print(result)
+        split = lambda text, otherwise: otherwise if text is None else text.split(",")
+        given = targets is not None or target_parameters is not None
+        adapters = lora(r, split(targets, "all-linear"), split(target_parameters, None)) if given else None
+        torch.set_num_threads(1)  # of this process: nothing here is large enough for several
+        imports, start = time.process_time(), time.process_time()
+        with Console(stderr=True).status("fastft plan") as status:
+            result = run(
+                model,
+                gpu=gpu,
+                seq=seq,
+                batch=batch,
+                r=r,
+                peft_config=adapters,
+                adapter_dtype=adapter_dtype,
+                load_in_4bit=four_bit,
+                full=full,
+                optim=optim,
+                dtype=dtype,
+                accumulate=accumulate,
+                policy=policy,
+                loss=loss,
+                trust_remote_code=trust_remote_code,
+                progress=lambda what: status.update(f"fastft plan: {what}"),
+            )
+        if plot is not None:
+            result.plot(plot)
+    seconds = {"imports": round(imports, 2), "plan": round(time.process_time() - start, 2)}
+    _show(result, as_json, cpu_seconds=seconds)
 
 
 @app.command()
@@ -199,14 +259,15 @@ def report(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What would be swapped in a model, and why the rest stays stock: from its configuration alone, without its
     weights."""
-    from rich import print as show
+    with _quiet(as_json):
+        from fastft.tools.report import report_from_config
 
-    from fastft.tools.report import report_from_config
-
-    show(report_from_config(model, lora=not full, trust_remote_code=trust_remote_code))
+        result = report_from_config(model, lora=not full, trust_remote_code=trust_remote_code)
+    _show(result, as_json)
 
 
 @app.command()

@@ -27,6 +27,14 @@ class AdapterError(FastftError):
     """An adapter's folder and the other arguments contradict each other."""
 
 
+class ArgumentError(FastftError, TypeError):
+    """A keyword that does not exist, or that belongs elsewhere."""
+
+
+class CheckpointError(FastftError):
+    """Weights or settings of a checkpoint or adapter that are missing or damaged."""
+
+
 class SequenceLengthError(FastftError):
     """More positions asked for than the model was built with."""
 

@@ -7,6 +7,7 @@ import re
 import torch
 
 _UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def parse_bytes(text: str) -> int | None:
@@ -17,6 +18,7 @@ def parse_bytes(text: str) -> int | None:
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The floating-point dtype of "bfloat16", "torch.float32", ...; None for what is none."""
-    found = getattr(torch, name.removeprefix("torch."), None)
+    """The floating-point dtype of "bfloat16", "torch.float32", "bf16", ...; None for what is none."""
+    name = name.removeprefix("torch.")
+    found = getattr(torch, _SHORT.get(name, name), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None

@@ -15,6 +15,7 @@ ORDER = [
     "fastft_kernels",
     "fastft.errors",
     "fastft.parsing",
+    "fastft.tables",
     "fastft.swapping",
     "fastft.proving",
     "fastft.patching",

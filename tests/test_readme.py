@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import claims, cpu, speed_table
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "PERFORMANCE.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -64,6 +65,31 @@ def test_python_blocks_run(hub_model_in_a_folder):
     assert (hub_model_in_a_folder / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_the_diffs_two_sides_train_alike(hub_model_in_a_folder):
+    """The first five losses in float32 from one seed, to five digits."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    (diff,) = blocks("diff")
+    (name,) = re.findall(r'^name = "([^"]+)"', "".join(blocks("python")), flags=re.M)
+    texts = ["The capital of France is Paris.", "Paris is the capital.", "France is.", "The capital is France, Paris."]
+    losses = {}
+    for sign in "-+":
+        torch.manual_seed(0)
+        scope = {"name": name}
+        exec("from peft import LoraConfig, get_peft_model\nfrom transformers import AutoModelForCausalLM", scope)
+        exec("\n".join(x[1:] for x in diff.splitlines() if x.startswith(sign)), scope)
+        args = dict(max_steps=5, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[])
+        data = Dataset.from_list([{"text": t} for t in texts * 5])
+        trainer = SFTTrainer(
+            model=scope["model"], train_dataset=data, args=SFTConfig("out", use_cpu=True, bf16=False, seed=1, **args)
+        )
+        trainer.train()
+        losses[sign] = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    assert len(losses["-"]) == 5 and losses["-"][4] < losses["-"][0]
+    assert losses["+"] == pytest.approx(losses["-"], rel=1e-5)
+
+
 def test_diff_is_three_lines_at_most_and_its_code_exists():
     (diff,) = blocks("diff")
     added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
@@ -103,15 +129,20 @@ def test_the_speed_table_is_the_result_files():
     """Every row of the table, and no other, is what the file of the GPU run says."""
     pattern = r"`python -m benchmarks.speed_table (benchmarks/results/\S+\.json)`.*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)"
     ((path, rows),) = re.findall(pattern, README)
-    assert rows.splitlines() == speed_table.table(json.loads((ROOT / path).read_text())["rows"])
+    found = json.loads((ROOT / path).read_text())
+    assert rows.splitlines() == speed_table.table(found["rows"])
+    assert path in PERFORMANCE  # which says how it was measured
+    ((picture,),) = [re.findall(r"!\[[^]]*\]\((docs/\S+\.svg)\)", README)]
+    drawn = (ROOT / picture).read_text()
+    assert all(f" {r['tokens_per_s']:,}<" in drawn for r in found["rows"] if r["cell"] in speed_table.CELLS)
 
 
 def test_every_figure_comes_from_a_result_file():
     """A table of figures names its command and its file in the line above; each of its rows is a figure of that
     file."""
     tables = re.findall(
-        r"^.*`(python -m benchmarks[^`]*)`.*\((benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)",
-        README,
+        r"^.*`(python -m benchmarks[^`]*)`.*\((?:\.\./)?(benchmarks/results/[^)]+)\).*\n\n\|.*\n\|-.*\n((?:\|.*\n)+)",
+        README + PERFORMANCE,
         flags=re.M,
     )
     tables = [t for t in tables if "speed_table" not in t[0]]

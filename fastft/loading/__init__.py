@@ -4,4 +4,5 @@ fast_model   the entry point
 checkpoint   what a name or folder means: adapter, base, configuration, class
 precision    device, dtype and quantisation
 adapter      a new adapter, or a saved one
+mistakes     what callers get wrong, answered in one line
 """

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fastft.errors import AdapterError, TargetModulesError
+from fastft.errors import AdapterError, CheckpointError, TargetModulesError
 from fastft.loading.checkpoint import HUB_KEYS
+from fastft.loading.mistakes import faulty_weights, folder_of
 
 TASK_OF_CLASS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -43,6 +44,13 @@ def attach_adapter(model: Any, peft_config: Any, revision: str | None) -> nn.Mod
     given: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         return get_peft_model(model, peft_config, **given)
+    except ImportError as e:
+        if "torchao" not in str(e):
+            raise
+        raise AdapterError(
+            f"PEFT refuses the torchao that is installed ({str(e).splitlines()[0]}): pip install -U torchao, or "
+            "pip uninstall torchao (fastft does not need it)"
+        ) from e
     except ValueError as e:
         targets = getattr(peft_config, "target_modules", None)
         if targets and not _matches(model, targets):
@@ -76,10 +84,12 @@ def _shown(targets: Any) -> str:
 
 
 def load_adapter(base: Any, name: str, kwargs: dict, is_trainable: bool) -> nn.Module:
-    """The adapter that is saved at `name`, on `base`. Raises AdapterError."""
+    """The adapter that is saved at `name`, on `base`. Raises AdapterError, CheckpointError."""
     from peft import PeftModel
 
     places = {k: kwargs[k] for k in (*HUB_KEYS, "revision", "subfolder") if k in kwargs}
+    if reason := faulty_weights(folder_of(name, places), "adapter_model"):
+        raise CheckpointError(reason)
     try:
         return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **places)
     except RuntimeError as e:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fastft.errors import AdapterError, ModelNotFoundError, SequenceLengthError
+from fastft.errors import AdapterError, CheckpointError, ModelNotFoundError, SequenceLengthError
+from fastft.loading.mistakes import faulty_json
 
 # where to look: as good for an adapter as for its base
 HUB_KEYS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
@@ -34,8 +35,13 @@ def adapter_config(name: str, kwargs: dict) -> Any:
         if find_adapter_config_file(name, **places) is None:
             return None
         return PeftConfig.from_pretrained(name, **{k: v for k, v in places.items() if v})
-    except OSError as e:
-        raise not_found(name, e) from e
+    except (OSError, ValueError) as e:
+        path = os.path.join(name, kwargs.get("subfolder", ""), "adapter_config.json")
+        if os.path.exists(path) and (reason := faulty_json(path)):
+            raise CheckpointError(reason) from e
+        if isinstance(e, OSError):
+            raise not_found(name, e) from e
+        raise
 
 
 def base_of_adapter(adapter: Any, name: str, kwargs: dict) -> tuple[str, dict]:
@@ -63,8 +69,13 @@ def load_config(name: str, kwargs: dict, adapter_at: str | None) -> Any:
             name, return_unused_kwargs=True, **{k: v for k, v in kwargs.items() if k not in skip}
         )
         return config
-    except OSError as e:
-        raise not_found(name, e, adapter_at) from e
+    except (OSError, ValueError) as e:
+        path = os.path.join(name, kwargs.get("subfolder", ""), "config.json")
+        if os.path.exists(path) and (reason := faulty_json(path)):
+            raise CheckpointError(reason) from e
+        if isinstance(e, OSError):
+            raise not_found(name, e, adapter_at) from e
+        raise
 
 
 def not_found(name: str, cause: OSError, adapter_at: str | None = None) -> ModelNotFoundError:

@@ -6,6 +6,7 @@ gigabytes are read, and the report."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.graphs.attach import check
 from fastft.loading.adapter import attach_adapter, default_lora_config, load_adapter
 from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_length, is_path, load_config, model_class
+from fastft.loading.mistakes import as_peft_config, check_keywords, explained
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
 
 
@@ -50,8 +52,8 @@ class FastModel:
 
         name_or_path: a repository on the Hub or a folder: of a model, or of an adapter (its base is loaded, then it).
         peft_config: any PEFT config, taken as it is, but for a `task_type` that is absent (filled in on a copy, from
-            the model's class). "lora", the default: LoRA on all linear layers, r=16, alpha=32. None: the bare model,
-            for full fine-tuning.
+            the model's class); or a dictionary of LoraConfig's settings. "lora", the default: LoRA on all linear
+            layers, r=16, alpha=32. None: the bare model, for full fine-tuning.
         load_in_4bit: bitsandbytes NF4 with double quantisation; the compute dtype is `dtype` if it is a dtype, else
             bfloat16 where the device has it, else float16. load_in_8bit: bitsandbytes LLM.int8. Anything else:
             `quantization_config`. The model is returned as PEFT makes it: no module is cast. TRL's trainers do the
@@ -76,7 +78,9 @@ class FastModel:
         Returns a PeftModel (a PreTrainedModel with peft_config=None), in the mode (train or eval) in which stock
         returns it. The tokenizer is stock: AutoTokenizer.from_pretrained(name_or_path). Raises FastftError (a
         ValueError): ModelNotFoundError, QuantizationError, DtypeError, TargetModulesError, AdapterError,
-        SequenceLengthError, PolicyError, GraphsError. Errors of transformers beyond these pass through unchanged."""
+        SequenceLengthError, PolicyError, GraphsError, ArgumentError (a keyword that does not exist; also a TypeError),
+        CheckpointError (files that are damaged or missing). Errors of transformers beyond these pass through
+        unchanged."""
         policy = parse(activation_policy)
         check(cuda_graphs)
         name = os.fspath(name_or_path)
@@ -90,6 +94,8 @@ class FastModel:
                 f"peft_config={peft_config!r}: pass a PEFT config such as LoraConfig(...), or None for the bare model, "
                 "or nothing"
             )
+        if peft_config is not None and not default_lora:
+            peft_config = as_peft_config(peft_config)
         where = placement(device_map)
         device = first_device(where)
         adapter = adapter_config(name, kwargs)
@@ -102,6 +108,7 @@ class FastModel:
 
         base_name, base_kwargs = (name, kwargs) if adapter is None else base_of_adapter(adapter, name, kwargs)
         config = load_config(base_name, base_kwargs, adapter_at=name if adapter is not None else None)
+        check_keywords(base_kwargs, KEYWORDS, config)
         check_length(max_seq_length, config)
         dtype = resolve_dtype(base_kwargs.pop("torch_dtype", dtype), config, device)
         loader = (
@@ -118,7 +125,8 @@ class FastModel:
         if quantization is not None:
             load["quantization_config"] = quantization
 
-        model = loader.from_pretrained(base_name, **load)
+        with explained(base_name, load):
+            model = loader.from_pretrained(base_name, **load)
         if adapter is not None:
             model = load_adapter(model, name, kwargs, is_trainable)
         elif peft_config is not None:
@@ -132,3 +140,6 @@ class FastModel:
 
             Console().print(report(model))
         return model
+
+
+KEYWORDS = tuple(inspect.signature(FastModel.from_pretrained).parameters)[1:-1]  # without the name and **kwargs

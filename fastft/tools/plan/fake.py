@@ -153,7 +153,9 @@ class RealIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if func is torch.ops.aten._unsafe_view.default:  # alike, and torch remembers its results
+            func = torch.ops.aten.view.default
         tensors = tensors_in(args, kwargs)
         if any(isinstance(t, FakeTensor) for t in tensors):
             if func is torch.ops.aten.index.Tensor:  # a real mask selects as many rows as it holds

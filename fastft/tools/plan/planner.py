@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
 from fastft.tools.plan.result import UNMEASURED, Plan, PlanLine
 from fastft.tools.plan.search import Limits, search
 from fastft.tools.plan.step import LOSSES
+
+MOST_TOKENS = 2**26  # of one step: its token ids are real, 0.5 GiB
 
 
 def plan(
@@ -47,9 +50,11 @@ def plan(
     stock: bool = True,
     limits: bool = True,
     trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> Plan:
-    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, or a config),
-    nothing padded.
+    """The peak memory of a training step of `model` (a checkpoint's or configuration's name or folder, an adapter's
+    folder, or a config), nothing padded. Of an adapter's folder the base is planned for, with the adapter's own
+    settings.
 
     gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
     seq, batch: tokens of a row, rows on the device. accumulate: gradient_accumulation_steps.
@@ -63,10 +68,15 @@ def plan(
         is installed), or "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an
         allocator's rounding.
     stock: also TRL's default (every layer checkpointed) and stock without checkpointing. limits: also the largest batch
-        and longest row.
+        and longest row. progress: is told in words what is run next.
 
     Raises ModelNotFoundError, DtypeError, PolicyError, and PlanError for what it does not know or a model that needs
     its values."""
+    notes = []
+    if not isinstance(model, PretrainedConfig) and (adapter := _adapter(os.fspath(model))) is not None:
+        base_name = str(adapter.base_model_name_or_path)
+        notes.append(f"planned for {base_name}, the base of the adapter in {os.fspath(model)}")
+        model, peft_config = base_name, adapter if peft_config is None and not full else peft_config
     config = model if isinstance(model, PretrainedConfig) else _config(os.fspath(model), trust_remote_code)
     card = None if gpu is None else find(gpu)
     loss = loss or ("trl" if importlib.util.find_spec("trl") is not None else "model")
@@ -75,6 +85,11 @@ def plan(
             raise PlanError(f"{what}={value!r}: want one of {known_values}")
     if min(seq, batch, accumulate, r) < 1:
         raise PlanError(f"seq={seq}, batch={batch}, accumulate={accumulate}, r={r}: want numbers from 1")
+    if seq * batch > MOST_TOKENS:
+        raise PlanError(
+            f"batch={batch}, seq={seq}: {seq * batch:,} tokens in one step, want at most {MOST_TOKENS:,}: plan for "
+            "fewer, a largest batch that is searched (gpu=...) may still be more"
+        )
     if full and load_in_4bit:
         raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
     base = _dtype(dtype, config, card)
@@ -93,18 +108,21 @@ def plan(
         loss=loss,
         for_cuda=device == "cuda",
     )
-    ours = subject(config, setting, trust_remote_code)
+    ours = subject(config, setting, trust_remote_code, progress)
     work = _Work(ours, batch, seq, card, limits and card is not None)
     lines = work.fastft(policy)
     if stock:
-        work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code))
+        work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code, progress))
         lines += work.stock()
     name = config.name_or_path if isinstance(model, PretrainedConfig) else os.fspath(model)
     named = lambda d: str(d).removeprefix("torch.")
     trained = "full fine-tuning" if full else f"LoRA r={getattr(adapters, 'r', '?')} in {named(of_adapters)}"
     what = f"{'NF4' if load_in_4bit else named(base)}, {trained}, {optim}, {loss}'s loss"
     what += f", {accumulate} accumulated" if accumulate > 1 else ""
-    notes = [UNMEASURED] if device == "cuda" else []
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq > positions:
+        notes.append(f"rows of {seq:,} tokens are longer than the {positions:,} positions that the model was built for")
+    notes += [UNMEASURED] if device == "cuda" else []
     if load_in_4bit and (left := wide_experts(ours.model)):
         notes.append(left)
     return Plan(name or type(config).__name__, what, batch, seq, ours.depth, card, tuple(lines), tuple(notes))
@@ -129,11 +147,11 @@ class _Work:
         lines = {n: self._line("fastft", n, way) for n, way in ways.items()}
         if asked.mode in ("none", "lean", "offload"):
             first = lines.pop(asked.mode)
-        elif asked.mode in ("full", "trainer"):
-            raise PlanError(
-                f"policy={policy!r} is not planned for: 'lean' takes the same or less, and so does TRL's default under "
-                "'auto'"
-            )
+        elif asked.mode == "trainer":  # TRL's checkpoints every layer by default
+            first = replace(lines["lean"], policy="trainer (which checkpoints every layer)")
+        elif asked.mode == "full":
+            whole = replace(self.subject, recomputation="full", runs={}, has_squares=None)
+            first = replace(self, subject=whole)._line("fastft", "full", (depth, 0, 0))
         elif asked.mode == "layers":
             n = min(asked.layers or 0, depth)
             first = self._line("fastft", f"{n} layers", (n, depth - n, 0))
@@ -193,6 +211,23 @@ def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     except (OSError, ValueError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelNotFoundError(f"no configuration at {name!r}: {first}") from e
+
+
+def _adapter(folder: str) -> Any:
+    """The PEFT config of an adapter's folder; None for what is none."""
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")) or os.path.isfile(
+        os.path.join(folder, "config.json")
+    ):
+        return None
+    from peft import PeftConfig
+
+    try:
+        found = PeftConfig.from_pretrained(folder)
+        found.inference_mode = False  # as saved; here it trains
+        return found
+    except (OSError, ValueError, TypeError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelNotFoundError(f"adapter_config.json in {folder!r} is not readable: {first}") from e
 
 
 def lora(r: int, modules: str | list[str] = "all-linear", parameters: list[str] | None = None) -> Any:

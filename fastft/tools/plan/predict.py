@@ -9,7 +9,7 @@ period is run whole."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -86,6 +86,8 @@ class PlannedModel:
     fake: plan_fake.FakeRun
     runs: dict[tuple, TracedStep] = field(default_factory=dict)
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
+    recomputation: str = "lean"  # or "full": how all layers are recomputed, where all are
+    on_run: Callable[[str], None] = lambda what: None  # is told of each run before it
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
         """layers: how many are recomputed, and how many kept (one of them 0 for stock); offloaded: how many of the
@@ -138,6 +140,8 @@ class PlannedModel:
     def _run(self, layers: tuple[int, int], rows: int, tokens: int) -> TracedStep:
         key = (layers, rows, tokens)
         if key not in self.runs:
+            stack = "fastft" if self.setting.patched else "stock"
+            self.on_run(f"{stack}: {rows} x {tokens} tokens, {layers[0]} layers recomputed, {layers[1]} kept")
             with self.fake():
                 self._cut(sum(layers))
                 self._prepare(layers)
@@ -155,7 +159,7 @@ class PlannedModel:
                 0
             ] else _store(base)
         elif not layers[1]:
-            control(base, Policy("lean"))
+            control(base, Policy(self.recomputation))
         else:
             control(base, Policy("layers", layers=layers[0]) if layers[0] else Policy("none"))
 
@@ -251,8 +255,15 @@ def _static(model: nn.Module, rounding: int) -> dict[str, int]:
     }
 
 
-def subject(config: PretrainedConfig, setting: TrainingSetup, trust_remote_code: bool = False) -> PlannedModel:
-    """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors."""
+def subject(
+    config: PretrainedConfig,
+    setting: TrainingSetup,
+    trust_remote_code: bool = False,
+    on_run: Callable[[str], None] = lambda what: None,
+) -> PlannedModel:
+    """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors. on_run: is
+    told in words what comes next, for a progress line."""
+    on_run("building the model")
     model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
     pool, container, period = _repeating(model)
     depth = len(pool)
@@ -280,7 +291,7 @@ def subject(config: PretrainedConfig, setting: TrainingSetup, trust_remote_code:
     fake = plan_fake.FakeRun()
     with fake():
         plan_fake.to_fake(model)
-    return PlannedModel(config, setting, model, pool, container, depth, period, fake)
+    return PlannedModel(config, setting, model, pool, container, depth, period, fake, on_run=on_run)
 
 
 def _repeating(model: nn.Module) -> tuple[list[nn.Module], nn.ModuleList | None, int | None]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 from rich.text import Text
 
+from fastft.tables import as_text, table
 from fastft.tools.plan.gpus import Gpu
 from fastft.tools.plan.predict import StepPeakMemory
 
@@ -73,15 +74,10 @@ class Plan:
         plot(self, path)
 
     def __rich_console__(self, console, options):
-        yield from render(self)
+        yield from render(self, min(options.max_width, 100))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=150, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self, 100)
 
 
 def parts(line: PlanLine) -> dict[str, float]:
@@ -90,7 +86,7 @@ def parts(line: PlanLine) -> dict[str, float]:
 
 
 def label(line: PlanLine, layers: int) -> str:
-    """How a line of the plan is called."""
+    """How a line of the plan is called in full."""
     how = line.policy
     if how.startswith("auto"):
         did = f"{line.recomputed} of {layers} layers recomputed" if line.recomputed else "nothing recomputed"
@@ -98,33 +94,37 @@ def label(line: PlanLine, layers: int) -> str:
     return f"{line.stack}, {how}"
 
 
-def render(plan: Plan) -> Iterator[Table | Text]:
-    """The plan as tables and lines of text."""
-    where = (
-        ""
-        if plan.gpu is None
-        else f" on {plan.gpu.name} ({plan.gpu.usable / GIB:.1f} of {plan.gpu.total / GIB:.1f} GiB usable)"
-    )
-    table = Table(
-        title=f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}", title_justify="left"
-    )
-    table.add_column("GiB at the peak", overflow="fold", min_width=24)
-    for c in (*COLUMNS, "total"):
-        table.add_column(c, justify="right")
-    last = ("largest batch", "longest row") if plan.gpu is not None else ("smallest GPU",)
-    for c in (*(["fits"] if plan.gpu is not None else []), *last):
-        table.add_column(c, justify="right")
-    for i, x in enumerate(plan.lines):
-        row = [Text(label(x, plan.layers)), *(f"{v:.2f}" for v in parts(x).values()), f"{x.peak.total / GIB:.2f}"]
-        if plan.gpu is not None:
-            number = lambda v: "" if v is None else f"{v:,}"
-            row += ["yes" if x.fits else "NO", number(x.largest_batch), number(x.longest)]
-        else:
-            row += [x.smallest_gpu or "none"]
-        table.add_row(*row, style="bold" if i == 0 else "" if x.fits is not False else "dim")
-    yield table
+def render(plan: Plan, width: int) -> Iterator[Table | Text]:
+    """The plan as a table of at most `width` characters, one column for each way to train, and lines of text."""
+    yield _table(plan, width)
+    for i, x in enumerate(plan.lines, 1):
+        if x.policy not in ("none", "lean", "offload"):
+            yield Text(f"{i}: {label(x, plan.layers)}")
     for note in plan.notes:
         yield Text(note)
+
+
+def _table(plan: Plan, width: int) -> Table:
+    gpu = plan.gpu
+    where = "" if gpu is None else f" on {gpu.name} ({gpu.usable / GIB:.1f} of {gpu.total / GIB:.1f} GiB usable)"
+    title = f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}"
+    number = lambda v: "" if v is None else f"{v:,}"
+    columns = [
+        [
+            *(f"{v:.2f}" for v in parts(x).values()),
+            f"{x.peak.total / GIB:.2f}",
+            *(["yes" if x.fits else "NO", number(x.largest_batch), number(x.longest)] if gpu is not None else []),
+            *([x.smallest_gpu or "none"] if gpu is None else []),
+        ]
+        for x in plan.lines
+    ]
+    last = ["fits", "largest batch", "longest row"] if gpu is not None else ["smallest GPU"]
+    names = [*COLUMNS, "total", *last]
+    short = lambda x: x.policy.split(" (")[0] if x.stack == "fastft" else ""
+    headings = [f"{i} {x.stack} {short(x)}#" for i, x in enumerate(plan.lines, 1)]
+    rows = [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
+    styles = ["bold" if name in ("total", "fits") else "" for name in names]
+    return table(title, ["GiB at the peak", *headings], rows, styles, width)
 
 
 def plot(plan: Plan, path: str | os.PathLike) -> None:

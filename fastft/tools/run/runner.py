@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import nn
@@ -112,6 +113,14 @@ def run_patched(body: Callable[[], object]) -> int:
         )
     narrator.conclude(left)
     return code
+
+
+def without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """A traceback from where the script's own code begins: without the frames of `fastft run` and of runpy above it."""
+    ours = (__file__, str(Path(__file__).parents[2] / "cli.py"), "<frozen runpy>")
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
+        traceback = traceback.tb_next
+    return traceback
 
 
 def run_script(script: str, args: list[str]) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,6 +23,7 @@ from fastft.api import patch, report, unpatch
 from fastft.patching.patcher import innermost, record_of
 from fastft.proving.clone import clone
 from fastft.proving.float64 import float64_reference
+from fastft.tables import WIDE, as_text, table
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
 from fastft.tools.verify.modules import as_stock, in_float64, reference, results, tensors_in
@@ -78,31 +78,24 @@ class Verification:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(
-            title=f"fastft verify: {self.model}, {self.dtype}: {'PASS' if self else 'FAIL'}", title_justify="left"
-        )
-        for column in ("level", "group", "kernel", "error", "stock error", "verdict", "worst"):
-            table.add_column(column, overflow="fold")
-        for x in self.lines:
-            numbers = [f"{v:.2e}" if math.isfinite(v) else "" for v in (x.error, x.stock_error)]
-            table.add_row(
-                x.level,
-                x.group,
-                x.kernel,
-                *numbers,
-                "pass" if x.ok else "FAIL",
-                Text(x.worst),
-                style="" if x.ok else "bold red",
-            )
-        yield table
+        title = f"fastft verify: {self.model}, {self.dtype}: {'PASS' if self else 'FAIL'}"
+        number = lambda v: f"{v:.1e}" if math.isfinite(v) else ""
+        rows = [
+            ["pass" if x.ok else "FAIL", x.level, x.group, x.kernel, number(x.error), number(x.stock_error)]
+            + ([x.worst] if options.max_width >= WIDE else [])
+            for x in self.lines
+        ]
+        columns = ["", "level", "modules", "run by", "error#", "stock's#"]
+        columns += ["worst"] if options.max_width >= WIDE else []
+        styles = ["" if x.ok else "bold red" for x in self.lines]
+        yield table(title, columns, rows, styles, options.max_width)
+        for x in self.failed:
+            yield Text(f"failed: {x.level} {x.group}, run by {x.kernel}: {x.worst}", style="bold red")
         for note in self.notes:
             yield Text(note)
 
     def __str__(self) -> str:
-        console = Console(width=150, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self, 150)
 
 
 def verify(

@@ -19,6 +19,7 @@ from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
 from fastft.packing.hooks import attach, packing_of, teach_again
 from fastft.packing.hooks import release as release_packing
+from fastft.patching.float32_adapters import adapter_lines, cast_adapters, unwatch_adapters, watch_adapters
 from fastft.patching.moved import follow_moves, moved_lines, unwatch_moves, watch_moves
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
@@ -69,11 +70,13 @@ def patch(
     cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
     # the user's random stream stands where it stood: proofs draw from a copy
     with torch.random.fork_rng(devices=list(cuda)):
+        adapters = cast_adapters(model, innermost(model))  # before anything is proven for their dtype
         follow_moves(model)
         apply_kinds(model, kinds())
         base = innermost(model)
         trl_head.watch(model, base)
         trl_head.bind(base)
+    watch_adapters(model, base, adapters)
     watch_moves(model, kinds, _renew)  # in front of the hooks that look at the batch
     attach(model, base, unpad)
     if policy is not None or controller_of(base) is None:
@@ -102,6 +105,7 @@ def unpatch(model: Model) -> Model:
     release(base)
     release_packing(model, base)
     unwatch_moves(model)
+    unwatch_adapters(model, base)
     undo(model)
     return model
 
@@ -128,7 +132,7 @@ def report(model: nn.Module) -> PatchReport:
     """What runs where, with the proofs' errors; and what stays stock, and why. Reads only: nothing is bound, proven or
     counted. Raises ValueError for a model that is not patched."""
     found = build_report(model)
-    found = replace(found, notes=(*found.notes, *moved_lines(model)))
+    found = replace(found, notes=(*found.notes, *moved_lines(model), *adapter_lines(innermost(model))))
     if getattr(innermost(model), "is_loaded_in_4bit", False) and (left := wide_experts(model)):
         found = replace(found, notes=(*found.notes, left))
     if (controller := controller_of(innermost(model))) is not None:

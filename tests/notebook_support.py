@@ -3,13 +3,18 @@ for all of them.
 
 A notebook runs as a reader runs it, from its first cell to its last, but for three things: the cell tagged `install` is
 left out, a cell with other parameters comes after the one tagged `parameters`, and one that prints some of its
-variables comes last."""
+variables comes last.
+
+`python -m tests.notebook_support` runs all of them and commits what they print and draw to the files."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +23,19 @@ import nbformat
 import torch
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import start_new_kernel
+from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+# of each notebook in CI: its data set's folder, and parameters beside SMALL
+SMALL = dict(SPLIT="train", STEPS=6, BATCH=2, MAX_LENGTH=96)
+RUNS = {
+    "01_quickstart_sft": ("chat", dict(MAX_LENGTH=48)),
+    "02_qlora_t4": ("chat", dict(MAX_LENGTH=48)),
+    "03_dpo": ("preferences", dict(MAX_LENGTH=200)),
+    "04_grpo": ("prompts", dict(ANSWERS=4, NEW_TOKENS=8, TARGET=12)),
+    "05_prove_it_on_your_gpu": ("chat", dict(LENGTHS=[24, 48])),
+}
+PICTURE_BYTES = 40_000
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -33,7 +49,7 @@ SENTENCES = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(24 + i 
 
 def material(folder: Path) -> Path:
     """`folder` with model/ (Qwen3, tiny, random), chat/, preferences/ and prompts/ (each a data set that `load_dataset`
-    takes)."""
+    takes). Widths are multiples of 64, bitsandbytes' block: then 4 bits are right on every CPU."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from fastft.tools.demo.model import train_tokenizer
@@ -41,12 +57,12 @@ def material(folder: Path) -> Path:
     tokenizer = train_tokenizer(SENTENCES, 480)
     tokenizer.chat_template = CHAT
     config = Qwen3Config(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=32,
         max_position_embeddings=256,
         vocab_size=len(tokenizer),
         bos_token_id=None,
@@ -104,10 +120,12 @@ def kernel(folder: Path) -> Iterator[BlockingKernelClient]:
 
 
 def execute(
-    name: str, client: BlockingKernelClient, folder: Path, parameters: dict, ask: str
+    name: str, client: BlockingKernelClient, material: Path, ask: str = "None"
 ) -> tuple[nbformat.NotebookNode, dict]:
-    """The executed notebook, and the value of `ask`, an expression of its variables that JSON can hold."""
-    notebook = read(name)
+    """The executed notebook, which ran in a folder of its own beside the material, and the value of `ask`, an
+    expression of its variables that JSON can hold."""
+    notebook, folder, (data, own) = read(name), material / name, RUNS[name]
+    parameters = {**SMALL, "MODEL": "../model", "DATASET": f"../{data}", **own}
     folder.mkdir(parents=True, exist_ok=True)
     run(client, f"%reset -f\nimport os, torch\nos.chdir({str(folder)!r})\ntorch.set_num_threads(1)")
     for cell in (c for c in notebook.cells if c.cell_type == "code"):
@@ -137,6 +155,60 @@ def run(client: BlockingKernelClient, code: str) -> list[nbformat.NotebookNode]:
     return outputs
 
 
+def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Of a cell's outputs what a reader wants: text printed on stdout, values, pictures."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stdout" and found and found[-1].output_type == "stream":
+            found[-1].text += output.text
+        elif output.output_type == "stream" and output.name == "stdout":
+            found.append(nbformat.from_dict(output))
+        elif output.output_type == "execute_result" or "image/png" in output.get("data", {}):
+            data = {k: v for k, v in output.data.items() if k in ("text/plain", "image/png")}
+            found.append(nbformat.from_dict({**output, "data": data}))
+    return found
+
+
+def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An output as it is committed: no terminal colours, no blanks at the ends of lines, pictures in 64 colours."""
+    if output.output_type == "stream":
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
+        output.text = "\n".join(line.rstrip() for line in plain.split("\n"))
+    elif "image/png" in output.data:
+        picture, small = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), io.BytesIO()
+        picture.convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+        output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+    return output
+
+
+def kinds(notebook: nbformat.NotebookNode) -> list[tuple[str, list[str]]]:
+    """(cell, the kinds of its outputs)."""
+    return [(c.id, [o.output_type for o in kept(c.outputs)]) for c in notebook.cells if c.cell_type == "code"]
+
+
+def commit(name: str, executed: nbformat.NotebookNode) -> None:
+    """Write the outputs of a run to the notebook."""
+    notebook, count = read(name), 0
+    for cell, ran in zip(notebook.cells, executed.cells):
+        if cell.cell_type == "code" and "install" not in cell.metadata.get("tags", []):
+            count += 1
+            cell.outputs, cell.execution_count = [slim(o) for o in kept(ran.outputs)], count
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+    nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+
+
+def main() -> None:
+    """Run all notebooks and commit their outputs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = material(Path(name))
+        with kernel(folder) as client:
+            for stem in RUNS:
+                commit(stem, execute(stem, client, folder)[0])
+                print(stem)
+
+
 def shown(notebook: nbformat.NotebookNode) -> str:
     """What the cells printed or displayed, as text."""
     texts = []
@@ -147,3 +219,7 @@ def shown(notebook: nbformat.NotebookNode) -> str:
 
 def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,25 @@
-"""The notebooks run from top to bottom with a tiny model, are committed clean, and differ from stock TRL in three lines
-at most."""
+"""The notebooks run from top to bottom with a tiny model, are committed with the outputs of such a run, and differ from
+stock TRL in three lines at most."""
 
+import base64
 import difflib
+import json
 import re
+import shlex
+import tomllib
+from importlib.metadata import version
 
 import nbformat
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from tests import notebook_support as support
 
 NAMES = sorted(p.stem for p in support.FOLDER.glob("*.ipynb"))
-SMALL = dict(SPLIT="train", STEPS=6, BATCH=2, MAX_LENGTH=96)
+SMALL = support.SMALL
+PROJECT = tomllib.loads((support.FOLDER.parent / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Homepage"]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +35,12 @@ def kernel(folder):
 
 @pytest.fixture
 def execute(folder, kernel):
-    def run(name, data, ask, **parameters):
-        given = dict(SMALL, MODEL=str(folder / "model"), DATASET=str(folder / data), **parameters)
-        return support.execute(name, kernel, folder / name, given, ask)
+    """Runs a notebook; what is committed with it are the outputs of such a run."""
+
+    def run(name, ask):
+        notebook, found = support.execute(name, kernel, folder, ask)
+        assert support.kinds(notebook) == support.kinds(support.read(name)), "run `python -m tests.notebook_support`"
+        return notebook, found
 
     return run
 
@@ -60,7 +71,7 @@ def holds(notebook, *words) -> None:
 def test_01_quickstart(execute, folder):
     ask = """dict(stock=stock_losses, fast=fast_losses, measured=[stock_memory.bytes, fast_memory.bytes],
     predicted=[next(x for x in plan.lines if x.stack == 'stock').peak.total, plan.chosen.peak.total])"""
-    notebook, found = execute("01_quickstart_sft", "chat", ask, MAX_LENGTH=48)
+    notebook, found = execute("01_quickstart_sft", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook)
@@ -72,7 +83,7 @@ def test_02_qlora(execute):
     measured=[stock_memory.bytes, fast_memory.bytes], predicted=[*predicted.values()],
     difference=difference.item(),
     four_bit=model.is_loaded_in_4bit if 'model' in globals() else plain.is_loaded_in_4bit)"""
-    notebook, found = execute("02_qlora_t4", "chat", ask, MAX_LENGTH=48)
+    notebook, found = execute("02_qlora_t4", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook, "on T4")
@@ -82,7 +93,7 @@ def test_02_qlora(execute):
 def test_03_dpo(execute):
     ask = """dict(stock=[e['loss'] for e in stock_log], fast=[e['loss'] for e in fast_log],
     measured=[stock_memory.bytes, fast_memory.bytes])"""
-    notebook, found = execute("03_dpo", "preferences", ask, MAX_LENGTH=200)
+    notebook, found = execute("03_dpo", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     holds(notebook, "fused head")
@@ -92,7 +103,7 @@ def test_04_grpo(execute):
     ask = """dict(stock=[e['reward'] for e in stock_log], fast=[e['reward'] for e in fast_log],
     measured=[stock_memory.bytes, fast_memory.bytes],
     losses=[e['loss'] for e in stock_log])"""
-    notebook, found = execute("04_grpo", "prompts", ask, ANSWERS=4, NEW_TOKENS=8, TARGET=12)
+    notebook, found = execute("04_grpo", ask)
     curves_agree(found)
     memory_is_less_than_stocks(found)
     assert len(set(found["losses"])) > 1
@@ -105,7 +116,7 @@ def test_05_prove_it(execute):
     pairs=[(m.bytes, x.peak.total) for ms, xs in ((stock_memory, [p.lines[-1] for p in predicted]),
                                (fast_memory, [p.chosen for p in predicted]))
            for m, x in zip(ms, xs)])"""
-    notebook, found = execute("05_prove_it_on_your_gpu", "chat", ask, LENGTHS=[24, 48])
+    notebook, found = execute("05_prove_it_on_your_gpu", ask)
     curves_agree(found)
     text = support.shown(notebook)
     assert "stock again, bit for bit" in text and "the same bits in plain transformers" in text
@@ -120,31 +131,100 @@ def test_05_prove_it(execute):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_committed_clean(name):
+def test_committed_with_the_outputs_of_a_run(name):
+    """Labelled as what they are, small, and without a path of the machine that ran them."""
     notebook = support.read(name)
     nbformat.validate(notebook)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert not code[0].outputs and [c.execution_count for c in code] == [None, *range(1, len(code))]
+    assert support.pictures(notebook) == 1
+    for output in (o for c in code for o in c.outputs):
+        assert output.output_type in ("stream", "execute_result", "display_data") and output.get("name") != "stderr"
+        picture = output.get("data", {}).get("image/png", "")
+        assert len(base64.b64decode(picture)) < support.PICTURE_BYTES
+    label, t4 = (support.tagged(notebook, tag)[0].source for tag in ("outputs", "t4"))
+    assert "CPU run" in label and "random model" in label
+    assert "`fastft plan` predicts" in t4 and "not measured" in t4 and re.search(r"\d GiB", t4)
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
     assert notebook.metadata.kernelspec.name == "python3"
-    assert not re.search(r"/(?:work|home|root|tmp|Users|content)/", "".join(c.source for c in notebook.cells))
+    text = "".join(c.source for c in notebook.cells) + support.shown(notebook)
+    assert not re.search(r"/(?:work|home|root|tmp|Users|content)/", text)
+
+
+# --- the install cell
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_line_installs_it_and_parameters_come_first(name):
+def test_one_cell_installs_it_and_parameters_come_first(name):
+    """The same cell in all, once; a badge that opens this notebook."""
     notebook = support.read(name)
     (install,) = support.tagged(notebook, "install")
-    assert (
-        install.source.startswith("%pip install ")
-        and "\n" not in install.source
-        and not re.search(r"[=<>~]=", install.source)
-    )
-    assert sum(c.source.count("pip install") for c in notebook.cells) == 1
+    assert install.source == support.tagged(support.read(NAMES[0]), "install")[0].source
+    assert sum(c.source.count("%pip") for c in notebook.cells) == install.source.count("%pip") == 2
     (parameters,) = support.tagged(notebook, "parameters")
     before = [c for c in notebook.cells[: notebook.cells.index(parameters)] if c.cell_type == "code"]
     assert before == [install]
     for line in parameters.source.splitlines():
         assert re.fullmatch(r"[A-Z_, ]+ = .+", line), line
+    place = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb"
+    assert f"](https://colab.research.google.com/github/{place})" in notebook.cells[0].source
+
+
+def test_what_the_install_cell_asks_of_pip(kernel):
+    """Run as written, with a pip that writes down what it is asked: fastft from its repository, the torch that is here
+    as it is, torchao gone."""
+    (install,) = support.tagged(support.read(NAMES[0]), "install")
+    support.run(kernel, "asked = []\nget_ipython().register_magic_function(asked.append, magic_name='pip')")
+    support.run(kernel, install.source)
+    (answer,) = support.run(kernel, "import json\nprint(json.dumps(asked))")
+    support.run(kernel, "get_ipython().magics_manager.magics['line'].pop('pip')")
+    installs, uninstalls = (shlex.split(line) for line in json.loads(answer.text))
+    assert installs[0] == "install" and uninstalls[0] == "uninstall"
+    first, second = (Requirement(x) for x in installs[1:] if not x.startswith("-"))
+    assert first.name == "fastft" and first.url == f"git+{REPOSITORY}"
+    assert second.name == "torch" and str(second.specifier) == f"=={version('torch')}"
+    assert "-y" in uninstalls and uninstalls[-1] == "torchao"
+
+
+def test_what_is_said_of_kaggle_holds():
+    """Kaggle's torch is 2.10.0: pip stops, as long as fastft wants a newer one."""
+    (bound,) = (Requirement(r) for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
+    stops = "2.10.0" not in bound.specifier
+    for text in [
+        (support.FOLDER / "README.md").read_text(),
+        *("".join(c.source for c in support.read(n).cells) for n in NAMES),
+    ]:
+        assert ("Kaggle" in text and "stops with a conflict" in text) is stops
+
+
+# --- what the text promises
+
+
+@pytest.mark.parametrize("name", ["01_quickstart_sft", "02_qlora_t4", "04_grpo"])
+def test_every_data_set_that_the_text_promises(name):
+    """The cell that reads a row, given one of each kind."""
+    (cell,) = support.tagged(support.read(name), "columns")
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, **settings):
+            return " / ".join(m["content"] for m in messages)
+
+    said = lambda role, text: {"role": role, "content": text}
+    head = cell.source[cell.source.index("def text_of") :].split("\n\n\n")[0]
+    names: dict = {"tokenizer": Tokenizer()}
+    exec(head, names)
+    if name == "04_grpo":
+        kinds = ["why?", [said("user", "why?")]]
+        assert [names["text_of"](prompt) for prompt in kinds] == ["why?", "why?"]
+        return
+    user, assistant = [said("user", "why?")], [said("assistant", "so")]
+    rows = [
+        {"source": "somewhere", "text": "why? so"},
+        {"num_turns": 2, "messages": user + assistant},
+        {"prompt": "why?", "completion": " so"},
+        {"prompt": user, "completion": assistant},
+    ]
+    assert [names["text_of"](row) for row in rows] == ["why? so", "why? / so", "why? so", "why? / so"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,6 +238,6 @@ def test_three_lines_at_most_differ_from_stock(name):
     added = [d for d in difflib.ndiff(named(stock.source), named(fast.source)) if d.startswith("+ ")]
     assert 0 < len(added) <= 3, added
     assert all("fastft" in line or "FastModel" in line for line in added), added
-    trains = next(c.source for c in notebook.cells if c.cell_type == "code" and "def train(model):" in c.source)
+    trains = next(c.source for c in notebook.cells if c.cell_type == "code" and "def train(model" in c.source)
     assert "fastft" not in trains and "FastModel" not in trains
     assert "fastft" not in stock.source and "FastModel" not in stock.source

@@ -5,6 +5,7 @@ observation_inputs  the tokens and patches that it is given
 kind                what a kind of module is to the patcher: a recogniser, and the candidates it answers with
 patcher             recognise, prove and swap over all modules of a model, and the exact undo
 moved               a model that was moved or cast since: proven again before its next forward
+float32_adapters    a quantised model that trains in float16: its adapters in float32
 entrances           the modules through which a forward may enter
 report              what runs where, and why
 """

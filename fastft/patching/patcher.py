@@ -14,12 +14,17 @@ from torch import nn
 from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.report import PatchReport, Row
-from fastft.proving.proof_cache import proof_of
+from fastft.proving.proof_cache import device_name, proof_of
 from fastft.proving.prove import Proof, drawn_on_the_cpu
 from fastft.swapping.out_of_memory import PatchMemoryError, is_out_of_memory
 from fastft.swapping.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft_kernels.runtime.dispatch import has_bfloat16
 
 RECORD = "_fastft_record"
+NO_BFLOAT16 = (
+    "this {} device has no bfloat16: what is in it takes torch's operators in place of kernels, more slowly; load the "
+    "model with dtype=torch.float16 and train with fp16=True"
+)
 
 
 class StrictError(RuntimeError):
@@ -145,13 +150,16 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
 
 
 def devices_note(model: nn.Module) -> list[str]:
-    """Lines where the parameters lie on several devices, or are fetched for each call by Accelerate's hooks."""
+    """Lines where the parameters lie on several devices, are fetched for each call by Accelerate's hooks, or are in
+    bfloat16 on a device that has none."""
     where = {str(p.device) for p in model.parameters()}
     hooked = "meta" in where and any("_hf_hook" in m.__dict__ for m in model.modules())
+    in_bfloat16 = dict.fromkeys(p.device for p in model.parameters() if p.dtype == torch.bfloat16)
+    lines = [NO_BFLOAT16.format(device_name(d)) for d in in_bfloat16 if not has_bfloat16(d.type, d.index)]
     if len(where) < 2 and not hooked:
-        return []
+        return lines
     places = sorted(where - {"meta"}) + ["offloaded"] * hooked
-    lines = [
+    lines += [
         f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time "
         "where its weight is fetched"
     ]

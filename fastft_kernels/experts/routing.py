@@ -115,7 +115,7 @@ def _y(rows: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Te
     lambda rows, places, weights, dtype: _y(rows, places, dtype),
 )
 def _combine(rows, places, weights, dtype):
-    if not use_triton(rows) or dtype == torch.float64:
+    if not use_triton(rows, dtype):
         return combine_ref(rows, places, weights, dtype)
     y = _y(rows, places, dtype)
     tokens, top_k = places.shape

@@ -288,7 +288,7 @@ def _fold_fake(logits, bias, target, state, start, scale, softcap, inv_t, dtype,
 )
 def fold(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optional):
     """(p, r, state): p (n, n_cols) in dtype (empty where dtype is None), r (n,), the new state (7, n)."""
-    if not use_triton(logits):
+    if not use_triton(logits, *_given(dtype, None if bias is None else bias.dtype)):
         p, r, new = fold_ref(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optional)
         return logits.new_empty(0) if p is None else p, r, new
     p, r, new = _fold_fake(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optional)
@@ -329,6 +329,10 @@ def fold(logits, bias, target, state, start, scale, softcap, inv_t, dtype, optio
     return p, r, new
 
 
+def _given(*dtypes: torch.dtype | None) -> list[torch.dtype]:
+    return [d for d in dtypes if d is not None]
+
+
 def _dlogits_fake(logits, bias, target, coef, start, scale, softcap, inv_t, z_term, dtype):
     return torch.empty_like(logits, dtype=dtype)
 
@@ -341,7 +345,7 @@ def _dlogits_fake(logits, bias, target, coef, start, scale, softcap, inv_t, z_te
 )
 def dlogits(logits, bias, target, coef, start, scale, softcap, inv_t, z_term, dtype):
     """dx (n, n_cols) in dtype. z_term: False says that P2 is zero everywhere."""
-    if not use_triton(logits):
+    if not use_triton(logits, *_given(dtype, None if bias is None else bias.dtype)):
         return dlogits_ref(logits, bias, target, coef, start, scale, softcap, inv_t, dtype)
     logits, target, coef = logits.contiguous(), target.contiguous(), coef.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -400,7 +404,7 @@ def _jacobian_fake(acc, weight, target, alpha, beta, dtype):
 )
 def jacobian(acc, weight, target, alpha, beta, dtype):
     """alpha_i W[t_i] + beta_i acc_i, (n, H) in dtype."""
-    if not use_triton(acc):
+    if not use_triton(acc, weight.dtype, dtype):
         return jacobian_ref(acc, weight, target, alpha, beta, dtype)
     acc, target, alpha, beta = acc.contiguous(), target.contiguous(), alpha.contiguous(), beta.contiguous()
     out = torch.empty_like(acc, dtype=dtype)

@@ -30,7 +30,6 @@ from fastft_kernels.mlp.activation import (
 from fastft_kernels.runtime import higher_order
 from fastft_kernels.runtime.aot import AotCase
 from fastft_kernels.runtime.dispatch import (
-    KERNEL_DTYPES,
     applied,
     math_dtype,
     on_device,
@@ -174,7 +173,7 @@ def _glu_bwd_kernel(
 
 
 def _kernels_run(*xs: torch.Tensor) -> bool:
-    return use_triton(xs[0]) and all(x.dtype in KERNEL_DTYPES for x in xs)
+    return use_triton(xs[0], *(x.dtype for x in xs))
 
 
 def _h(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

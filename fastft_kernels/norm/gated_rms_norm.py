@@ -21,7 +21,7 @@ import torch
 from fastft_kernels.mlp.activation import act_grad, act_grad_ref, act_ref, act_value, act_weight, resolve
 from fastft_kernels.runtime import higher_order
 from fastft_kernels.runtime.aot import AotCase
-from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
+from fastft_kernels.runtime.dispatch import math_dtype, on_device, op, use_triton
 from fastft_kernels.runtime.language import tl, triton
 from fastft_kernels.runtime.precise import column_sum, row_mean_of_product, row_rstd
 from fastft_kernels.runtime.rows import BWD_TILES, PARTIALS, RowLaunch, row_launch
@@ -168,7 +168,7 @@ def _bwd_kernel(
 
 
 def _runs_kernel(x, gate, weight, groups) -> bool:
-    kernels = use_triton(x) and gate.dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES
+    kernels = use_triton(x, gate.dtype, weight.dtype)
     return kernels and x.numel() > 0 and not _launch(x, groups).wide
 
 

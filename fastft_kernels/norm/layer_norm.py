@@ -15,7 +15,7 @@ import torch
 
 from fastft_kernels.norm.layer_norm_kernels import bwd_kernel, bwd_wide_kernel, fwd_kernel, fwd_wide_kernel
 from fastft_kernels.runtime import higher_order
-from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, op, use_triton
+from fastft_kernels.runtime.dispatch import math_dtype, on_device, op, use_triton
 from fastft_kernels.runtime.rows import (
     BWD_TILES,
     FWD_TILES,
@@ -58,7 +58,7 @@ def _affine_ref(n, weight, bias, out_dtype):
 
 
 def _runs_kernel(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    return use_triton(x) and all(p is None or p.dtype in KERNEL_DTYPES for p in parameters)
+    return use_triton(x, *(p.dtype for p in parameters if p is not None))
 
 
 def _launch_fwd(x, weight, bias, eps, mean, rstd, out_dtype, recompute) -> torch.Tensor:

@@ -17,7 +17,6 @@ import torch
 from fastft_kernels.norm.rms_norm_kernels import bwd_kernel, bwd_wide_kernel, fwd_kernel, fwd_wide_kernel
 from fastft_kernels.runtime import higher_order
 from fastft_kernels.runtime.dispatch import (
-    KERNEL_DTYPES,
     applied,
     math_dtype,
     on_device,
@@ -81,7 +80,7 @@ def _out_dtype(x, weight, cast, out_dtype):
 
 
 def _runs_kernel(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    return use_triton(x) and (weight is None or weight.dtype in KERNEL_DTYPES)
+    return use_triton(x) if weight is None else use_triton(x, weight.dtype)
 
 
 def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute) -> torch.Tensor:

@@ -80,7 +80,7 @@ def _dequantize_kernel(
     lambda q, scale, rows, columns, factor, dtype: q.new_empty(q.shape, dtype=dtype),
 )
 def _dequantize(q, scale, rows, columns, factor, dtype):
-    if not use_triton(scale) or dtype not in KERNEL_DTYPES:
+    if not use_triton(scale, dtype):
         return dequantize_8bit_ref(q, scale, rows, columns, factor, dtype)
     q, scale = q.contiguous(), scale.contiguous()
     (m, n), e4m3 = q.shape, q.dtype == torch.float8_e4m3fn

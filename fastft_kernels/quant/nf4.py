@@ -91,7 +91,7 @@ def _dequantize_kernel(
 )
 def _dequantize(packed, absmax, code, blocksize, shape, dtype, absmax2, code2, blocksize2, offset):
     n = math.prod(shape)
-    if not use_triton(code) or dtype not in KERNEL_DTYPES:
+    if not use_triton(code, dtype):
         if absmax2 is not None:
             absmax = absmax_ref(absmax, absmax2, code2, blocksize2, offset)
         return dequantize_4bit_ref(packed, absmax.float(), code, blocksize, n, dtype).view(shape)

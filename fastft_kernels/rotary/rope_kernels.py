@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fastft_kernels.runtime.aot import AotCase
-from fastft_kernels.runtime.dispatch import KERNEL_DTYPES, math_dtype, on_device, use_triton, wider
+from fastft_kernels.runtime.dispatch import math_dtype, on_device, use_triton, wider
 from fastft_kernels.runtime.language import tl, triton
 
 
@@ -349,7 +349,7 @@ def _launch(xs: list[torch.Tensor], cos, sin, form: RopeSettings, transposed: bo
     """Rotates one or two tensors into ys."""
     layout = LAYOUTS[form.layout]
     cos, sin = _table(cos, form.axis), _table(sin, form.axis)
-    if not (use_triton(xs[0]) and all(x.dtype in KERNEL_DTYPES for x in (*xs, *ys))):
+    if not use_triton(xs[0], *(x.dtype for x in (*xs, *ys))):
         _reference(xs, cos, sin, layout, form.sign, transposed, ys)
         return
     if cos.stride() != sin.stride():

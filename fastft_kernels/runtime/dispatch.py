@@ -18,9 +18,11 @@ from fastft_kernels.runtime.language import HAS_TRITON, InterpretedFunction, tri
 
 _LIBRARY = torch.library.Library("fastft", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = frozenset(KERNEL_DTYPES)
 LAUNCHERS: dict[str, Callable] = {}  # an operator's name -> its launcher, for those who ask what it allocates inside
 FAKES: dict[str, Callable] = {}  # an operator's name -> its fake implementation
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_BFLOAT16: dict[int | None, bool] = {}  # a CUDA device's index -> what `has_bfloat16` answers
 _plans = 0  # how many `planned_for_cuda` are open
 
 
@@ -33,12 +35,28 @@ def _probe_kernel():
 INTERPRETED = HAS_TRITON and isinstance(_probe_kernel, InterpretedFunction)
 
 
-def use_triton(x: torch.Tensor) -> bool:
-    """Does this tensor's operation run a Triton kernel (else the torch reference)?  float64 always takes the
-    reference."""
-    if not HAS_TRITON or x.dtype not in KERNEL_DTYPES:
+def has_bfloat16(device_type: str, index: int | None) -> bool:
+    """Do bfloat16 kernels run on this device? Not on an NVIDIA card of a compute capability below 8.0, such as a T4.
+    (True to the compiler: the operators in its graph ask again when they run.)"""
+    if device_type != "cuda" or torch.version.hip or is_dynamo_compiling():
+        return True
+    if index not in _BFLOAT16:
+        if not torch.cuda.is_available():  # planned for a device that is not here
+            return True
+        _BFLOAT16[index] = torch.cuda.get_device_capability(index) >= (8, 0)
+    return _BFLOAT16[index]
+
+
+def use_triton(x: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Does this tensor's operation run a Triton kernel (else the torch reference)? dtypes: of what else the kernel
+    reads or writes. float64 always takes the reference, and bfloat16 does where the device has none."""
+    if not HAS_TRITON or not (x.is_cuda or x.is_xpu or (INTERPRETED and x.device.type == "cpu")):
         return False
-    return x.is_cuda or x.is_xpu or (INTERPRETED and x.device.type == "cpu")
+    if x.dtype not in _DTYPES or not _DTYPES.issuperset(dtypes):
+        return False
+    if x.dtype == torch.bfloat16 or torch.bfloat16 in dtypes:
+        return has_bfloat16(x.device.type, x.device.index)
+    return True
 
 
 def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:

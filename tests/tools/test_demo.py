@@ -1,11 +1,22 @@
 """The demo end to end at a tenth of its size; its judge on curves with a planted defect; its corpus and data sets."""
 
+import contextlib
+import io
 import json
+import logging
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import utils as hub
+from peft import PeftConfig, PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from fastft import errors
@@ -13,12 +24,19 @@ from fastft.cli import app, main
 from fastft.tools.demo import checks as demo_checks
 from fastft.tools.demo import corpus as demo_corpus
 from fastft.tools.demo import runner as demo_module
+from fastft.tools.demo import show as demo_show
 from fastft.tools.demo import training as demo_run
 from fastft.tools.demo.model import DecoderSize
+from fastft.tools.demo.plot import plot as demo_plot
 from fastft.tools.demo.runner import DemoOptions, demo
 from fastft.tools.demo.training import TrainingRun
 
 SMALL = DecoderSize(vocab=400, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, steps=8, batch=4, tokens=32)
+
+
+def strict(text):
+    """JSON without NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +46,21 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """One small demo: exit code, folder, what it printed."""
+    """One small demo, in a folder given by a relative path: exit code, folder, what its console and what the process
+    printed."""
     out = tmp_path_factory.mktemp("demo")
-    console = Console(width=120, record=True, quiet=False)
-    code = demo(DemoOptions(out=out, steps=6, size=SMALL, held_out=16, pairs=300, least_drop=0.01), console)
-    return code, out, console.export_text()
+    console, printed = Console(width=120, record=True, quiet=False), io.StringIO()
+    options = DemoOptions(out=Path(out.name), steps=6, size=SMALL, held_out=16, pairs=300, least_drop=0.01)
+    with pytest.MonkeyPatch.context() as here, contextlib.redirect_stdout(printed):
+        here.chdir(out.parent)
+        code = demo(options, console)
+    return code, out, console.export_text(), printed.getvalue()
 
 
 @pytest.mark.oldest
 def test_demo_holds_and_leaves_its_evidence(done):
-    code, out, text = done
-    figures = json.loads((out / "demo.json").read_text())
+    code, out, text, printed = done
+    figures = strict((out / "demo.json").read_text())
     assert code == 0, [c for c in figures["checks"] if not c["ok"]]
     assert {c["name"] for c in figures["checks"]} == {
         "modules were swapped",
@@ -48,7 +70,12 @@ def test_demo_holds_and_leaves_its_evidence(done):
         "adapter reloads in plain transformers + PEFT",
         "unpatched model is stock again",
     }
-    assert figures["report"]["swapped"]
+    assert figures["runs"]["stock, reordered"]["held_out_loss"] is None
+    # one number of modules, wherever it is said
+    count = sum(row["count"] for row in figures["report"]["swapped"])
+    assert count and figures["checks"][0]["evidence"] == f"{count} modules"
+    assert f": {count} modules swapped" in printed
+    assert {row["kind"] for row in figures["joined_in_training"]} >= {"fused head"}
     stock, fast = figures["runs"]["stock"], figures["runs"]["fastft"]
     assert len(stock["losses"]) == len(fast["losses"]) == 6
     assert 0 < fast["saved_bytes_one_step"] < stock["saved_bytes_one_step"]
@@ -63,12 +90,96 @@ def test_demo_holds_and_leaves_its_evidence(done):
         "before:",
         "after:",
         "pre-training",
+        "four trainings follow, from one seed",
+        "padded batches ran unpadded",
     ):
         assert shown in text
+    assert "tokens/s" not in text and "GPU" not in text  # there is none
+
+
+def test_adapter_loads_from_any_folder(done, tmp_path, monkeypatch):
+    _, out, _, _ = done
+    monkeypatch.chdir(tmp_path)
+    base = PeftConfig.from_pretrained(out / "adapter").base_model_name_or_path
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+
+
+def test_the_sample_asks_what_was_taught(done):
+    """Up to the signature: what comes next is the heading and a docstring."""
+    _, out, _, _ = done
+    job = demo_run.DemoSettings(str(out / "model"), None, None, out)
+    row = {"prompt": demo_corpus.Pair("f", "(x)", "Return x.", "Return x.").prompt, "completion": "Return x."}
+    assert demo_run.sample_prompt(job, row, None).endswith("### Signature\nf(x)\n\n")
+    assert demo_run.sample_prompt(replace(job, small=False), row, None) == row["prompt"]
+    assert demo_show.one_line("a\n\n b ") == "a b"
+    assert len(demo_show.one_line("word " * 99)) == demo_show.LONGEST
+
+
+def a_run(name, seconds, peak):
+    return TrainingRun(name, [2.0, 1.0], [seconds] * 2, [300, 500], 2 * seconds, peak, 2**20, 1.5)
+
+
+def test_tokens_and_memory_of_both_where_there_is_a_gpu():
+    rows = {name: rest for name, *rest in demo_show.rows(3.0, a_run("stock", 0.5, 3 * 2**30), a_run("x", 0.1, 2**30))}
+    assert rows["tokens/s, padding left out"] == ["800", "4,000"]
+    assert rows["peak GPU memory"] == ["3,072.0 MiB", "1,024.0 MiB"]
+    assert "peak GPU memory" not in {name for name, *_ in demo_show.rows(3.0, a_run("a", 1, 0), a_run("b", 1, 0))}
+
+
+def test_labels_fit_the_picture(tmp_path):
+    """No text reaches out of the figure, and none is longer than the axes that it runs along."""
+    title = "a-name-of-a-model-that-goes-on-and-on-" * 3 + ": 80 steps of LoRA through TRL, cpu"
+    runs = [TrainingRun(n, [3.0, 2.0, 1.0], [0.1] * 3) for n in ("fastft", "stock", "stock, reordered")]
+    for reference in (TrainingRun("stock in float64", [3.1, 2.1, 1.1]), None):
+        figure = demo_plot(tmp_path / "loss.png", *runs, reference, title)
+        renderer = figure.canvas.get_renderer()
+        whole = figure.bbox
+        for axes in figure.axes:
+            box = axes.get_window_extent(renderer)
+            for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+                extent = text.get_window_extent(renderer)
+                assert whole.x0 <= extent.x0 and extent.x1 <= whole.x1, text
+                assert whole.y0 <= extent.y0 and extent.y1 <= whole.y1, text
+            label = axes.yaxis.label.get_window_extent(renderer)
+            assert box.y0 - 2 <= label.y0 and label.y1 <= box.y1 + 2, axes.yaxis.label
+
+
+def test_other_libraries_are_quiet_for_the_time_and_no_longer(capfd):
+    def state():
+        levels = {name: logging.getLogger(name).level for name in demo_show.LOUD}
+        bars = (datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled())
+        return levels, bars, hub.are_progress_bars_disabled(), list(warnings.filters)
+
+    def noise():
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("please install kernels")
+        logging.getLogger("transformers.anything").warning("a hint")
+        warnings.warn("it goes away", FutureWarning)
+        for _ in datasets.utils.tqdm(range(2)):
+            pass
+
+    before = state()
+    with demo_show.quiet():
+        noise()
+        assert state() != before
+    assert state() == before
+    said = capfd.readouterr()
+    assert not said.err and not said.out
+    with pytest.raises(ZeroDivisionError), demo_show.quiet():
+        _ = 1 / 0
+    assert state() == before
+
+
+def test_json_holds_no_nan():
+    nan = float("nan")
+    assert demo_show.finite({"a": [1.0, nan], "b": (float("inf"),), "c": "nan"}) == {
+        "a": [1.0, None],
+        "b": [None],
+        "c": "nan",
+    }
 
 
 def test_exit_code_is_one_when_a_promise_is_broken(done, tmp_path, monkeypatch):
-    _, first, _ = done
+    _, first, _, _ = done
     figures = json.loads((first / "demo.json").read_text())
     monkeypatch.setattr(demo_module, "_compare", lambda *a: figures)
     options = DemoOptions(model=str(first / "model"), out=tmp_path, steps=2, held_out=8, pairs=40)
@@ -114,7 +225,7 @@ def test_checks_see_a_wrong_model(done):
     """A trained adapter that is off by one part in a thousand fails the reload, the start and the undo."""
     from fastft import FastModel, unpatch
 
-    _, out, _ = done
+    _, out, _, _ = done
     rows = [{"prompt": "def f(x)", "completion": "Return x."}]
     job = demo_run.DemoSettings(str(out / "model"), Dataset.from_list(rows), Dataset.from_list(rows), out, steps=2)
     model = FastModel.from_pretrained(out / "adapter")

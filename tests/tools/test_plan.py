@@ -14,7 +14,7 @@ from benchmarks import plan_error
 from benchmarks.plan_error import optimizer_for
 from fastft.cli import app
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError, PolicyError
-from fastft.tools.plan import fake
+from fastft.tools.plan import fake, fake_ops
 from fastft.tools.plan.fake import FakeRun
 from fastft.tools.plan.gpus import GIB, find
 from fastft.tools.plan.measure import AllocationLedger
@@ -255,6 +255,24 @@ def test_no_operator_that_old_torch_cannot_fake(monkeypatch):
     for full in (False, True):
         assert fastft.plan(config, seq=64, batch=1, full=full, stock=False, limits=False).chosen.peak.total > 0
     assert "aten.mm.dtype" in seen
+
+
+def test_operators_that_are_remembered_change_nothing(monkeypatch):
+    """Masks, views, in-place operators, 4-bit weights, an optimizer: as if torch were asked about each one."""
+    config = LlamaConfig(**{**SMALL.to_diff_dict(), "num_hidden_layers": 5})
+    again, asked = [], []
+    real = fake_ops.FakeOperators.__call__
+
+    def counted(self, run, func, args, kwargs):
+        return real(self, lambda: asked.append(func) or run(), func, args, kwargs)
+
+    for answer in (counted, lambda self, run, func, args, kwargs: again.append(func) or run()):
+        monkeypatch.setattr(fake_ops.FakeOperators, "__call__", answer)
+        found = fastft.plan(config, gpu="1GiB", seq=128, batch=3, load_in_4bit=True).to_dict()
+        if answer is counted:
+            first = found
+    assert first == found
+    assert len(asked) < len(again) / 4
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

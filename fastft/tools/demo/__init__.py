@@ -6,4 +6,5 @@ model      a small decoder, trained and saved
 training   one training run and what is measured in it
 checks     what must hold for the exit code 0
 plot       loss.png
+show       what is printed, and what of other libraries is not
 """

@@ -5,7 +5,8 @@
 3  FastModel.from_pretrained + trl.SFTTrainer; the same run with stock; the references that judge the two curves
 4  save the adapter, reload it in plain transformers + PEFT, undo the patch
 5  write loss.png, demo.json and the adapter's folder; exit code 0 only if every check held
-"""
+
+The adapter's configuration names its base by an absolute path, so that the adapter loads from any folder."""
 
 from __future__ import annotations
 
@@ -13,23 +14,19 @@ import gc
 import json
 import platform
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fastft.tools.demo import checks, corpus
 from fastft.tools.demo import training as runs
 from fastft.tools.demo.checks import DemoCheck
 from fastft.tools.demo.model import DecoderSize, pretrain
 from fastft.tools.demo.plot import plot
+from fastft.tools.demo.show import TRAININGS, Sample, bar, finite, quiet, show
 from fastft.tools.demo.training import DemoSettings, TrainingRun
 from fastft.tools.tokenizer import load_tokenizer
 
@@ -57,11 +54,11 @@ def demo(options: DemoOptions, console: Console | None = None) -> int:
     begun = time.perf_counter()
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         job = _prepare(options, console)
         figures = _compare(job, options, console)
     figures["seconds"] = time.perf_counter() - begun
-    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (out / "demo.json").write_text(json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
     ok = all(c["ok"] for c in figures["checks"])
     console.print(
         f"{'all of it held' if ok else 'NOT all of it held'}; {figures['seconds']:.0f} s; figures, plot, adapter: "
@@ -96,10 +93,12 @@ def _prepare(options: DemoOptions, console: Console) -> DemoSettings:
     model = options.model
     if model is None:
         model = str(out / "model")
-        with _bar(console, "pre-training a small decoder", options.size.steps) as step:
+        with bar(console, "pre-training a small decoder", options.size.steps) as step:
             loss = pretrain(train_pairs, Path(model), options.size, options.seed, lambda i, loss: step(loss))
         console.print(f"small decoder: pre-training loss {loss:.2f}, saved to {model}")
     small = options.model is None
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())
     return DemoSettings(model, train, held_out, out, options.steps, options.seed, options.four_bit, small)
 
 
@@ -107,7 +106,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     from fastft import report, unpatch
 
     tokenizer = load_tokenizer(job.model)
-    prompt = runs.prompt_of(job.held_out[0], tokenizer)
+    prompt = runs.sample_prompt(job, job.held_out[0], tokenizer)
     # with its adapter, which changes nothing yet: trainers refuse a quantised model without one
     bare = runs.load_stock(job)
     before = runs.held_out_loss(job, bare)
@@ -115,18 +114,20 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     del bare
     gc.collect()
 
+    console.print(TRAININGS.format(str(runs.truth_dtype(job)).removeprefix("torch.")), highlight=False)
     model = runs.load_stock(job)
     start = checks.trainable(model)
     stock = _train(job, model, "stock", console)
     del model
     gc.collect()
     fast_model = runs.load_fast(job)
+    patched = report(fast_model)
     begin = checks.check_start(checks.trainable(fast_model), start)
     fast = _train(job, fast_model, "fastft", console)
     final = report(fast_model)
     reordered, reference = _references(job, console)
 
-    said_after = runs.complete(fast_model, tokenizer, prompt)
+    sample = Sample(prompt, said_before, runs.complete(fast_model, tokenizer, prompt))
     adapter = job.out / "adapter"
     fast_model.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
@@ -139,7 +140,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     if least is None:
         least = checks.LEAST_DROP if job.small and options.dataset is None else 0.0
     found = [
-        DemoCheck("modules were swapped", len(final.swapped) > 0, f"{sum(r.count for r in final.swapped)} modules"),
+        DemoCheck("modules were swapped", len(patched.swapped) > 0, f"{sum(r.count for r in patched.swapped)} modules"),
         begin,
         checks.check_curves(fast, stock, reordered, reference),
         checks.check_drop(before, fast.held_out_loss, least),
@@ -148,7 +149,7 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
     ]
     title = f"{Path(job.model).name}: {job.steps} steps of LoRA through TRL, {job.device.type}"
     plot(job.out / "loss.png", fast, stock, reordered, reference, title)
-    _show(console, before, stock, fast, found, prompt, said_before, said_after, final.fallbacks)
+    show(console, before, stock, fast, found, sample, final)
     return {
         "model": job.model,
         "dataset": options.dataset or "docstrings of the standard library",
@@ -158,14 +159,16 @@ def _compare(job: DemoSettings, options: DemoOptions, console: Console) -> dict[
         "machine": _machine(job),
         "held_out_loss_before": before,
         "runs": {r.name: r.to_dict() for r in (stock, fast, reordered, reference) if r is not None},
-        "report": final.to_dict(),
-        "sample": {"prompt": prompt, "before": said_before, "after": said_after},
+        # modules as they were loaded: what joined in training (TRL's head, attention by document) is beside them
+        "report": replace(patched, fallbacks=final.fallbacks, notes=final.notes).to_dict(),
+        "joined_in_training": [r for r in final.to_dict()["swapped"] if r not in patched.to_dict()["swapped"]],
+        "sample": asdict(sample),
         "checks": [c.to_dict() for c in found],
     }
 
 
 def _train(job: DemoSettings, model: Any, name: str, console: Console, **how: Any) -> TrainingRun:
-    with _bar(console, f"fine-tuning: {name}", job.steps) as step:
+    with bar(console, f"fine-tuning: {name}", job.steps) as step:
         return runs.train(job, model, name, on_step=lambda _: step(None), **how)
 
 
@@ -193,76 +196,7 @@ def _probe(job: DemoSettings, tokenizer: Any) -> torch.Tensor:
     return torch.tensor([r[:length] for r in rows if len(r) >= length])
 
 
-# --- looks
-
-
-@contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total, note="")
-        yield lambda loss: progress.update(task, advance=1, note="" if loss is None else f"loss {loss:.3f}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' own progress bars and deprecation notices off, for the demo shows its own bars; as they were
-    afterwards."""
-    import datasets
-    from transformers.utils import logging
-
-    bars = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if not bars[0]:
-            datasets.enable_progress_bars()
-        if bars[1]:
-            logging.enable_progress_bar()
-
-
-def _show(
-    console: Console,
-    before: float,
-    stock: TrainingRun,
-    fast: TrainingRun,
-    found: list[DemoCheck],
-    prompt: str,
-    said_before: str,
-    said_after: str,
-    slow: dict,
-) -> None:
-    table = Table(title="stock against fastft", title_justify="left")
-    for name in ("", "stock", "fastft"):
-        table.add_column(name, justify="left" if not name else "right")
-    mib = lambda n: f"{n / 2**20:.1f} MiB"
-    table.add_row("held-out loss before", f"{before:.4f}", f"{before:.4f}")
-    table.add_row("held-out loss after", f"{stock.held_out_loss:.4f}", f"{fast.held_out_loss:.4f}")
-    table.add_row("last training loss", f"{stock.losses[-1]:.6f}", f"{fast.losses[-1]:.6f}")
-    table.add_row("median step", f"{1e3 * stock.median_step:.1f} ms", f"{1e3 * fast.median_step:.1f} ms")
-    table.add_row("training", f"{stock.seconds:.1f} s", f"{fast.seconds:.1f} s")
-    table.add_row("saved for backward, one step", mib(stock.saved_bytes), mib(fast.saved_bytes))
-    if stock.peak_bytes:
-        table.add_row("peak CUDA memory", mib(stock.peak_bytes), mib(fast.peak_bytes))
-    console.print(table)
-    for reason, n in slow.items():
-        console.print(f"went the stock way in {n} calls: {reason}", markup=False)
-    console.print(
-        f"prompt: {prompt.strip()}\nbefore: {said_before}\nafter:  {said_after}", markup=False, highlight=False
-    )
-    for c in found:
-        console.print(f"{'[green]held[/]' if c.ok else '[red]FAILED[/]'}  {c.name}: ", end="")
-        console.print(c.evidence, markup=False, highlight=False)
+# --- the machine
 
 
 def _machine(job: DemoSettings) -> dict[str, Any]:

@@ -50,12 +50,14 @@ class DemoSettings:
 
 @dataclass
 class TrainingRun:
-    """Outcome of one run. `saved_bytes` is what autograd keeps for the backward pass of one step, parameters excluded;
-    `peak_bytes` is the CUDA allocator's peak during training (0 without a GPU)."""
+    """Outcome of one run. `tokens`: of each step, padding left out; `saved_bytes` is what autograd keeps for the
+    backward pass of one step, parameters excluded; `peak_bytes` is the CUDA allocator's peak during training (0 without
+    a GPU)."""
 
     name: str
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
     saved_bytes: int = 0
@@ -65,9 +67,17 @@ class TrainingRun:
     def median_step(self) -> float:
         return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median step."""
+        rates = [n / s for n, s in zip(self.tokens, self.step_seconds) if s > 0]
+        return statistics.median(rates) if rates else float("nan")
+
     def to_dict(self) -> dict:
         return {
             "losses": self.losses,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
             "median_step_seconds": self.median_step,
             "saved_bytes_one_step": self.saved_bytes,
@@ -221,8 +231,10 @@ def train(
                 p.data = p.data.float()
     step = trainer.training_step
 
-    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = step(*args, **kwargs)
+    def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        run.tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        loss = step(model, inputs, *args, **kwargs)
         run.losses.append(loss.item())
         return loss
 
@@ -267,6 +279,13 @@ def saved_bytes(trainer) -> int:
     loss.backward()
     model.zero_grad(set_to_none=True)
     return total
+
+
+def sample_prompt(job: DemoSettings, row: dict, tokenizer) -> str:
+    """What is asked before and after. Of the demo's own rows the prompt up to its signature: the model has to know what
+    comes next, the heading and then a docstring. Of a user's rows `prompt_of`."""
+    prompt = prompt_of(row, tokenizer)
+    return prompt.removesuffix("### Docstring\n") if job.small else prompt
 
 
 def prompt_of(row: dict, tokenizer) -> str:

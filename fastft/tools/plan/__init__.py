@@ -5,6 +5,7 @@ result      what `plan` returns, as a table, JSON and a picture
 predict     the peak of one step at any depth, from runs of a few layers
 step        the training step that is run on fake tensors
 fake        the model on fake tensors, quantised weights included
+fake_ops    operators on fake tensors, remembered
 measure     every allocation of a step, and the extrapolation over layers
 workspace   memory that operators allocate inside
 optimizers  the states of each optimizer

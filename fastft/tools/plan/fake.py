@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig
 
 from fastft.errors import PlanError, QuantizationError
+from fastft.tools.plan.fake_ops import FakeOperators
 from fastft.tools.report import on_meta
 
 BLOCK, BLOCK_OF_BLOCKS = 64, 256  # bitsandbytes: values of one absmax, and absmax values of one absmax of theirs
@@ -146,9 +147,9 @@ class RealIntegers(TorchDispatchMode):
     """On top of `fake`, an operator whose tensors are all real (integers, and single numbers such as an optimizer's
     count of steps) is really run; what it returns in floating point becomes fake, but for single numbers."""
 
-    def __init__(self, fake: FakeTensorMode):
+    def __init__(self, fake: FakeTensorMode, remembered: FakeOperators):
         super().__init__()
-        self.fake = fake
+        self.fake, self.remembered = fake, remembered
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -161,7 +162,7 @@ class RealIntegers(TorchDispatchMode):
             if func is torch.ops.aten.index.Tensor:  # a real mask selects as many rows as it holds
                 with unset_fake_temporarily():
                     args = (args[0], [j for i in args[1] for j in (i.nonzero().unbind(1) if _is_mask(i) else (i,))])
-            return func(*args, **kwargs)
+            return self.remembered(lambda: func(*args, **kwargs), func, args, kwargs)
         if not tensors:  # something new: is it small enough, and of integers?
             out = func(*args, **kwargs)
             if not isinstance(out, torch.Tensor) or out.is_floating_point() or out.numel() > REAL_ELEMENTS:
@@ -183,11 +184,12 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.remembered = FakeOperators(self.fake)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         try:
-            with self.fake, RealIntegers(self.fake):
+            with self.fake, RealIntegers(self.fake, self.remembered):
                 yield
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
             raise PlanError(f"this model cannot be planned: its code depends on computed values ({e.func})") from e

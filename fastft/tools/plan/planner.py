@@ -62,7 +62,7 @@ def plan(
         trained.
     load_in_4bit: NF4 with double quantisation. dtype: of the base; "auto" the checkpoint's, float16 on a card without
         bfloat16. The step runs under autocast to that dtype.
-    adapter_dtype: None: float32, and bfloat16 on a 4-bit base, as TRL has them.
+    adapter_dtype: None: float32, and bfloat16 on a 4-bit base (both as TRL does it) unless that computes in float16.
     optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
     policy: of `fastft.patch(activation_policy=...)`. loss: "trl", the fused head of TRL's trainers (default where TRL
         is installed), or "model", the model's own loss. device: "cpu" predicts for the CPU's own code, without an
@@ -94,7 +94,8 @@ def plan(
         raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
     base = _dtype(dtype, config, card)
     adapters = None if full else peft_config or lora(r)
-    on_4bit = torch.bfloat16 if loss == "trl" else torch.float32  # SFTTrainer casts the adapters of a quantised base
+    # SFTTrainer casts the adapters of a quantised base to bfloat16, of which float16's gradient scaler takes none
+    on_4bit = torch.bfloat16 if loss == "trl" and base != torch.float16 else torch.float32
     usual = on_4bit if load_in_4bit else torch.float32
     of_adapters = usual if adapter_dtype is None else _dtype(adapter_dtype, config, card)
     setting = TrainingSetup(

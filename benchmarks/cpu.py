@@ -2,6 +2,7 @@
 
 layer    one Llama-3.1-8B decoder layer under LoRA at 4 x 2048 tokens, on fake tensors: bytes kept for the backward,
          launches, FLOPs
+experts  one layer of experts with LoRA on all of them, at 4 x 2048 tokens, on fake tensors: the same
 head     matrix products of the LM head, in units of 2 tokens hidden vocabulary, and its temporary bytes, on fake
          tensors
 kernels  registers, spills and shared memory of every kernel on every architecture, from the compilers
@@ -37,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils as trl_utils
 
 import fastft
-from benchmarks import host_calls
+from benchmarks import expert_costs, host_calls
 from benchmarks.fake import FORMULAS, Live, layer_cost
 from fastft.linear.groups import HOLDER
 from fastft.linear.projection import describe
@@ -56,7 +57,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Figure:
-    """One measurement. stock: the same without fastft, where there is one. ceiling: above it, the run fails."""
+    """One measurement. stock: the same without fastft, where there is one. ceiling, floor: beyond them, the run
+    fails."""
 
     section: str
     name: str
@@ -64,10 +66,12 @@ class Figure:
     value: float
     stock: float | None = None
     ceiling: float | None = None
+    floor: float | None = None
 
     @property
     def ok(self) -> bool:
-        return self.ceiling is None or self.value <= self.ceiling
+        below = self.ceiling is None or self.value <= self.ceiling
+        return below and (self.floor is None or self.value >= self.floor)
 
 
 def llama_8b(layers: int) -> LlamaConfig:
@@ -114,6 +118,22 @@ def layer(quick: bool) -> list[Figure]:
                 stock.flops / tokens / 1e9,
                 gflop,
             ),
+        ]
+    return found
+
+
+def experts(quick: bool) -> list[Figure]:
+    found = []
+    tokens = BATCH[0] * BATCH[1]
+    for name, size in list(expert_costs.sizes().items())[: 1 if quick else None]:
+        stock, ours = (expert_costs.experts_cost(size, tokens, patch) for patch in (None, fastft.patch))
+        least = size.factored(tokens) / tokens / 1e9
+        unit = "GFLOP/token/layer"
+        kept = (ours.saved / tokens, stock.saved / tokens, stock.saved / tokens / 3)
+        work = (ours.flops / tokens / 1e9, stock.flops / tokens / 1e9)
+        found += [
+            Figure("experts", f"{name}: kept for the backward", "B/token/layer", *kept),
+            Figure("experts", f"{name}: arithmetic", unit, *work, 1.03 * least, least),
         ]
     return found
 
@@ -286,7 +306,7 @@ def host(quick: bool) -> list[Figure]:
     ]
 
 
-SECTIONS = {"layer": layer, "head": head, "kernels": kernels, "host": host}
+SECTIONS = {"layer": layer, "experts": experts, "head": head, "kernels": kernels, "host": host}
 
 
 def environment() -> dict[str, str]:

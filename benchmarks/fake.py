@@ -13,7 +13,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -130,11 +130,12 @@ class Live(TorchDispatchMode):
 
 @dataclass
 class Cost:
-    """flops; launches: operators that launch something; saved: bytes kept for the backward."""
+    """flops, and by operator; launches: operators that launch something; saved: bytes kept for the backward."""
 
     flops: float = 0.0
     launches: float = 0.0
     saved: float = 0.0
+    operators: dict[str, int] = field(default_factory=dict)
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.flops - other.flops, self.launches - other.launches, self.saved - other.saved)
@@ -159,14 +160,15 @@ def counting(known: list[torch.Tensor]):
     flops, launches = FlopCounterMode(display=False, custom_mapping=FORMULAS), _Launches()
     with flops, launches, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield cost
+    cost.operators = {str(k): n for k, n in flops.get_flop_counts().get("Global", {}).items()}
     cost.flops, cost.launches, cost.saved = flops.get_total_flops(), sum(launches.ops.values()), sum(sizes.values())
 
 
-def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool) -> nn.Module:
+def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool, attention: str | None = "sdpa") -> nn.Module:
     """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or
     bfloat16)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
     if not fp32_adapters:
         for p in model.parameters():

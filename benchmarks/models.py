@@ -6,9 +6,10 @@
 
 One architecture is a tiny random model in float32. For full fine-tuning and again with LoRA on all its linears: the
 loss and every gradient of the patched copy against the stock copy, judged by `fastft_kernels.numerics.compare` beside a
-float64 run of stock; greedy generation with a cache, token by token; and after `unpatch` classes, __dict__ keys,
-state_dict and loss as before, bit for bit. Results are appended to the log as JSON lines, one per architecture, as they
-come in."""
+float64 run of stock; where it has experts, LoRA on these too, and both in bfloat16 (`model_experts`); greedy generation
+with a cache, token by token; and after `unpatch` classes, __dict__ keys, state_dict and loss as before, bit for bit.
+Results are appended to the log as JSON lines, one per architecture, as they come in. The table keeps the rows of the
+one that is there for architectures that the log lacks."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from torch import nn
 
+from benchmarks import model_experts
 from fastft.proving.float64 import float64_reference
 from fastft_kernels.numerics import compare
 
 KINDS = ("norm", "rotary", "mlp", "linear group", "head")
+JUDGED = ("full", "lora", "image", *model_experts.WAYS)
 NEW_TOKENS = 8
 RANK = 16  # up to 8 the CPU's narrow product has half the error of any wider one, and of the stacked product of a group
 DRAWS, FEW_DRAWS, LARGE = 8, 3, 1 << 22  # over which errors are pooled, for models of fewer and of more parameters
@@ -80,7 +83,8 @@ def moved(model: nn.Module, draw: int):
     try:
         with torch.no_grad():
             for p, value in kept if draw else ():
-                p.copy_(value * (1 + MOVE * torch.randn(value.shape, generator=generator)))
+                by = max(MOVE, torch.finfo(value.dtype).eps)  # in 16 bits a smaller move is none
+                p.copy_(value * (1 + by * torch.randn(value.shape, generator=generator)))
         yield model
     finally:
         with torch.no_grad():
@@ -90,15 +94,21 @@ def moved(model: nn.Module, draw: int):
 
 def draws_of(model: nn.Module) -> int:
     if sum(p.numel() for p in model.parameters()) >= LARGE:
-        return FEW_DRAWS
-    return DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
+        draws = FEW_DRAWS
+    else:
+        draws = DRAWS if sum(p.requires_grad for p in model.parameters()) < MANY else MANY_DRAWS
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return min(3 * draws, MANY_DRAWS) if narrow else draws  # the loss is one number, in 16 bits of much noise
 
 
-def run_all(model: nn.Module, inputs: dict, loss_of, reference: bool = False) -> Results:
-    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...)."""
+def run_all(
+    model: nn.Module, inputs: dict, loss_of, reference: bool = False, choices: model_experts.Choices | None = None
+) -> Results:
+    """`run` on several neighbours of the model, each result beside the same result of the others: (draws, ...).
+    choices: noted by the float64 run, taken by the others."""
     runs, twin = [], doubled(model) if reference else model
     for draw in range(draws_of(model)):
-        with moved(model, draw):
+        with moved(model, draw), choices.run(draw, reference) if choices else contextlib.nullcontext():
             if not reference:
                 runs.append(run(model, inputs, loss_of))
                 continue
@@ -134,13 +144,15 @@ def doubled(model: nn.Module) -> nn.Module:
     return model
 
 
-def judge(stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of) -> dict:
+def judge(
+    stock: nn.Module, ours: Results, eager: Results, inputs: dict, loss_of, reference: Results | None = None
+) -> dict:
     """Worst verdict over the loss and all gradients, each pooled over the draws of both sides. The rounding error of a
     scalar, or of the worst-conditioned entry of a gradient, is one throw of a die, and may be zero on one side:
     neighbours of the model keep the condition and throw again, so that the pooled errors say which of two computations
     is the more exact. Where float64 does not run there is no reference, and nothing passes."""
     try:
-        reference = run_all(stock, inputs, loss_of, reference=True)
+        reference = reference or run_all(stock, inputs, loss_of, reference=True)
     except Exception as e:
         return {
             "reference": "none",
@@ -181,12 +193,16 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
-    """Patch, judge, unpatch on copies of `stock`; what the report said."""
+def one_way(stock: nn.Module, inputs: dict, loss_of, choices: model_experts.Choices | None = None) -> dict:
+    """Patch, judge, unpatch on copies of `stock`; what the report said. choices: where all runs are to make the float64
+    run's."""
     import fastft
 
-    eager = run_all(stock, inputs, loss_of)
-    again = run(stock, inputs, loss_of)
+    reference = run_all(stock, inputs, loss_of, True, choices) if choices else None
+    once = lambda: choices.run(0) if choices else contextlib.nullcontext()
+    eager = run_all(stock, inputs, loss_of, choices=choices)
+    with once():
+        again = run(stock, inputs, loss_of)
     deterministic = torch.equal(eager[0]["loss"][0], again[0]["loss"])
     model = copy.deepcopy(stock)
     before, bits = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
@@ -197,8 +213,8 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
     out: dict = {"seconds": round(seconds, 2), "deterministic": deterministic, "problems": []}
     if not torch.equal(rng, torch.get_rng_state()):
         out["problems"].append("patch moved the random state")
-    ours = run_all(model, inputs, loss_of)
-    out |= judge(stock, ours, eager, inputs, loss_of)
+    ours = run_all(model, inputs, loss_of, choices=choices)
+    out |= judge(stock, ours, eager, inputs, loss_of, reference)
     report = fastft.report(model)
     out["report"] = report.to_dict()
     if mute := [r for r in report if not r.is_swapped and not r.reason]:
@@ -210,7 +226,9 @@ def one_way(stock: nn.Module, inputs: dict, loss_of) -> dict:
         out["problems"].append(f"unpatch left {odd[:3]}: {before[odd[0]]} -> {after.get(odd[0])}")
     if not same_bits(bits, model.state_dict()):
         out["problems"].append("unpatch: state_dict differs")
-    if deterministic and not same_bits(again[0], run(model, inputs, loss_of)[0]):
+    with once():
+        last = run(model, inputs, loss_of)
+    if deterministic and not same_bits(again[0], last[0]):
         out["problems"].append("unpatch: the loss differs in its bits")
     return out
 
@@ -286,6 +304,7 @@ def check(key: str, builder) -> dict:
         except Exception:
             row[way] = {"exception": traceback.format_exc()[-1500:]}
     row["image"] = with_images(model, builder)
+    row |= model_experts.check_experts(model, inputs, builder.loss_of, run, one_way)
     try:
         row["generate"] = generates(model, inputs)
     except Exception:
@@ -338,7 +357,7 @@ def verdict(row: dict) -> str:
     """One word or the first thing that is wrong."""
     if "skipped" in row:
         return f"not built: {row['skipped']}"
-    for way in ("full", "lora", "image"):
+    for way in JUDGED:
         r = row.get(way, {})
         if "exception" in r:
             return f"{way}: EXCEPTION {r['exception'].strip().splitlines()[-1]}"
@@ -405,48 +424,59 @@ def images_of(row: dict) -> str:
     )
 
 
-def absent(results: list[dict], keys: list[str]) -> list[str]:
-    """Lines about the architectures that have no row."""
+def experts_of(row: dict) -> str:
+    """The table's cell: how many modules of experts are swapped, of how many; and of PEFT's wrappers around them, where
+    some are not."""
+    full, lora = (
+        [(r["count"], r["swapped"]) for r in rows_of(row, way) if r["kind"] == "experts"] for way in ("full", "experts")
+    )
+    share = lambda rows: f"{sum(n for n, done in rows if done)}/{sum(n for n, _ in rows)}"
+    adapters = "" if all(done for _, done in lora) else f" (with adapters {share(lora)})"
+    return share(full) + adapters if full else ""
+
+
+def absent(results: list[dict], keys: list[str], older: str = "") -> list[str]:
+    """Lines about the architectures that have no row; those that did not run keep the line of the older table."""
     ran = {r["key"]: r for r in results}
-    lines = [
-        f"- {k}: {' '.join(ran[k]['skipped'].split())[:160] if k in ran else 'not run'}"
-        for k in keys
-        if k not in ran or "skipped" in ran[k]
-    ]
+    was = {line[2:].partition(":")[0]: line for line in older.splitlines() if line.startswith("- ")}
+    was |= {":".join(line[2:].split(":")[:2]): line for line in older.splitlines() if line.startswith("- ")}
+    rows = kept_rows(older, ["architecture"])
+    lines = []
+    for k in keys:
+        if k in ran and "skipped" in ran[k]:
+            lines.append(f"- {k}: {' '.join(ran[k]['skipped'].split())[:160]}")
+        elif k not in ran and k not in rows:
+            lines.append(was.get(k, f"- {k}: not run"))
     return (
         ["", "Without a row, and why (what stock or its builder raises on this machine):", "", *lines] if lines else []
     )
 
 
-def table(results: list[dict], keys: list[str], builder: str | None) -> str:
-    """docs/MODELS.md. keys: of the architectures that the builder names."""
+def kept_rows(text: str, columns: list[str]) -> dict[str, str]:
+    """Rows of an older table by architecture, with an empty cell for each column that it does not have."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    if not rows:
+        return {}
+    split = lambda line: [c.strip() for c in line.strip("|").split(" | ")]
+    names, kept = split(rows[0]), {}
+    for line in rows[1:]:
+        cells = dict(zip(names, split(line)))
+        kept[cells["architecture"]] = "| " + " | ".join(cells.get(c, "") for c in columns) + " |"
+    return kept
+
+
+def table(results: list[dict], keys: list[str], builder: str | None, older: str = "") -> str:
+    """docs/MODELS.md. keys: of the architectures that the builder names. older: the table that was there."""
     import peft
     import transformers
 
-    right = sum(verdict(r) == "ok" for r in results)
-    built = sum("skipped" not in r for r in results)
-    command = f"python -m benchmarks.models{' --builder FILE' if builder else ''} --write docs/MODELS.md"
+    columns = ["architecture", "right", "images", *KINDS, "experts", "stays stock, and why"]
+    ran = {r["key"] for r in results}
+    lines = {k: line for k, line in kept_rows(older, columns).items() if k not in ran}
     commits = Counter(r.get("commit", "a commit not noted") for r in results)
-    lines = [
-        "# Architectures",
-        "",
-        f"{len(results)} of {len(keys)} architectures ran; {built} of them build as tiny models on this machine, "
-        f"{right} of these are right.",
-        "",
-        f"Generated by `{command}` with transformers {transformers.__version__}, "
-        f"peft {peft.__version__}, torch {torch.__version__.partition('+')[0]}: tiny random models in float32, with "
-        "LoRA on all linears.",
-        "A number is how many modules are swapped, of how many were looked at (0/n: of how many are there by their "
-        "names).",
-        "`right`: loss and every gradient pass the judge, for full fine-tuning and with LoRA; greedy generation gives "
-        "stock's tokens; `unpatch` restores every bit.",
-        f"Rows ran at: {', '.join(f'{c} ({n})' for c, n in commits.most_common())}.",
-        "`images`: so they do with one image per row, the vision tower trained as well.",
-        "",
-        "| architecture | right | images | " + " | ".join(KINDS) + " | stays stock, and why |",
-        "|---|---|---|" + "---|" * (len(KINDS) + 1),
-    ]
-    for row in sorted(results, key=lambda r: r["key"]):
+    commits["an earlier table, without this column of experts where it is empty"] += len(lines)
+    right = sum(line.split(" | ")[1] == "yes" for line in lines.values()) + sum(verdict(r) == "ok" for r in results)
+    for row in results:
         if "skipped" in row:
             continue
         way = "lora" if rows_of(row, "lora") else "full"
@@ -460,11 +490,32 @@ def table(results: list[dict], keys: list[str], builder: str | None) -> str:
             if not r["swapped"]:
                 why.append(f"{r['kind']} {r['group']}: {r['reason']}")
         said, reasons = verdict(row), "; ".join(dict.fromkeys(why))[:300].replace("|", "/")
-        lines.append(
-            f"| {row['key']} | {'yes' if said == 'ok' else said[:80]} | {images_of(row)} | {' | '.join(cells)} | "
-            f"{reasons} |"
-        )
-    return "\n".join(lines + absent(results, keys)) + "\n"
+        cells = ["yes" if said == "ok" else said[:80], images_of(row), *cells, experts_of(row), reasons]
+        lines[row["key"]] = f"| {row['key']} | {' | '.join(cells)} |"
+    missing = absent(results, keys, older)
+    command = f"python -m benchmarks.models{' --builder FILE' if builder else ''} --write docs/MODELS.md"
+    head = [
+        "# Architectures",
+        "",
+        f"{len(lines) + sum(not x.endswith(': not run') for x in missing[3:])} of {len(keys)} architectures ran; "
+        f"{len(lines)} of them build as tiny models on this machine, {right} of these are right.",
+        "",
+        f"Generated by `{command}` with transformers {transformers.__version__}, "
+        f"peft {peft.__version__}, torch {torch.__version__.partition('+')[0]}: tiny random models in float32, with "
+        "LoRA on all linears.",
+        "A number is how many modules are swapped, of how many were looked at (0/n: of how many are there by their "
+        "names).",
+        "`right`: loss and every gradient pass the judge, for full fine-tuning and with LoRA; greedy generation gives "
+        "stock's tokens; `unpatch` restores every bit.",
+        "`experts`: of modules with experts in 3-D parameters; there `right` also means LoRA on every stack of them "
+        "(`target_parameters`) in float32, and that and full fine-tuning in bfloat16.",
+        f"Rows ran at: {', '.join(f'{c} ({n})' for c, n in commits.most_common() if n)}.",
+        "`images`: so they do with one image per row, the vision tower trained as well.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+    return "\n".join(head + [lines[k] for k in sorted(lines)] + missing) + "\n"
 
 
 def read(log: str) -> list[dict]:
@@ -508,7 +559,8 @@ def main() -> None:
     print(summary(results))
     if args.write:
         Path(args.write).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.write).write_text(table(results, list(load_builder(args.builder).MODEL_TYPES), args.builder))
+        older = Path(args.write).read_text() if Path(args.write).exists() else ""
+        Path(args.write).write_text(table(results, list(load_builder(args.builder).MODEL_TYPES), args.builder, older))
 
 
 if __name__ == "__main__":

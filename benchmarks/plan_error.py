@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 import fastft
 from fastft.patching.patcher import innermost
@@ -203,6 +203,29 @@ def llama(layers: int, **sizes: int) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, **{**shape, **sizes})
 
 
+def mixture(layers: int, **sizes: int) -> Qwen3MoeConfig:
+    shape = {
+        "hidden_size": 128,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 1024,
+    }
+    return Qwen3MoeConfig(num_hidden_layers=layers, **{**shape, **sizes})
+
+
+def on_attention(experts: bool, r: int = 16) -> LoraConfig:
+    """LoRA on the attention's projections, and on the experts."""
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+
+
 def _setting(device: torch.device, **changes) -> TrainingSetup:
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     cuda = device.type == "cuda"
@@ -210,7 +233,7 @@ def _setting(device: torch.device, **changes) -> TrainingSetup:
 
 
 def cases(device: torch.device, tiny: bool = True) -> list[Case]:
-    """Twelve. tiny: seconds on a CPU core, mostly in float32, which a CPU multiplies fast; else a GPU's sizes, in
+    """Fourteen. tiny: seconds on a CPU core, mostly in float32, which a CPU multiplies fast; else a GPU's sizes, in
     bfloat16."""
     of = lambda **changes: _setting(device, **changes)
     half = {"dtype": BF16, "autocast": BF16}
@@ -223,6 +246,10 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
         "vocab_size": 128256,
     }
     config, shallow = (llama(4), llama(2)) if tiny else (llama(8, **large), llama(8, **large))
+    wide = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
+    sparse = mixture(2) if tiny else mixture(4, **wide, **heads)
+    few = sparse.num_hidden_layers
     depth, less = config.num_hidden_layers, shallow.num_hidden_layers
     batch, small, long = ((2, 128), (1, 128), (1, 2048)) if tiny else ((4, 2048), (4, 2048), (1, 32768))
     every, none = (depth, 0), (0, depth)
@@ -246,6 +273,14 @@ def cases(device: torch.device, tiny: bool = True) -> list[Case]:
         Case("stock, LoRA, nothing recomputed", config, of(**usual, patched=False), *batch, none),
         Case("stock, LoRA, every layer checkpointed", config, of(**usual, patched=False), *batch, every),
         Case("stock, full fine-tuning", config, of(**usual, patched=False, adapters=None), *batch, every),
+        Case("experts, LoRA on attention", sparse, of(**usual, adapters=on_attention(False)), *small, (0, few)),
+        Case(
+            "experts, LoRA on them and on attention, bfloat16 adapters, 8-bit AdamW",
+            sparse,
+            of(**usual, adapters=on_attention(True, 8), adapter_dtype=BF16, optim="adamw_8bit"),
+            *small,
+            (few, 0),
+        ),
     ]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastft.checkpointing.controller import control, controller_of, release
 from fastft.checkpointing.policy import Policy, parse
+from fastft.experts.structure import wide_experts
 from fastft.graphs import attach as graphs
 from fastft.kinds import kinds
 from fastft.lm_head import trl_head
@@ -167,6 +168,8 @@ def report(model: nn.Module) -> PatchReport:
     """
     found = build_report(model)
     found = replace(found, notes=(*found.notes, *moved_lines(model), *adapter_lines(innermost(model))))
+    if getattr(innermost(model), "is_loaded_in_4bit", False) and (left := wide_experts(model)):
+        found = replace(found, notes=(*found.notes, left))
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
     found = replace(found, notes=(*found.notes, *graphs.lines(innermost(model))))

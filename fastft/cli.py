@@ -190,6 +190,15 @@ def plan(
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA's rank, on all linear layers.")] = 16,
     four_bit: Annotated[bool, typer.Option("--4bit", help="The base in NF4 (QLoRA).")] = False,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA.")] = False,
+    targets: Annotated[
+        str | None, typer.Option(help="LoRA's target_modules instead of all linear layers: q_proj,v_proj,...")
+    ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="LoRA's target_parameters: mlp.experts.gate_up_proj,mlp.experts.down_proj")
+    ] = None,
+    adapter_dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; as TRL has them if not given.")
+    ] = None,
     optim: Annotated[
         str,
         typer.Option(help="As in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ..."),
@@ -212,8 +221,12 @@ def plan(
         import torch
         from rich.console import Console
 
+        from fastft.tools.plan.planner import lora
         from fastft.tools.plan.planner import plan as run
 
+        split = lambda text, otherwise: otherwise if text is None else text.split(",")
+        given = targets is not None or target_parameters is not None
+        adapters = lora(r, split(targets, "all-linear"), split(target_parameters, None)) if given else None
         torch.set_num_threads(1)  # of this process: nothing here is large enough for several
         imports, start = time.process_time(), time.process_time()
         with Console(stderr=True).status("fastft plan") as status:
@@ -223,6 +236,8 @@ def plan(
                 seq=seq,
                 batch=batch,
                 r=r,
+                peft_config=adapters,
+                adapter_dtype=adapter_dtype,
                 load_in_4bit=four_bit,
                 full=full,
                 optim=optim,

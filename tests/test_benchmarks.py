@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
+from transformers import Qwen3MoeConfig
 
-from benchmarks import cpu
+import fastft
+from benchmarks import cpu, expert_costs, fake
 
 
 def test_layer_and_head_hold_their_ceilings(tmp_path, capsys):
@@ -32,3 +35,29 @@ def test_a_figure_above_its_ceiling_fails(tmp_path, monkeypatch, capsys):
 def test_an_unknown_section_is_refused(capsys):
     with pytest.raises(SystemExit):
         cpu.main(["--only", "gpu"])
+
+
+@pytest.fixture
+def small_experts():
+    config = Qwen3MoeConfig(
+        hidden_size=512, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1
+    )
+    return expert_costs.Size(config, 4, 512, 256, 2)
+
+
+def test_a_layer_of_experts_does_the_factored_arithmetic(small_experts):
+    ours, stock = (expert_costs.experts_cost(small_experts, 64, patch) for patch in (fastft.patch, None))
+    least = small_experts.factored(64)
+    assert least <= ours.flops <= 1.03 * least
+    assert stock.flops > ours.flops and stock.saved > ours.saved > 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "lacking"),
+    [(None, torch.ops.aten._grouped_mm), (fastft.patch, torch.ops.fastft.grouped_mm)],
+    ids=["stock", "ours"],
+)
+def test_experts_that_count_nothing_fail(small_experts, monkeypatch, patch, lacking):
+    monkeypatch.delitem(fake.FORMULAS, lacking)
+    with pytest.raises(RuntimeError, match="no formula"):
+        expert_costs.experts_cost(small_experts, 64, patch)

@@ -3,7 +3,13 @@
 A stand-in has the module's class, attributes and children, and fewer and narrower experts: a whole stack does not fit
 on a device several times over. Every number among its attributes that is one of the sizes becomes the stand-in's.
 Adapters keep their ranks, scalings and PEFT's layout. Tokens go to all experts but one, which stays empty. In float64
-stock runs its plain loop, as torch's grouped products know no float64; in the training dtype it runs as it is set."""
+stock runs its plain loop, as torch's grouped products know no float64; in the training dtype it runs as it is set.
+
+With adapters, stock rounds W + BA once and we round xW and (xA)B apart: over many draws the errors are alike (root mean
+squares within 0.8 and 1.3 of stock's, measured on three gates in three dtypes), but the worst entry of one draw is
+twice stock's now and then, more so of few tokens, and of large numbers, where a value crosses a clamp in one of the two
+and its gradient jumps. So their numerics are judged over DRAWS draws together, at scale 1; that it is the same function
+is proven in float64 for few tokens and large numbers too."""
 
 from __future__ import annotations
 
@@ -25,7 +31,9 @@ from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.swap import KEY, new_instance
 
 TOKENS, TOP_K, EXPERTS = 131, 3, 6
+FEW, DRAWS, LARGE_SCALE = (1, 7, 37), 8, 30.0
 HIDDEN, INNER = 40, 24
+DELTA = 0.25  # an adapter's output beside its experts', before its scaling
 LARGE_HIDDEN, LARGE_INNER = 328, 168  # where grouped kernels run: two tiles and a partial one
 Module = Any
 
@@ -74,9 +82,11 @@ def _bare(module: nn.Module, sizes: dict[int, int]) -> Module:
     return new
 
 
-def _drawn(p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device) -> nn.Parameter:
-    """Random values in the dtype of p, scaled so that outputs are of order one."""
-    values = torch.randn(shape, dtype=torch.float64, generator=generator) * (max(shape[1:]) ** -0.5)
+def _drawn(
+    p: torch.Tensor, shape: list[int], generator: torch.Generator, device: torch.device, size: float = 1.0
+) -> nn.Parameter:
+    """Random values in the dtype of p, scaled so that outputs are of order `size`."""
+    values = torch.randn(shape, dtype=torch.float64, generator=generator) * (size * max(shape[1:]) ** -0.5)
     return nn.Parameter(values.to(device, p.dtype), requires_grad=p.requires_grad)
 
 
@@ -97,7 +107,7 @@ def _small_wrapper(
             width = sizes.get(width, width)
             shape = [ranks, width] if side == "lora_A" else [width, ranks]
             layer = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-            layer.weight = _drawn(weight, shape, generator, device)
+            layer.weight = _drawn(weight, shape, generator, device, DELTA if side == "lora_B" else 1.0)
             new._modules[side]._modules[name] = layer
     return new
 
@@ -128,15 +138,15 @@ def _placed(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: t
     return [x, weights, index] if first_weights else [x, index, weights]
 
 
-def _make(experts: int, hidden: int, device: torch.device):
+def _make(experts: int, hidden: int, device: torch.device, tokens: int | None = None):
     """Inputs of a proof: tokens go to TOP_K different experts, none to the second one where there are enough."""
     chosen = [i for i in range(experts) if i != 1 or experts <= 2]
-    top_k = min(TOP_K, len(chosen))
+    top_k, tokens = min(TOP_K, len(chosen)), tokens or TOKENS
 
     def make(g: torch.Generator, scale: float) -> list[torch.Tensor]:
-        x = torch.randn(TOKENS, hidden, generator=g, dtype=torch.float64) * scale
-        index = torch.stack([torch.randperm(len(chosen), generator=g)[:top_k] for _ in range(TOKENS)])
-        weights = torch.rand(TOKENS, top_k, generator=g, dtype=torch.float64)
+        x = torch.randn(tokens, hidden, generator=g, dtype=torch.float64) * scale
+        index = torch.stack([torch.randperm(len(chosen), generator=g)[:top_k] for _ in range(tokens)])
+        weights = torch.rand(tokens, top_k, generator=g, dtype=torch.float64)
         return [x.to(device), torch.tensor(chosen)[index].to(device), weights.to(device)]
 
     return make
@@ -147,19 +157,22 @@ def prove_experts(module: nn.Module, s: ExpertsStructure) -> Proof:
     which clamps and gates show, go through the experts; adapters, which change no gate, are then proven around them."""
     small = small_experts(module, s)
     wrappers, experts = chain(small)
-    proof = _prove(experts, s, (1.0, 30.0))
-    return _prove(small, s, (1.0,)) if wrappers and proof.ok else proof
+    proof = _prove(experts, s, (1.0, LARGE_SCALE))
+    return _prove(small, s, (1.0,), DRAWS) if wrappers and proof.ok else proof
 
 
-def _prove(small: Module, s: ExpertsStructure, scales: tuple[float, ...]) -> Proof:
+def _prove(small: Module, s: ExpertsStructure, scales: tuple[float, ...], draws: int = 1) -> Proof:
     experts = chain(small)[1]
     e, hidden = experts._parameters[s.up].shape[0], _hidden(experts, s)
     dtype, device = experts._parameters[s.up].dtype, experts._parameters[s.up].device
-    make = _make(e, hidden, device)
-    inputs = lambda g, scale: _placed(experts, *make(g, scale))
+    make = lambda tokens: lambda g, scale: _placed(experts, *_make(e, hidden, device, tokens)(g, scale))
+    inputs, *few = [make(n) for n in (TOKENS, *FEW)]
+    large = lambda g, scale: inputs(g, LARGE_SCALE * scale)
     structure = _of_stand_in(s, experts)
     cast = lambda m, to: _cast(m, to, dtype)
-    return prove(small, lambda m: install_experts(m, structure), inputs, dtype=dtype, scales=scales, cast=cast)
+    swap = lambda m: install_experts(m, structure)
+    how = {"cast": cast, "draws": draws, "formula": (*few, large)}
+    return prove(small, swap, inputs, dtype=dtype, scales=scales, **how)
 
 
 def _of_stand_in(s: ExpertsStructure, experts: Module) -> ExpertsStructure:

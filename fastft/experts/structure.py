@@ -69,6 +69,17 @@ def experts_of(module: nn.Module) -> int:
     return shapes[0][0] if back else 0
 
 
+def wide_experts(model: nn.Module) -> str:
+    """One line about experts that a 4-bit model holds in more bits; empty where it has none."""
+    found = [(m, p) for m in model.modules() if experts_of(m) for p in m._parameters.values() if p is not None]
+    wide = [(m, p) for m, p in found if p.dim() == 3 and p.is_floating_point()]
+    if not wide:
+        return ""
+    classes = ", ".join(sorted({stock_class(m).__name__ for m, _ in wide}))
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for _, p in wide}))
+    return f"bitsandbytes puts linear layers into 4 bits, and no 3-D parameters: {classes} stays in {dtypes}"
+
+
 def gate_function(module: Any, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """The module's own function between its two products."""
     return getattr(module, GATE) if gated else module.act_fn

@@ -174,6 +174,8 @@ def prove(
     dtypes: Sequence[torch.dtype] | None = None,
     cast: Callable[[nn.Module, torch.dtype], nn.Module] | None = None,
     constants: Collection[int] = (),
+    draws: int = 1,
+    formula: Sequence[Callable[[torch.Generator, float], Sequence]] = (),
 ) -> Proof:
     """Compare `stock` with a copy to which `swap` was applied.
 
@@ -188,6 +190,9 @@ def prove(
         dtypes: instead of (float32, dtype); `dtype` alone under `formula_alone`.
         cast: (module, dtype) -> a copy in that dtype, where casting all parameters is not what that means.
         constants: places of the inputs for which no gradient is taken.
+        draws: inputs of each scale whose errors are judged as one; where two computations round in other places, the
+            worst entry of a single draw is chance.
+        formula: makers of further inputs, for the first question alone.
 
     Returns:
         The proof with the largest error, or the first that failed. Whatever the candidate raises on inputs that stock
@@ -208,27 +213,38 @@ def prove(
         plain64, fast64 = cast(rounded, torch.float64), cast(rounded, torch.float64)
         swap(fast)
         swap(fast64)
+        for i, make in enumerate(formula):
+            draw = lambda up, d=d, i=i, make=make: _inputs(make, 57 + i, 1.0, d, up, constants)
+            if reason := _another_formula(plain64, fast64, draw, 191 + i):
+                return Proof(False, dtype=named, reason=reason)
         for i, scale in enumerate(scales):
-            draw = lambda up, d=d, i=i, scale=scale: _inputs(make_inputs, 17 + i, scale, d, up, constants)
-            run = lambda m, inputs, reference=False, i=i: outputs_and_gradients(
-                m, inputs, m.named_parameters(), 91 + i, reference
-            )
-            reference = run(plain64, draw(torch.float64), True)
-            inputs = draw(d)
-            sizes[" ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, torch.Tensor))] = None
-            eager = {} if short else run(plain, inputs)
-            try:
-                if reason := agree(run(fast64, draw(torch.float64), True), reference):
-                    return Proof(False, dtype=named, reason=reason)
-                if short:
-                    worst = Proof(True, dtype="float64")
-                    continue
-                ours = run(fast, draw(d))
-                if reason := _partly(fast, draw, d, ours, eager, run):
-                    return Proof(False, dtype=named, reason=reason)
-            except Exception as e:
-                not_for_want_of_memory(e)
-                return Proof(False, dtype=named, reason=f"candidate raised {type(e).__name__}: {e}")
+            results: list[tuple[dict, dict, dict]] = []
+            for j in range(1 if short else draws):
+                seed = 1000 * j + i
+                draw = lambda up, d=d, seed=17 + seed, scale=scale: _inputs(make_inputs, seed, scale, d, up, constants)
+                run = lambda m, inputs, reference=False, seed=91 + seed: outputs_and_gradients(
+                    m, inputs, m.named_parameters(), seed, reference
+                )
+                reference = run(plain64, draw(torch.float64), True)
+                inputs = draw(d)
+                sizes[" ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, torch.Tensor))] = None
+                eager = {} if short else run(plain, inputs)
+                try:
+                    if not j and (reason := agree(run(fast64, draw(torch.float64), True), reference)):
+                        return Proof(False, dtype=named, reason=reason)
+                    if short:
+                        continue
+                    ours = run(fast, draw(d))
+                    if not j and (reason := _partly(fast, draw, d, ours, eager, run)):
+                        return Proof(False, dtype=named, reason=reason)
+                except Exception as e:
+                    not_for_want_of_memory(e)
+                    return Proof(False, dtype=named, reason=f"candidate raised {type(e).__name__}: {e}")
+                results.append((ours, reference, eager))
+            if short:
+                worst = Proof(True, dtype="float64")
+                continue
+            ours, reference, eager = (_pooled([r[k] for r in results]) for k in range(3))
             verdict = compare(ours, reference, eager)
             proof = Proof(verdict.ok, verdict.error, verdict.eager_error, named, "" if verdict else str(verdict))
             if not proof.ok:
@@ -237,6 +253,25 @@ def prove(
                 worst = proof
     assert worst is not None
     return replace(worst, sizes=", ".join(sizes))
+
+
+def _another_formula(stock64: nn.Module, fast64: nn.Module, draw: Callable, seed: int) -> str:
+    """Empty where the two agree in float64 on what `draw` makes; whatever stock accepts, the candidate must."""
+    run = lambda m: outputs_and_gradients(m, draw(torch.float64), m.named_parameters(), seed, True)
+    reference = run(stock64)
+    try:
+        return agree(run(fast64), reference)
+    except Exception as e:
+        not_for_want_of_memory(e)
+        return f"candidate raised {type(e).__name__}: {e}"
+
+
+def _pooled(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Each result of several draws as one tensor; a key that a draw lacks makes the others' a mismatch."""
+    if len(results) == 1:
+        return results[0]
+    keys = dict.fromkeys(k for r in results for k in r)
+    return {k: torch.stack([r[k] for r in results]) for k in keys if all(k in r for r in results)}
 
 
 def _partly(

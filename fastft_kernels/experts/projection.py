@@ -120,14 +120,13 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y [S, out], x F [S, ranks] or None). x: [S, in], in the dtype of the weight; ids: [S], the expert of each row,
     where there is a bias."""
-    y = grouped_mm(x, _matrices(slot, t), groups)
-    low = None
+    y, low = grouped_mm(x, _matrices(slot, t), groups), None
+    bias = t[slot.bias].to(y.dtype)[ids] if slot.has_bias else None
     if slot.scalings:
         low = grouped_mm(x, _firsts(slot, t, x.dtype), groups)
-        y += grouped_mm(_scaled(slot, low), _seconds(slot, t, x.dtype), groups)
-    if slot.has_bias:
-        y += t[slot.bias].to(y.dtype)[ids]
-    return y, low
+        small = grouped_mm(_scaled(slot, low), _seconds(slot, t, x.dtype), groups)
+        bias = small if bias is None else bias.add_(small)  # small numbers first: the sum with y is rounded once
+    return y if bias is None else y.add_(bias), low
 
 
 def backward_low_rank(

@@ -160,6 +160,15 @@ def test_the_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+def test_a_4bit_model_says_that_its_experts_are_wide():
+    model = build("qwen3_moe", torch.bfloat16)
+    model.is_loaded_in_4bit = True  # as bitsandbytes' loader leaves it: linear layers in 4 bits, no 3-D parameter
+    fast = fastft.patch(model)
+    assert any("Qwen3MoeExperts stays in bfloat16" in n for n in fastft.report(fast).notes)
+    model.is_loaded_in_4bit = False
+    assert not any("stays in" in n for n in fastft.report(fast).notes)
+
+
 # planted
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import fastft
+from benchmarks import plan_error
 from benchmarks.plan_error import optimizer_for
 from fastft.cli import app
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError, PolicyError
@@ -119,6 +120,25 @@ def test_a_card_without_bfloat16_plans_float16():
     assert "float16, LoRA" in fastft.plan(config, gpu="T4", seq=32, stock=False, limits=False).what.replace(
         "bfloat16", "?"
     )
+
+
+def test_the_title_names_the_adapters_dtype_and_the_optimizer(tmp_path):
+    config = LlamaConfig(**{**SMALL.to_diff_dict(), "num_hidden_layers": 2})
+    config.save_pretrained(tmp_path)
+    line = ["plan", str(tmp_path), "--seq", "32", "--json", "--targets", "q_proj,v_proj", "--adapter-dtype", "bfloat16"]
+    found = json.loads(CliRunner().invoke(app, [*line, "--optim", "adamw_8bit"]).stdout)
+    assert "LoRA r=16 in bfloat16, adamw_8bit" in found["what"]
+    adapted = 2 * 16 * (2 * 128 + 128 + 64)  # q and v of two layers
+    assert found["lines"][0]["peak"]["parts"]["adapters"] == pytest.approx(2 * adapted, rel=0.02)
+
+
+def test_experts_that_4_bits_leave_wide_are_named():
+    how = {"peft_config": plan_error.on_attention(False), "stock": False, "limits": False}
+    found = fastft.plan(plan_error.mixture(2), seq=32, batch=1, load_in_4bit=True, dtype="bfloat16", **how)
+    assert any("Qwen3MoeExperts stays in bfloat16" in n for n in found.notes), found.notes
+    stacks = 2 * 8 * 3 * 128 * 96 * 2  # bytes of two layers
+    assert found.chosen.peak.parts["weights"] > stacks
+    assert not any("stays in" in n for n in fastft.plan(SMALL, seq=32, batch=1, load_in_4bit=True, **how).notes)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ before anything is computed or written.
     X.lora_B.bias             b + s b_B
     X.lora_embedding_A, _B    W + s (B A)^T
     X.weight, X.bias          in the place of the base's: modules_to_save, saved embeddings, trained biases
+    X.lora_A, X.lora_B        of experts' stacks: `expert_parts`
     X.token_adapter           in the place of single rows: trainable_token_indices
 """
 
@@ -21,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastft.errors import AdapterError
+from fastft.tools.merge import expert_parts
+from fastft.tools.merge.expert_parts import ExpertsDelta, Parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -39,6 +42,7 @@ KNOWN = {
     "inference_mode",
     "r",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "lora_alpha",
     "lora_dropout",
@@ -120,12 +124,15 @@ class Delta:
 
 @dataclass
 class AdapterWeights:
-    """whole: tensors by the name of the base's that they replace. tokens: (row numbers, rows) by module."""
+    """whole: tensors by the name of the base's that they replace. tokens: (row numbers, rows) by module. pairs: of
+    experts' stacks, as they were saved; stacks: the same by the stack's name, once the base is known."""
 
     config: LoraConfig
     deltas: dict[str, Delta] = field(default_factory=dict)
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    pairs: Parts = field(default_factory=dict)
+    stacks: dict[str, ExpertsDelta] = field(default_factory=dict)
 
     def touches(self, module: str) -> bool:
         return module in self.deltas or module in self.tokens or f"{module}.weight" in self.whole
@@ -136,6 +143,8 @@ class AdapterWeights:
 
     def apply(self, name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The merged tensor in the place of the base's `t`."""
+        if (changed := expert_parts.add(self.stacks, name, t, dtype)) is not None:
+            return changed
         module, _, kind = name.rpartition(".")
         t, delta = self.whole.get(name, t), self.deltas.get(module)
         if kind == "bias" and delta is not None and delta.bias is not None:
@@ -187,7 +196,10 @@ def read_adapter(folder: Path) -> AdapterWeights:
                 )
             adapter.whole[name] = t
     for module, found in parts.items():
-        _add(adapter, module, found)
+        if expert_parts.is_stacked(module, adapter.config):
+            adapter.pairs[module] = found
+        else:
+            _add(adapter, module, found)
     return adapter
 
 

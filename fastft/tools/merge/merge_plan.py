@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from fastft.errors import AdapterError, ModelNotFoundError
+from fastft.tools.merge import expert_parts
 from fastft.tools.merge.adapter_parts import BY_PEFT, AdapterWeights, misfits
 from fastft.tools.merge.base import in_four_bits, packed, read_json, shards, weights
 
@@ -101,10 +103,17 @@ def make_plan(source: Path, adapter: AdapterWeights) -> MergePlan:
             f"merge: want a base in 16 or 32 bits, or in bitsandbytes' 4 bits, got {method or 'a quantised one'}: "
             f"{BY_PEFT}"
         )
+    if adapter.pairs:
+        adapter.stacks, left = expert_parts.resolve(adapter.pairs, adapter.config, source)
+        if left:
+            raise AdapterError(
+                f"merge: the adapter has target_parameters= on {left[0]!r}, which is no stack of experts' matrices: "
+                f"{BY_PEFT}"
+            )
     plan = MergePlan(adapter, files, values)
     if config.get("model_type"):
         _plan_embeddings(source, plan, shapes)
-    if wrong := next(misfits(adapter, shapes, quantised), None):
+    if wrong := next(chain(misfits(adapter, shapes, quantised), expert_parts.misfits(adapter.stacks, shapes)), None):
         raise AdapterError(f"merge: in the base {str(source)!r}: {wrong}; or {BY_PEFT}")
     return plan
 

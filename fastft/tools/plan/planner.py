@@ -19,6 +19,7 @@ from fastft.checkpointing.policy import parse
 from fastft.checkpointing.split import choose
 from fastft.checkpointing.stack_forward import HEAD_BYTES, WORKSPACE
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError
+from fastft.experts.structure import wide_experts
 from fastft.parsing import parse_dtype
 from fastft.tools.plan.gpus import Gpu, find, known
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
@@ -44,6 +45,7 @@ def plan(
     policy: str | int = "auto",
     loss: str | None = None,
     peft_config: Any = None,
+    adapter_dtype: torch.dtype | str | None = None,
     device: str = "cuda",
     stock: bool = True,
     limits: bool = True,
@@ -63,8 +65,9 @@ def plan(
         full: no adapter, everything is trained.
         load_in_4bit: NF4 with double quantisation.
         dtype: of the base; "auto" the checkpoint's, float16 on a card without bfloat16. The step runs under autocast to
-            that dtype; adapters are float32, and in bfloat16 on a 4-bit base (both as TRL does it)
-            unless the base computes in float16.
+            that dtype.
+        adapter_dtype: None: float32, and bfloat16 on a 4-bit base (both as TRL does it) unless that computes in
+            float16.
         optim: as in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit.
         policy: of `fastft.patch(activation_policy=...)`.
         loss: "trl", the fused head of TRL's trainers (default where TRL is installed), or "model", the model's own
@@ -103,14 +106,16 @@ def plan(
     if full and load_in_4bit:
         raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
     base = _dtype(dtype, config, card)
-    adapters = None if full else peft_config or _lora(r)
+    adapters = None if full else peft_config or lora(r)
     # SFTTrainer casts the adapters of a quantised base to bfloat16, of which float16's gradient scaler takes none
     on_4bit = torch.bfloat16 if loss == "trl" and base != torch.float16 else torch.float32
+    usual = on_4bit if load_in_4bit else torch.float32
+    of_adapters = usual if adapter_dtype is None else _dtype(adapter_dtype, config, card)
     setting = TrainingSetup(
         dtype=base,
         autocast=None if base == torch.float32 else base,
         adapters=adapters,
-        adapter_dtype=on_4bit if load_in_4bit else torch.float32,
+        adapter_dtype=of_adapters,
         four_bit=load_in_4bit,
         optim=optim,
         accumulate=accumulate > 1,
@@ -124,13 +129,16 @@ def plan(
         work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code, progress))
         lines += work.stock()
     name = config.name_or_path if isinstance(model, PretrainedConfig) else os.fspath(model)
-    trained = "full fine-tuning" if full else f"LoRA r={getattr(adapters, 'r', '?')}"
-    what = f"{'NF4' if load_in_4bit else str(base).removeprefix('torch.')}, {trained}, {optim}, {loss}'s loss"
+    named = lambda d: str(d).removeprefix("torch.")
+    trained = "full fine-tuning" if full else f"LoRA r={getattr(adapters, 'r', '?')} in {named(of_adapters)}"
+    what = f"{'NF4' if load_in_4bit else named(base)}, {trained}, {optim}, {loss}'s loss"
     what += f", {accumulate} accumulated" if accumulate > 1 else ""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq > positions:
         notes.append(f"rows of {seq:,} tokens are longer than the {positions:,} positions that the model was built for")
     notes += [UNMEASURED] if device == "cuda" else []
+    if load_in_4bit and (left := wide_experts(ours.model)):
+        notes.append(left)
     return Plan(name or type(config).__name__, what, batch, seq, ours.depth, card, tuple(lines), tuple(notes))
 
 
@@ -236,10 +244,13 @@ def _adapter(folder: str) -> Any:
         raise ModelNotFoundError(f"adapter_config.json in {folder!r} is not readable: {first}") from e
 
 
-def _lora(r: int) -> Any:
+def lora(r: int, modules: str | list[str] = "all-linear", parameters: list[str] | None = None) -> Any:
+    """The LoRA config that is planned with. modules, parameters: PEFT's target_modules and target_parameters."""
     from peft import LoraConfig
 
-    return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"
+    )
 
 
 def _dtype(dtype: torch.dtype | str, config: PretrainedConfig, gpu: Gpu | None) -> torch.dtype:

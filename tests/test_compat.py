@@ -599,7 +599,10 @@ IN_PLACE = {
 }
 
 
-ENDINGS = {"fastft": set(), "fastft_kernels": {"_ptr", "_row", "_col", "_kernel"}}  # of names of our kernels
+ENDINGS = {  # of names of our kernels; of GGUF's types, and of settings
+    "fastft": {"_token_id", "_k", "_k_s", "_k_m", "_k_l", "_K"},
+    "fastft_kernels": {"_ptr", "_row", "_col", "_kernel"},
+}
 
 
 def is_private(name: str) -> bool:
@@ -654,3 +657,11 @@ def test_a_private_name_is_seen():
         "_theirs": ["f:4"],
         "_quoted": ["f:4"],
     }
+
+
+def test_llama_cpp_ships_ggml():
+    pytest.importorskip("llama_cpp")
+    from fastft.compat.llama_cpp_private import ggml
+
+    for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get"):
+        holds(f"ggml-base: {name}", hasattr(ggml(), name), library="llama_cpp")

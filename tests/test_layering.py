@@ -285,6 +285,7 @@ STATE_NAMES = {
     *("CACHE", "_PROVEN", "DTYPES", "_CLASSES", "_MIXINS"),
     *("_ORDERS", "_FUNCTIONS", "LAUNCHERS", "FAKES"),
     *("_FORMULA_ALONE", "_plans", "GIVERS", "REPLAY", "_INSIDE", "_LOCK"),
+    "_BFLOAT16",
 }
 CHANGEABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "ContextVar", "RLock", "Lock", "local"}
 

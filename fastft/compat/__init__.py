@@ -7,6 +7,7 @@ transformers_private    activation checkpointing, attention and experts implemen
 peft_private            which adapters of a layer are on
 trl_private             the fused LM head
 accelerate_private      what its hooks leave on a module
+llama_cpp_private       the library below llama.cpp
 
 Three sorts of names are read in place all the same, as a function or a constant for them would say no more:
 `_parameters`, `_buffers`, `_modules` and the tables of hooks of an nn.Module (every library's wrapper relies on them,

@@ -19,6 +19,8 @@ from accelerate.state import AcceleratorState
 from accelerate.state import is_initialized as accelerate_is_there
 from torch import nn
 
+from fastft.compat.accelerate_private import ORIGINAL_FORWARD
+from fastft.compat.torch_private import REPLICA
 from fastft.patching.entrances import entrances
 from fastft.swapping.stock_only import transformed
 
@@ -33,7 +35,7 @@ def trains_in_float16(module: nn.Module, device: str) -> bool:
     """Is float16's autocast on, or about to be: in the forward that Accelerate has prepared of this module?"""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16
-    prepared = "_original_forward" in module.__dict__ and accelerate_is_there()
+    prepared = ORIGINAL_FORWARD in module.__dict__ and accelerate_is_there()
     return prepared and AcceleratorState().mixed_precision == "fp16"
 
 
@@ -49,7 +51,7 @@ class Float32Adapters:
         self.base, self.count, self.warned = weakref.ref(base), 0, False
 
     def __call__(self, module: nn.Module, args: tuple = ()) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "_is_replica" in module.__dict__:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or REPLICA in module.__dict__:
             return
         base = self.base()
         if base is None or not base.training:

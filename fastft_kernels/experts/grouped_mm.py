@@ -53,7 +53,7 @@ def native(like: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _spans(ends: torch.Tensor, host: Sequence[int] | None, rows: int) -> list[tuple[int, int]]:
-    if host is None and isinstance(ends, torch._subclasses.FakeTensor):  # no values: as many rows for each
+    if host is None and isinstance(ends, FakeTensor):  # no values: as many rows for each
         host = [rows * (e + 1) // len(ends) for e in range(len(ends))]
     stops = [min(end, rows) for end in (ends.tolist() if host is None else host)]
     return list(zip([0, *stops], stops))

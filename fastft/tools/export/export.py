@@ -62,8 +62,8 @@ def export(
             the base is stored, in 16 bits), "nf4", "fp4".
         other_base: `base` is meant to be another model than the one that was trained on.
         prompts: a file of texts to compare on, one a line; by default built-in ones.
-        push_to_hub: USER/NAME of a repository that the proven folder is uploaded to, with a model card; `private` if
-            it is made now.
+        push_to_hub: USER/NAME of a repository that the proven folder is uploaded to, with a model card.
+        private: whether that repository is private, if it is made now.
         console: a rich console for a line a stage; None for silence.
     Returns:
         the folder and its figures.

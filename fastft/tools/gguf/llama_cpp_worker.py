@@ -28,12 +28,12 @@ class LlamaCpp:
 
     def __init__(self, path: str, positions: int, threads: int, watched: list[str]):
         import llama_cpp as lib  # pyright: ignore[reportMissingImports]
-        from llama_cpp import _ctypes_extensions  # pyright: ignore[reportMissingImports]
+
+        from fastft.compat.llama_cpp_private import ggml
 
         self.log = lib.llama_log_callback(_log)  # kept alive
         lib.llama_log_set(self.log, ctypes.c_void_p(0))
-        base = Path(lib.__file__).parent / "lib"
-        self.ggml = _ctypes_extensions.load_shared_library("ggml-base", base)
+        self.ggml = ggml()
         self.ggml.ggml_get_name.restype, self.ggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         self.ggml.ggml_nbytes.restype, self.ggml.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
         self.ggml.ggml_backend_tensor_get.argtypes = [

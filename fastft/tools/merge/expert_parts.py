@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fastft.compat.peft_private import swaps_in_and_out
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -77,7 +79,7 @@ def resolve(pairs: Parts, config: LoraConfig, base: Path) -> tuple[dict[str, Exp
             A.view(experts, -1, A.shape[1]),
             B.view(B.shape[0], -1, experts).permute(2, 0, 1),
             float(scaling),
-            wrapper._did_swap_in_out_features,
+            swaps_in_and_out(wrapper),
         )
     return found, list(left)
 

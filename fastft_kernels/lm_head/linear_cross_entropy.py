@@ -76,6 +76,10 @@ class TilePlan(NamedTuple):
 
 
 def _losses(s: Stats, state: torch.Tensor, plan: TilePlan, vocab: int) -> torch.Tensor:
+    """Of each row; in float64 where they are smoothed: the smoothing's terms are large, and cancel."""
+    if plan.smoothing and state.device.type != "mps":  # which has no float64
+        state = state.double()
+        s = statistics(state)
     loss = -s.log_p
     if plan.smoothing:
         loss = loss * (1 - plan.smoothing) - plan.smoothing * ((state[osm.SUM] / vocab - s.top) - s.log_sum)
@@ -181,7 +185,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.formula, ctx.n_again = None if source is None else source.differentiable, len(again)
         whole = (weight, bias, target) if again else ()  # for second derivatives
         ctx.save_for_backward(*again, *whole, rows, *saved)
-        return losses.sum() if plan.total else put(losses, rows, hidden.shape[0])
+        f32 = math_dtype(hidden.dtype)
+        return losses.sum().to(f32) if plan.total else put(losses.to(f32), rows, hidden.shape[0])
 
     @staticmethod
     def backward(ctx, g):

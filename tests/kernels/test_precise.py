@@ -61,11 +61,11 @@ REFERENCES = {  # what -> (float64 function, lowest and highest x, bound when fu
     "exp": (torch.exp, -110.0, 89.0, 1.0, 1.0),
     "exp_normal": (torch.exp, -87.3, 0.0, 1.0, 1.0),
     "unit_reciprocal": (torch.reciprocal, 1.0, 2.0, 0.51, 1.4),
-    "sigmoid": (torch.sigmoid, -110.0, 110.0, 2.4, 3.1),
-    "sigmoid_grad": (_sigmoid_grad, -110.0, 110.0, 4.0, 5.0),
+    "sigmoid": (torch.sigmoid, -110.0, 110.0, 2.4, 2.4),
+    "sigmoid_grad": (_sigmoid_grad, -110.0, 110.0, 4.0, 4.0),
     "erf": (torch.erf, -10.0, 10.0, 1.0, 1.2),
     "tanh": (torch.tanh, -40.0, 40.0, 1.6, 2.4),
-    "slope": (_slope, -40.0, 40.0, 4.0, 5.0),
+    "slope": (_slope, -40.0, 40.0, 4.0, 4.0),
     "quotient": (lambda x: x / 3.0, -1e30, 1e30, 0.51, 1.5),
 }
 

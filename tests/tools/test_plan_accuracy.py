@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import Gemma2Config, Glm4MoeConfig
 
 from benchmarks import plan_error
 from fastft.tools.plan.measure import AllocationLedger
@@ -63,12 +63,31 @@ GEMMA = Gemma2Config(
 )
 
 
-@pytest.mark.parametrize(("config", "period"), [(plan_error.llama(8), 1), (GEMMA, 2)])
-def test_the_extrapolated_depth_is_the_whole_depth(config, period):
-    """A model cut to its period and grown on paper takes to the byte what the whole model takes."""
+DENSE_FIRST = Glm4MoeConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=32,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=512,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT's, of all-linear and experts
+@pytest.mark.parametrize(
+    ("config", "period", "apart"), [(plan_error.llama(8), 1, 0), (GEMMA, 2, 0), (DENSE_FIRST, 1, 1)]
+)
+def test_the_extrapolated_depth_is_the_whole_depth(config, period, apart):
+    """A model cut to its period and grown on paper takes to the byte what the whole model takes; dense layers before a
+    mixture's are no part of the period."""
     setting = replace(CASES["LoRA, every layer lean"].setting, for_cuda=True)
     short, whole = subject(config, setting), subject(config, setting)
-    assert short.period == period and len(short.pool) == config.num_hidden_layers
+    assert (short.period, short.apart) == (period, apart) and len(short.pool) == config.num_hidden_layers
     whole.period, depth = None, config.num_hidden_layers
     for layers in ((0, depth), (depth, 0), (4, depth - 4)):
         a, b = (s.peak(layers, 2, 64) for s in (short, whole))

@@ -129,17 +129,20 @@ class AllocationLedger(TorchDispatchMode):
         return [Phase(name, sizes[a:b], live[a:b]) for (name, a), b in zip(self.marks, bounds[1:])]
 
 
-def aligned(short: np.ndarray, long: np.ndarray) -> np.ndarray | None:
+def aligned(short: np.ndarray, long: np.ndarray) -> list[np.ndarray]:
     """For each allocation of `short` its partner in `long`, a run of the same code with some layers more: they are one
-    stretch that was put in. None where `long` is something else."""
+    stretch that was put in. Like layers do not say which of them was: put in as late as can be, and as early, so that
+    the first and the last of them each have a partner. None at all where `long` is something else."""
     extra = len(long) - len(short)
     if extra < 0:
-        return None
-    same = short == long[: len(short)]
-    split = len(short) if same.all() else int(np.argmin(same))
-    if not (short[split:] == long[split + extra :]).all():
-        return None
-    return np.concatenate([np.arange(split), np.arange(split, len(short)) + extra])
+        return []
+    before, behind = short == long[: len(short)], short == long[extra:]
+    latest = len(short) if before.all() else int(np.argmin(before))
+    earliest = 0 if behind.all() else len(short) - int(np.argmin(behind[::-1]))
+    if earliest > latest:
+        return []
+    places = np.arange(len(short))
+    return [places + extra * (places >= split) for split in dict.fromkeys((latest, earliest))]
 
 
 def deeper(
@@ -147,18 +150,19 @@ def deeper(
 ) -> list[Phase]:
     """The phases of a model with more layers. longs: (how many steps further, the phases of one step further) for each
     way of growing. Memory is linear in the number of like layers at each moment of the code, so every moment is
-    extrapolated by itself. keep: of the growth of a step [moments, TAGS], what is real."""
+    extrapolated by itself, with each partner that it has (`sizes` are those of the short run). keep: of the growth of a
+    step [moments, TAGS], what is real."""
     found = []
     for i, phase in enumerate(short):
-        live = phase.live.copy()
+        grown = [phase.live]
         for steps, phases in longs:
-            partner = aligned(phase.sizes, phases[i].sizes)
-            if partner is not None:
-                live = live + steps * keep(phases[i].live[partner] - phase.live)
+            partners = aligned(phase.sizes, phases[i].sizes)
+            if partners:
+                grown = [x + steps * keep(phases[i].live[p] - phase.live) for x in grown for p in partners]
             else:  # allocations whose number or size depends on the depth: the two peaks
                 a, b = (
                     p.live[p.live.sum(1).argmax()] if len(p.live) else np.zeros(len(TAGS)) for p in (phase, phases[i])
                 )
-                live = live + steps * keep((b - a)[None])
-        found.append(Phase(phase.name, phase.sizes, live))
+                grown = [x + steps * keep((b - a)[None]) for x in grown]
+        found.append(Phase(phase.name, phase.sizes, np.concatenate(grown)))
     return found

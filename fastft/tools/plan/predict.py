@@ -32,7 +32,7 @@ from fastft.tools.plan.optimizers import states
 from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
 ACTIVATIONS = TAGS.index("activations")
-LONGEST_PERIOD = 8
+LONGEST_PERIOD, MOST_APART = 8, 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class PlannedModel:
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
     recomputation: str = "lean"  # or "full": how all layers are recomputed, where all are
     on_run: Callable[[str], None] = lambda what: None  # is told of each run before it
+    apart: int = 0  # how many layers at the beginning are of another kind, and repeat nowhere
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
         """The fullest moment of a step. layers: how many are recomputed, and how many kept (one of them 0 for stock);
@@ -101,11 +102,11 @@ class PlannedModel:
 
     def shallow(self, layers: tuple[int, int], rows: int, tokens: int) -> list[StepPeakMemory]:
         """The fullest moment of each phase, of a model of few layers."""
-        return _peaks(self._run((self._less(layers[0]), self._less(layers[1])), rows, tokens))
+        return _peaks(self._run(self._less(layers), rows, tokens))
 
     def whole(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> TracedStep:
         """The run of the whole model, extrapolated from those of a few layers."""
-        small = (self._less(layers[0]), self._less(layers[1]))
+        small = self._less(layers)
         base, longs = self._run(small, rows, tokens), []
         static = dict(base.static)
         for i in range(2):
@@ -121,21 +122,26 @@ class PlannedModel:
     def kept(self, layers: tuple[int, int], rows: int, tokens: int) -> float:
         """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there
         is none, a kept one."""
-        small, p = (self._less(layers[0]), self._less(layers[1])), self.period or 1
+        small, p = self._less(layers), self.period or 1
         if self.period is None:
             return self._run(layers, rows, tokens).phases[0].live[-1, ACTIVATIONS] / max(self.depth, 1)
         further = (small[0] + p, small[1]) if layers[0] else (small[0], small[1] + p)
         a, b = (self._run(n, rows, tokens).phases[0].live[-1, ACTIVATIONS] for n in (small, further))
         return (b - a) / p
 
-    def _less(self, count: int) -> int:
-        """The smallest number of layers that repeats as `count` of them do."""
-        p = self.period
+    def _less(self, layers: tuple[int, int]) -> tuple[int, int]:
+        """The smallest numbers of layers that repeat as these do; the first ones, of another kind, stay."""
+        p, before = self.period, 0
         if p is None:
-            return count
-        while count - p >= max(2, p):
-            count -= p
-        return count
+            return layers
+        least = []
+        for count in layers:
+            fewest = max(2, p) + max(0, self.apart - before)
+            before += count
+            while count - p >= fewest:
+                count -= p
+            least.append(count)
+        return least[0], least[1]
 
     def _run(self, layers: tuple[int, int], rows: int, tokens: int) -> TracedStep:
         key = (layers, rows, tokens)
@@ -265,10 +271,10 @@ def subject(
     told in words what comes next, for a progress line."""
     on_run("building the model")
     model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
-    pool, container, period = _repeating(model)
+    pool, container, period, apart = _repeating(model)
     depth = len(pool)
     if period is not None:
-        pool = pool[: min(depth, 2 * (2 * period + max(2, period)))]
+        pool = pool[: min(depth, apart + 2 * (2 * period + max(2, period)))]
         assert container is not None
         container._modules = {str(i): m for i, m in enumerate(pool)}
     if setting.loss == "trl":
@@ -291,23 +297,26 @@ def subject(
     fake = plan_fake.FakeRun()
     with fake():
         plan_fake.to_fake(model)
-    return PlannedModel(config, setting, model, pool, container, depth, period, fake, on_run=on_run)
+    return PlannedModel(config, setting, model, pool, container, depth, period, fake, on_run=on_run, apart=apart)
 
 
-def _repeating(model: nn.Module) -> tuple[list[nn.Module], nn.ModuleList | None, int | None]:
-    """(the layers of the largest stack, the list that holds them, the period in which they repeat or None)."""
+def _repeating(model: nn.Module) -> tuple[list[nn.Module], nn.ModuleList | None, int | None, int]:
+    """(the layers of the largest stack, the list that holds them, the period in which they repeat or None, how many
+    before that repeat nowhere: the dense layers of a mixture)."""
     found = stacks(model)
     if not found:
-        return [], None, None
+        return [], None, None, 0
     layers = max(found, key=lambda s: s.share).alive()
     container = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == layers), None)
     if container is None:
-        return layers, None, None
+        return layers, None, None, 0
     signatures = [_signature(m) for m in layers]
-    for p in range(1, LONGEST_PERIOD + 1):
-        if len(layers) > 2 * max(2, p) + p and signatures[p:] == signatures[:-p]:
-            return layers, container, p
-    return layers, container, None
+    for apart in range(MOST_APART + 1):
+        rest = signatures[apart:]
+        for p in range(1, LONGEST_PERIOD + 1):
+            if len(rest) > 2 * max(2, p) + p and rest[p:] == rest[:-p]:
+                return layers, container, p, apart
+    return layers, container, None, 0
 
 
 def _signature(layer: nn.Module) -> tuple:

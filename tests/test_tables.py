@@ -41,7 +41,7 @@ def test_report():
         ),
     )
     text = lines_of(shown)
-    for word in (LONG, "linear_cross_entropy,", "1.2e-07", "bfloat16", "stays stock: a gate of its own"):
+    for word in (LONG, "linear_cross_entropy,", "1.2e-07", "bf16", "stays stock: a gate of its own"):
         assert word in " ".join(text.split()), word
     assert "(2, 8, 64)" not in text and "(2, 8, 64)" in lines_of(shown, 130)
 

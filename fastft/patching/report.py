@@ -80,17 +80,17 @@ class PatchReport:
         if devices := sorted({r.device for r in self.rows if r.device}):
             title += f"; proven on {', '.join(devices)}"
         number = lambda x: f"{x:.1e}" if math.isfinite(x) else ""
-        columns, sizes = ["count#", "modules", "run by", "error#", "stock's#", "dtype"], options.max_width >= WIDE
+        columns, sizes = ["n#", "modules", "run by", "error#", "stock's#", "dtype"], options.max_width >= WIDE
         rows = [
-            [str(r.count), f"{r.kind}: {r.group}", r.kernel or "stock", number(r.error), number(r.stock_error), r.dtype]
-            + ([r.sizes] if sizes else [])
+            [str(r.count), f"{r.kind}: {r.group}", r.kernel or "stock", number(r.error), number(r.stock_error)]
+            + [_short(r.dtype), *([r.sizes] if sizes else [])]
             for r in self.rows
         ]
         styles = ["" if r.is_swapped else "dim" for r in self.rows]
         yield table(title, [*columns, *(["proven at"] if sizes else [])], rows, styles, options.max_width)
         for r in self.rows:
             if r.reason:
-                what = "run by " + r.kernel if r.is_swapped else "stays stock"
+                what = f"({r.kernel})" if r.is_swapped else "stays stock"
                 yield Text(f"{r.kind}: {r.group} x {r.count} {what}: {r.reason}")
         for reason, n in self.fallbacks.items():
             yield Text(f"went the stock way in {n} calls: {reason}")
@@ -98,4 +98,9 @@ class PatchReport:
             yield Text(note)
 
     def __str__(self) -> str:
-        return as_text(self, 130)
+        return as_text(self, max(80, Console().width))
+
+
+def _short(dtype: str) -> str:
+    """As people write it: bf16, fp32."""
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}.get(dtype, dtype)

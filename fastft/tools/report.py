@@ -5,11 +5,14 @@ small real tensors on the CPU. Nothing but the configuration is read or download
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastft.api import patch, report
 from fastft.compat.transformers_private import from_config, knows
 from fastft.errors import ModelNotFoundError
+from fastft.loading.checkpoint import adapter_config, base_of_adapter
 from fastft.patching.report import PatchReport
 
 
@@ -20,6 +23,10 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
     """
     from transformers import AutoConfig
 
+    adapter = adapter_config(name_or_path, {}) if os.path.isdir(name_or_path) else None
+    if adapter is not None:
+        adapter.inference_mode = False  # as saved; here it trains
+        name_or_path = base_of_adapter(adapter, name_or_path, {})[0]
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
@@ -30,7 +37,7 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
         from peft import LoraConfig, get_peft_model
 
         with torch.device("meta"):
-            model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+            model = get_peft_model(model, adapter or LoraConfig(target_modules="all-linear"))
     return report(patch(model))
 
 

@@ -140,3 +140,33 @@ def test_progress_tells_what_is_run():
     said = []
     fastft.plan(CONFIG, seq=32, batch=1, progress=said.append)
     assert said[0] == "building the model" and any(x.startswith("stock: 1 x 32 tokens") for x in said)
+
+
+def test_an_adapter_is_reported_and_verified_with_its_base(folder, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.02)
+    adapted.save_pretrained(tmp_path)
+    assert "lora_linear(group of 1)" in in_process("report", tmp_path).stdout
+    run = in_process("verify", tmp_path, "--seq", "8")
+    assert "PASS" in run.stdout and "modules swapped" not in run.stdout  # one table
+
+
+def test_verify_says_the_same_each_time(folder):
+    """In bfloat16, where the loss of one batch is one throw of a die."""
+    shown = {in_process("verify", folder, "--seq", "8", "--dtype", "bf16", "--json").stdout for _ in range(2)}
+    assert len(shown) == 1
+
+
+def test_a_card_that_is_nearly_named():
+    for text, meant in (("16", "16GiB"), ("H1000", "H100")):
+        with pytest.raises(PlanError, match=f"did you mean '{meant}'"):
+            fastft.plan(CONFIG, gpu=text)
+
+
+def test_a_card_without_bfloat16_is_noted():
+    config = LlamaConfig(**{**CONFIG.to_diff_dict(), "dtype": "bfloat16"})
+    assert "in float16: a T4 has no bfloat16" in fastft.plan(config, gpu="T4", seq=32, stock=False, limits=False).notes

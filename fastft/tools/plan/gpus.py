@@ -5,6 +5,7 @@ The sizes are `total_memory` as torch reports it on such a card (its out-of-memo
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -85,4 +86,8 @@ def find(text: str) -> Gpu:
     for gpu in known():
         if plain(gpu.name) == plain(text):
             return gpu
+    near = difflib.get_close_matches(text.lower(), [n.lower() for n in _TOTAL], 1)
+    meant = f"{text}GiB" if text.strip().isdecimal() else next((n for n in _TOTAL if n.lower() in near), "")
+    if meant:
+        raise PlanError(f"gpu={text!r}: did you mean {meant!r}? Want a size such as '16GiB', 'this', or a card's name")
     raise PlanError(f"gpu={text!r}: want a size such as '16GiB', 'this', or one of {', '.join(_TOTAL)}")

@@ -20,6 +20,7 @@ from fastft.checkpointing.split import choose
 from fastft.checkpointing.stack_forward import HEAD_BYTES, WORKSPACE
 from fastft.errors import DtypeError, ModelNotFoundError, PlanError
 from fastft.experts.structure import wide_experts
+from fastft.loading.checkpoint import adapter_config
 from fastft.parsing import parse_dtype
 from fastft.tools.plan.gpus import Gpu, find, known
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
@@ -136,6 +137,8 @@ def plan(
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq > positions:
         notes.append(f"rows of {seq:,} tokens are longer than the {positions:,} positions that the model was built for")
+    if setting.dtype == torch.float16 and dtype == "auto" and card is not None and not card.has_bfloat16:
+        notes.append(f"in float16: a {card.name} has no bfloat16")
     notes += [UNMEASURED] if device == "cuda" else []
     if load_in_4bit and (left := wide_experts(ours.model)):
         notes.append(left)
@@ -229,19 +232,10 @@ def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 
 def _adapter(folder: str) -> Any:
     """The PEFT config of an adapter's folder; None for what is none."""
-    if not os.path.isfile(os.path.join(folder, "adapter_config.json")) or os.path.isfile(
-        os.path.join(folder, "config.json")
-    ):
-        return None
-    from peft import PeftConfig
-
-    try:
-        found = PeftConfig.from_pretrained(folder)
+    found = adapter_config(folder, {}) if os.path.isdir(folder) else None
+    if found is not None:
         found.inference_mode = False  # as saved; here it trains
-        return found
-    except (OSError, ValueError, TypeError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelNotFoundError(f"adapter_config.json in {folder!r} is not readable: {first}") from e
+    return found
 
 
 def lora(r: int, modules: str | list[str] = "all-linear", parameters: list[str] | None = None) -> Any:

@@ -130,13 +130,14 @@ class PlannedModel:
         return (b - a) / p
 
     def _less(self, layers: tuple[int, int]) -> tuple[int, int]:
-        """The smallest numbers of layers that repeat as these do; the first ones, of another kind, stay."""
+        """The smallest numbers of layers that repeat as these do; the first ones, of another kind, stay. Where fastft
+        recomputes, the first layer, whose input is kept anyway, is like no other: then there are two."""
         p, before = self.period, 0
         if p is None:
             return layers
-        least = []
+        least, one = [], max(2, p) if self.setting.patched and layers[0] else p
         for count in layers:
-            fewest = max(2, p) + max(0, self.apart - before)
+            fewest = one + max(0, self.apart - before)
             before += count
             while count - p >= fewest:
                 count -= p

@@ -113,10 +113,11 @@ def _table(plan: Plan, width: int) -> Table:
     where = "" if gpu is None else f" on {gpu.name} ({gpu.usable / GIB:.1f} of {gpu.total / GIB:.1f} GiB usable)"
     title = f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}"
     number = lambda v: "" if v is None else f"{v:,}"
+    unit, size = ("GiB", GIB) if max(x.peak.total for x in plan.lines) >= GIB else ("MiB", 2**20)
     columns = [
         [
-            *(f"{v:.2f}" for v in parts(x).values()),
-            f"{x.peak.total / GIB:.2f}",
+            *(f"{v * GIB / size:.2f}" for v in parts(x).values()),
+            f"{x.peak.total / size:.2f}",
             *(["yes" if x.fits else "NO", number(x.largest_batch), number(x.longest)] if gpu is not None else []),
             *([x.smallest_gpu or "none"] if gpu is None else []),
         ]
@@ -128,7 +129,7 @@ def _table(plan: Plan, width: int) -> Table:
     headings = [f"{i} {x.stack} {short(x)}#" for i, x in enumerate(plan.lines, 1)]
     rows = [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
     styles = ["bold" if name in ("total", "fits") else "" for name in names]
-    return table(title, ["GiB at the peak", *headings], rows, styles, width)
+    return table(title, [f"{unit} at the peak", *headings], rows, styles, width)
 
 
 def plot(plan: Plan, path: str | os.PathLike) -> None:

@@ -46,8 +46,7 @@ class Narrator:
         self._fallbacks = [(ref, calls) for ref, calls in self._fallbacks if ref() is not base]
         self._fallbacks.append((weakref.ref(base), fallbacks_of(model)))
         if _is_first_process():
-            console = Console()
-            (console if console.is_terminal else Console(width=130)).print(report(model))  # a log file folds no columns
+            Console().print(report(model))
 
     def conclude(self, left: list[UnpatchedModel]) -> None:
         if not _is_first_process():
@@ -108,7 +107,7 @@ def run_patched(body: Callable[[], object]) -> int:
             code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)
-    if not watch.seen and not left:
+    if not watch.seen and not left and not code:
         print(
             "fastft: no transformers or PEFT model was trained in this process, so nothing was patched", file=sys.stderr
         )

@@ -182,9 +182,18 @@ def slim(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return output
 
 
-def kinds(notebook: nbformat.NotebookNode) -> list[tuple[str, list[str]]]:
-    """(cell, the kinds of its outputs)."""
-    return [(c.id, [o.output_type for o in kept(c.outputs)]) for c in notebook.cells if c.cell_type == "code"]
+def kinds(notebook: nbformat.NotebookNode, printing: set[str]) -> list[tuple[str, list[str]]]:
+    """(cell, the kinds of its outputs). printing: the cells whose printed text counts; what a library prints of its
+    progress in others, in one environment and not in the next, does not."""
+    counts = lambda cell, output: output.output_type != "stream" or cell.id in printing
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    return [(c.id, [o.output_type for o in kept(c.outputs) if counts(c, o)]) for c in code]
+
+
+def printing(notebook: nbformat.NotebookNode) -> set[str]:
+    """The cells that are committed with printed text."""
+    code = (c for c in notebook.cells if c.cell_type == "code")
+    return {c.id for c in code if any(o.output_type == "stream" for o in c.outputs)}
 
 
 def commit(name: str, executed: nbformat.NotebookNode) -> None:

@@ -41,7 +41,11 @@ def execute(folder, kernel):
 
     def run(name, ask):
         notebook, found = support.execute(name, kernel, folder, ask)
-        assert support.kinds(notebook) == support.kinds(support.read(name)), "run `python -m tests.notebook_support`"
+        committed = support.read(name)
+        cells = support.printing(committed)
+        assert support.kinds(notebook, cells) == support.kinds(committed, cells), (
+            f"run `python -m tests.notebook_support`; now it is:\n{support.shown(notebook)[:2000]}"
+        )
         return notebook, found
 
     return run

@@ -80,6 +80,7 @@ def test_every_cell_of_stock_and_fastft(checkpoint, tmp_path, here):
             "--out",
             str(tmp_path),
         ],
+        env={"COLUMNS": "140"},
     )
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "bench.json").read_text())

@@ -300,7 +300,7 @@ MISTAKES = {
     ),
     "a part that is not known": lambda b, a, t: (
         [changed(a, t / "x", target_parameters=["experts"]), "--to", "vllm-lora", "--out", t / "o"],
-        "merge_and_unload()",
+        "which vLLM ignores: use --to merged",
     ),
     "a base in 16 bits only": lambda b, a, t: (
         [a, "--to", "merged", "--base-precision", "int3", "--out", t / "o"],
@@ -349,6 +349,7 @@ def start(line, said, limit=None):
         try:
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
             sys.argv = ["fastft", *map(str, line)]
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -66,6 +66,8 @@ def _unserved(source: ExportSource, parts: AdapterWeights) -> Any:
     if parts.whole:
         name = next(iter(parts.whole))
         yield f"the adapter saves {name!r} whole, which vLLM ignores (modules_to_save, biases, resized embeddings)"
+    if parts.config.target_parameters:
+        yield "the adapter has target_parameters (LoRA on experts' stacks), which vLLM ignores"
     if parts.tokens:
         yield f"the adapter trains single tokens of {next(iter(parts.tokens))!r}, which vLLM ignores"
     for module, delta in parts.deltas.items():

@@ -1,7 +1,11 @@
-"""Tiny trained models for the exports, made when first asked for and shared by all tests of a process."""
+"""Tiny trained models for the exports, made when first asked for and shared by all tests of a process; commands run in
+this process."""
+
+import sys
 
 import pytest
 
+from fastft.cli import main
 from tests.tools import export_models
 
 
@@ -24,3 +28,17 @@ def trained(tmp_path_factory):
         return made[family]
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """(exit code, lines on stderr but for other libraries' bars) of a command, as its entry point ends."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["fastft", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        bars = ("Loading weights", "Writing model")
+        return ended.value.code or 0, [x for x in capfd.readouterr().err.splitlines() if x and not x.startswith(bars)]
+
+    return run

@@ -256,20 +256,6 @@ def test_families_and_tokenizers_that_cannot_be_written(tmp_path):
         pre_tokenizer_name(split, False)
 
 
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """(exit code, lines on stderr) of a command, as its entry point ends."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["fastft", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        bars = ("Loading weights", "Writing model")
-        return ended.value.code or 0, [x for x in capfd.readouterr().err.splitlines() if x and not x.startswith(bars)]
-
-    return run
-
-
 def changed(adapter, to, **config):
     """A copy of an adapter with another configuration."""
     shutil.copytree(adapter, to)

@@ -16,7 +16,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fastft.cli import main
 from fastft.errors import FolderExistsError, WriteError
 from fastft.tools.merge.merge import merge
 from fastft.tools.new_folder import check_room, new_folder
@@ -60,20 +59,6 @@ def copy(adapter, to, change=None, **config):
         json.dumps({**json.loads((adapter / "adapter_config.json").read_text()), **config})
     )
     return to
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """(exit code, lines on stderr but for other libraries' bars) of a command, as its entry point ends."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["fastft", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        bars = ("Loading weights", "Writing model")
-        return ended.value.code or 0, [x for x in capfd.readouterr().err.splitlines() if x and not x.startswith(bars)]
-
-    return run
 
 
 @contextmanager

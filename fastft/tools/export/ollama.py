@@ -107,9 +107,11 @@ def _plain(text: str) -> str:
 
 def _render(tokenizer: Any, talk: list[dict[str, str]]) -> str | None:
     """A conversation without the beginning of text that Ollama puts there; None where the template refuses it."""
+    from jinja2 import TemplateError
+
     try:
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    except Exception:  # whatever a template raises
+    except (TemplateError, TypeError, ValueError):  # `raise_exception`, and expressions that do not hold
         return None
     bos = tokenizer.bos_token
     return text.removeprefix(bos) if bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else text

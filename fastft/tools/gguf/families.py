@@ -6,6 +6,7 @@ offset        a norm that multiplies by 1 + w is stored as 1 + w
 activation    what its MLP computes; another is refused
 rope          which rotary scalings its code reads
 window        "layers": some layers see a window; "none": its code has no window, so that the context ends where it does
+heads_fill    its code wants heads that fill the hidden size together
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class GGUFFamily:
     offset: bool = False
     rope: tuple[str, ...] = ("default", "linear", "yarn")
     window: str = "none"
+    heads_fill: bool = False
 
 
 FAMILIES = {
@@ -39,7 +41,7 @@ FAMILIES = {
     "gemma3_text": GGUFFamily(
         "GEMMA3", activation="gelu_pytorch_tanh", offset=True, rope=("default", "linear"), window="layers"
     ),
-    "phi3": GGUFFamily("PHI3", rope=("default", "longrope")),
+    "phi3": GGUFFamily("PHI3", rope=("default", "longrope"), heads_fill=True),
 }
 WINDOW_PERIOD = 6  # of the family with windows: every so many layers one sees everything
 
@@ -89,7 +91,7 @@ def _lacking(family: GGUFFamily, config: Any) -> list[str]:
             found.append("its attention is bidirectional")
     if act != family.activation:
         found.append(f"its activation is {act}, llama.cpp computes {family.activation}")
-    if family.arch == "PHI3" and head * config.num_attention_heads != config.hidden_size:
+    if family.heads_fill and head * config.num_attention_heads != config.hidden_size:
         found.append(f"llama.cpp wants heads that fill the hidden size, got {config.num_attention_heads} of {head}")
     if get("num_local_experts") or get("num_experts"):
         found.append("it has experts")

@@ -85,7 +85,8 @@ def stdlib_pairs() -> list[Pair]:
                 summary = " ".join(doc.split("\n\n")[0].split())[:LONGEST]
                 if not summary:
                     continue
-                with contextlib.suppress(ValueError, TypeError):  # no signature to be had of some builtins
+                # no signature to be had of some builtins (of select.epoll's, Python 3.13 raises AttributeError)
+                with contextlib.suppress(ValueError, TypeError, AttributeError):
                     signature = str(inspect.signature(thing))
                     if " at 0x" not in signature:  # a default's address would differ from one process to the next
                         found.setdefault(doc, Pair(name, signature, summary, doc))

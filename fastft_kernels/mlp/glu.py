@@ -172,10 +172,6 @@ def _glu_bwd_kernel(
 # launchers
 
 
-def _kernels_run(*xs: torch.Tensor) -> bool:
-    return use_triton(xs[0], *(x.dtype for x in xs))
-
-
 def _h(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.new_empty(gate.shape, dtype=wider(gate.dtype, up.dtype))
 
@@ -189,7 +185,7 @@ def _like(x: torch.Tensor, want: bool = True) -> torch.Tensor:
     lambda gate, up, *form: _h(gate, up),
 )
 def _fwd(gate, up, act, alpha, limit, offset):
-    if not _kernels_run(gate, up):
+    if not use_triton(gate, up.dtype):
         dtype = wider(gate.dtype, up.dtype)
         f = math_dtype(dtype)
         if gate.dtype == up.dtype == f:
@@ -232,7 +228,7 @@ def _bwd_reference(dh, gate, up, form: GluSettings, want_gate: bool, want_up: bo
 
 def _launch_bwd(dh, gate, up, form: GluSettings, want_gate: bool, want_up: bool, want_h: bool):
     """(dgate, dup, h); what is not wanted has no elements."""
-    if not _kernels_run(gate, up, dh):
+    if not use_triton(gate, up.dtype, dh.dtype):
         return _bwd_reference(dh, gate, up, form, want_gate, want_up, want_h)
     dgate, dup = _like(gate, want_gate), _like(up, want_up)
     h = _h(gate, up) if want_h else _like(gate, False)

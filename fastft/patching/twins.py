@@ -8,6 +8,8 @@ of another form goes stock's way and is counted: nobody's results depend on it.)
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +117,12 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
                 return False
         elif type(v) in _CONTAINERS:
             if (v or w) and not _same_values(v, w):
+                return False
+        elif type(v) is functools.partial:
+            if v.func is not w.func or not _same_values((v.args, v.keywords), (w.args, w.keywords)):
+                return False
+        elif type(v) is types.MethodType:
+            if v.__func__ is not w.__func__ or v.__self__ is not a or w.__self__ is not b:
                 return False
         elif "absmax" not in getattr(v, "__dict__", ()) or not _read_alike(v, w):  # the state of a quantisation
             return False

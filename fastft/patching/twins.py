@@ -68,7 +68,8 @@ def _joins(found: Twins, first: nn.Module, layer: nn.Module) -> bool:
     for a, b in pairs.items():
         if a not in found.of:
             found.of[a] = []
-        found.of[a] += (b,)
+        # (b may be in a layer that has twins of its own: what is in their places is like a too)
+        found.of[a] += (b, *(found.of[b] if b in found.of else ()))
     found.inside |= set(pairs.values())
     return True
 

@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastft
 from benchmarks import host_calls
@@ -39,7 +40,34 @@ def experts():
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **more))
 
 
+class Branches(nn.Module):
+    """A layer with a list of MLPs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.branches = nn.ModuleList(LlamaMLP(config) for _ in range(3))
+
+    def forward(self, x):
+        return x + sum(branch(x) for branch in self.branches)
+
+
+class Nested(nn.Module):
+    """Layers that are alike, of parts that are alike."""
+
+    def __init__(self):
+        super().__init__()
+        config = LlamaConfig(**SMALL)
+        self.layers = nn.ModuleList(Branches(config) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = input_ids[..., None].expand(-1, -1, 32).to(self.layers[0].branches[0].up_proj.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 MODELS = {
+    "nested": Nested,
     "dense": lambda: adapted(llama(layers=4)),
     "nf4": lambda: BASES["nf4"](config={"layers": 4}),
     "gemma2": gemma2,
@@ -59,6 +87,7 @@ def standing(model):
         members = [tuple(names[m] for m in g.members) for g in groups]
         found[name] = type(module).__name__, sorted((k, mixin) for k, (mixin, _) in parts.items()), members
     rows = sorted(str(r) for r in fastft.report(model).rows)
+    assert any(part for _, part, _ in found.values())
     return found, rows
 
 

@@ -271,6 +271,16 @@ def _calls() -> list[Figure]:
     return found
 
 
+def _patch_calls() -> list[Figure]:
+    """What a patch costs a deep model beside a shallow one."""
+    (few, few_proofs), (many, proofs) = (host_calls.of_patch(layers) for layers in (2, 32))
+    name = "fastft.patch of 32 layers beside 2 (LoRA on all linears): "
+    return [
+        Figure("host", name + "Python and C calls", "calls", many, few, round(1.2 * few)),
+        Figure("host", name + "proofs", "proofs", proofs, few_proofs, few_proofs),
+    ]
+
+
 def host(quick: bool) -> list[Figure]:
     config = LlamaConfig(
         hidden_size=64,
@@ -301,6 +311,7 @@ def host(quick: bool) -> list[Figure]:
     return [
         *found,
         *_calls(),
+        *_patch_calls(),
         Figure("host", "one group call (three adapted projections of one input), forward", "ns", mine, theirs),
         Figure("host", "of it, reading and packing the three layers as they are now", "ns", reading),
     ]

@@ -23,6 +23,7 @@ from fastft.patching.float32_adapters import adapter_lines, cast_adapters, unwat
 from fastft.patching.moved import follow_moves, moved_lines, unwatch_moves, watch_moves
 from fastft.patching.patcher import apply_kinds, build_report, innermost, strict_check, undo
 from fastft.patching.report import PatchReport, Row
+from fastft.swapping.walk import modules_of, parameters_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,8 +73,8 @@ def patch(
         )
     policy = None if activation_policy is None else parse(activation_policy)
     graphs.check(cuda_graphs)
-    refuse(innermost(model).modules(), "set it to False, or train without fastft")
-    cuda = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    refuse(modules_of(innermost(model)), "set it to False, or train without fastft")
+    cuda = {t.device for t in parameters_of(model) if t.device.type == "cuda"}
     # the user's random stream stands where it stood: proofs draw from a copy
     with torch.random.fork_rng(devices=list(cuda)):
         adapters = cast_adapters(model, innermost(model))  # before anything is proven for their dtype

@@ -28,6 +28,7 @@ from fastft.checkpointing.policy_state import Controller
 from fastft.checkpointing.retry import Attempt, can_be_guarded
 from fastft.checkpointing.stack_forward import Forward, asked_for
 from fastft.swapping.stock_only import transformed
+from fastft.swapping.walk import modules_of
 
 
 class BeginForward:
@@ -184,8 +185,9 @@ def controller_of(base: nn.Module) -> Controller | None:
 
 def release(base: nn.Module) -> None:
     """Undo `control` exactly."""
-    for module in base.modules():
-        _unguard(module)
+    for module in modules_of(base):
+        if "forward" in module.__dict__:
+            _unguard(module)
     for hooks, key, _ in list(_hooks(base)):
         owner, table = hooks
         del table[key]
@@ -193,8 +195,8 @@ def release(base: nn.Module) -> None:
 
 
 def _hooks(base: nn.Module) -> Iterator[tuple[tuple[nn.Module, dict], int, object]]:
-    for module in base.modules():
+    for module in modules_of(base):
         for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
+            for key, hook in list(table.items()) if table else ():
                 if isinstance(hook, (BeginForward, EndForward, Embedded)):
                     yield (module, table), key, hook

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastft.swapping.swap import slot_of, stock_class
+from fastft.swapping.walk import parameters_of
 
 GRAPHS = "CUDA graphs"  # the kind of swap under which a layer's calls are replayed (fastft/graphs)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -46,7 +47,7 @@ def stacks(model: nn.Module) -> list[Stack]:
     found: dict[nn.Module, list[nn.Module]] = {}
     for owner, layer in _walk(model, model):
         found.setdefault(owner, []).append(layer)
-    sizes = [sum(p.numel() for m in layers for p in m.parameters()) for layers in found.values()]
+    sizes = [sum([p.numel() for m in layers for p in parameters_of(m)]) for layers in found.values()]
     total = max(1, sum(sizes))
     return [
         Stack(weakref.ref(o), [weakref.ref(m) for m in layers], n / total)
@@ -64,7 +65,7 @@ def _walk(module: nn.Module, owner: nn.Module) -> Iterator[tuple[nn.Module, nn.M
 
 def kind_of(layer: nn.Module) -> Hashable:
     """Layers of one kind keep the same bytes for the same batch."""
-    return stock_class(layer), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters())
+    return stock_class(layer), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in parameters_of(layer))
 
 
 def graphs_of(layer: nn.Module) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 DISABLED = "_disable_adapters"  # bool attribute of a tuner's layer
 ACTIVE = "_active_adapter"  # the active adapter's name, or a list of names
+MADE_WITH = "kwargs"  # what a tuner's layer was made with, its own name in the model among it; nothing reads it again
 
 
 def enable_adapters(layer: Any) -> None:

@@ -12,7 +12,7 @@ from fastft.graphs.layer import GraphedLayer, LayerGraphs
 from fastft.graphs.recorder import CudaRecorder, Recorder, cuda_obstacle
 from fastft.graphs.stack import StackGraphs
 from fastft.patching.patcher import record_of
-from fastft.swapping.swap import install, is_fast, obstacle, state_of, uninstall
+from fastft.swapping.swap import install, is_fast, obstacle, state_of, swapped_in, uninstall
 
 AUTO = "auto"
 
@@ -60,13 +60,13 @@ def renew(base: nn.Module) -> None:
 
 def release(base: nn.Module) -> None:
     """Undo `attach` exactly."""
-    for module in list(base.modules()):
+    for module in swapped_in(base):
         if is_fast(module, GRAPHS):
             uninstall(module, GRAPHS)
 
 
 def _all(base: nn.Module) -> Iterator[LayerGraphs]:
-    for module in base.modules():
+    for module in swapped_in(base):
         if is_fast(module, GRAPHS):
             yield state_of(module, GRAPHS)
 

@@ -37,8 +37,10 @@ from fastft.swapping.swap import (
     slot_of,
     state_of,
     stock_class,
+    swapped_in,
     uninstall,
 )
+from fastft.swapping.walk import modules_of
 from fastft_kernels.recompute.replay import REPLAY
 from fastft_kernels.runtime.compat import is_dynamo_compiling
 
@@ -198,13 +200,13 @@ class LinearGroups:
 
     def refresh(self, base: nn.Module) -> None:
         """Before a patch looks at the model: what was replaced since the last one leaves its group."""
-        for module in list(base.modules()):
+        for module in swapped_in(base):
             if is_fast(module, HOLDER):
                 state_of(module, HOLDER).drop_changed(module)
 
     def recognise(self, module: nn.Module, context: Context) -> Candidate | str | None:
         if self._groups is None:
-            self._inner = {m for a in context.names if _is_adapter(a) for m in a.modules() if m is not a}
+            self._inner = {m for a in context.looked_at if _is_adapter(a) for m in modules_of(a)[1:]}
             self._groups = find_groups(context, self._inner)
         if not is_unit(module):
             if _is_adapter(module):
@@ -212,11 +214,12 @@ class LinearGroups:
             return refusal(module) if is_quantised_otherwise(module) and module not in self._inner else None
         if module not in self._groups:
             return None
-        holder, group, paths = self._groups[module]
+        groups, (_, group, _) = self._groups, self._groups[module]
         if why_not := refusal(module):
             return why_not
 
         def apply(m: nn.Module) -> None:
+            holder, group, paths = groups[m]
             install(m, KIND, FastLinear, group)
             if holder is None:
                 return
@@ -271,7 +274,7 @@ def find_groups(
 ) -> dict[nn.Module, tuple[nn.Module | None, LinearGroup, tuple[str, ...]]]:
     """For every unit outside an output head and outside `inner`: the module that holds it, its group, and the members'
     names below the holder."""
-    units = [m for m in context.names if is_unit(m)]
+    units = [m for m in context.looked_at if is_unit(m)]
     get = getattr(context.model, "get_output_embeddings", None)
     head: Any = None if get is None else get()
     saved = getattr(head, "modules_to_save", None)
@@ -295,11 +298,24 @@ def find_groups(
             patterns.setdefault(stock_class(holder), set()).add(_paths(holder, members, names))
     if context.seen.error:
         _extend(found, context, patterns, parents)
+    _add_twins(found, context.seen.twins.of)
     return found
 
 
+def _add_twins(found: dict, twins: dict[nn.Module, list[nn.Module]]) -> None:
+    """The groups of layers that are alike: by the places of the first one's."""
+    for holder, group, paths in list({id(entry[1]): entry for entry in found.values()}.values()):
+        members = group.members
+        if holder in twins:
+            for its_holder, *its_members in zip(twins[holder], *(twins[m] for m in members)):
+                entry = (its_holder, LinearGroup.of(its_members), paths)
+                found |= dict.fromkeys(its_members, entry)
+        else:
+            found |= {t: (None, LinearGroup.of([t]), ()) for m in members if m in twins for t in twins[m]}
+
+
 def _parents(context: Context) -> dict[nn.Module, nn.Module]:
-    return {child: m for m in context.names for child in m._modules.values() if child is not None}
+    return {child: m for m in context.looked_at for child in m._modules.values() if child is not None}
 
 
 def _paths(holder: nn.Module, members: list[nn.Module], names: dict[nn.Module, str]) -> tuple[str, ...]:

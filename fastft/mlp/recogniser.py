@@ -170,7 +170,7 @@ class MLPs:
         """An activation between two linear layers of a module that is no MLP as a whole."""
         parents = context.shared.setdefault("mlp parents", {})
         if not parents:
-            parents.update({child: m for m in context.names for child in m._modules.values() if child is not None})
+            parents.update({child: m for m in context.looked_at for child in m._modules.values() if child is not None})
         parent = parents.get(module)
         if parent is None or is_fast(parent, KIND) or not _in_a_row(_linear_children(parent)):
             return None

@@ -21,6 +21,7 @@ from fastft.packing.entrance import ForwardFrame, named, random_state
 from fastft.packing.interface import KIND, attentions, teach
 from fastft.packing.packing import Packing
 from fastft.swapping.swap import uninstall
+from fastft.swapping.walk import modules_of
 
 
 class _Hook:
@@ -197,8 +198,8 @@ def release(model: nn.Module, base: nn.Module) -> None:
 
 
 def _hooks(root: nn.Module) -> Iterator[tuple[nn.Module, int, _Hook]]:
-    for module in root.modules():
+    for module in modules_of(root):
         for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
+            for key, hook in list(table.items()) if table else ():
                 if isinstance(hook, _Hook):
                     yield module, key, hook

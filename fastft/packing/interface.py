@@ -22,6 +22,7 @@ from fastft.packing.backends import run
 from fastft.packing.documents import DocumentMask
 from fastft.swapping.rebind import innermost, rebind
 from fastft.swapping.swap import install, is_fast, obstacle, order, order_of, slot_of, stock_class
+from fastft.swapping.walk import modules_of
 
 KIND = "packed attention"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -86,15 +87,21 @@ def _mixin(module: nn.Module) -> type:
 
 def attentions(owner: nn.Module) -> Iterator[nn.Module]:
     """Modules below `owner` whose forward looks into the attention interface."""
-    for module in owner.modules():
-        inner = innermost(stock_class(module).forward)
-        code = getattr(inner, "__code__", None)
-        if (
-            code is not None
-            and REGISTRY in code.co_names
-            and isinstance(inner.__globals__.get(REGISTRY), GeneralInterface)
-        ):
+    classes: dict[type, bool] = {}
+    for module in modules_of(owner):
+        cls = type(module)
+        if cls not in classes:
+            classes[cls] = _looks_into_it(stock_class(module).forward)
+        if classes[cls]:
             yield module
+
+
+def _looks_into_it(forward: Callable) -> bool:
+    inner: Any = innermost(forward)
+    code = getattr(inner, "__code__", None)
+    return (
+        code is not None and REGISTRY in code.co_names and isinstance(inner.__globals__.get(REGISTRY), GeneralInterface)
+    )
 
 
 def teach(module: nn.Module) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastft.patching.observe import Observation
 from fastft.proving.prove import Proof
+from fastft.swapping.walk import parameters_of
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Candidate:
 
     kernel: what it would run, for the report. key: everything the proof depends on (class, configuration, shapes,
     dtype); one proof serves all modules with equal keys on one device. prove: runs the proof, on `device`. apply: swaps
-    this instance (after a good proof)."""
+    the instance given (after a good proof): the module that was recognised, or its counterpart in a layer that is
+    alike."""
 
     kernel: str
     key: Hashable
@@ -32,7 +34,7 @@ class Candidate:
 
 @dataclass
 class Context:
-    """What a recogniser may look at beside the module itself."""
+    """What a recogniser may look at beside the module itself. names: of all modules."""
 
     model: nn.Module
     seen: Observation
@@ -40,11 +42,19 @@ class Context:
     # per patch call, for kinds that need to remember something between modules
     shared: dict = field(default_factory=dict)
 
+    @property
+    def looked_at(self) -> list[nn.Module]:
+        """The modules that are recognised: all but those inside twins, which become what their counterparts do."""
+        if "looked at" not in self.shared:
+            inside = self.seen.twins.inside
+            self.shared["looked at"] = [m for m in self.names if m not in inside]
+        return self.shared["looked at"]
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's proof runs: where its parameters lie, and on the CPU where they are on the meta device or it has
     none."""
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return next((p.device for p in parameters_of(module) if p.device.type != "meta"), torch.device("cpu"))
 
 
 class Kind(Protocol):

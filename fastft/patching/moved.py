@@ -25,7 +25,8 @@ from fastft.patching.patcher import Record, apply_kinds, devices_note, innermost
 from fastft.proving.prove import undisturbed
 from fastft.swapping.out_of_memory import PatchMemoryError
 from fastft.swapping.stock_only import transformed
-from fastft.swapping.swap import is_fast, uninstall
+from fastft.swapping.swap import is_fast, swapped_in, uninstall
+from fastft.swapping.walk import modules_of, names_of
 
 MOST = 8  # times that a model is proven again: more are somebody's who casts it at every step
 NO_MEMORY = "the model was moved, and no memory was left for the proofs there: stock until it is patched again"
@@ -38,15 +39,15 @@ _LOCK = threading.RLock()  # one thread proves; others that enter meanwhile wait
 def standing_of(base: nn.Module, record: Record) -> list[Standing]:
     """(module, its parameter's name, device, dtype) of one module for each proof, and of the model's first parameter:
     what is swapped may have none of its own."""
-    modules, first = dict(base.named_modules()), {}
+    modules, first = {n: m for m, n in names_of(base).items()}, {}
     for outcome in record.outcomes.values():
         if outcome.proof is not None and outcome.kernel and outcome.name in modules:
             first.setdefault(id(outcome.proof), modules[outcome.name])
     if not first:
         return []
     found = {}
-    with_parameters = next((m for m in base.modules() if any(p is not None for p in m._parameters.values())), None)
-    owners = [owner for module in first.values() for owner in module.modules()]
+    with_parameters = next((m for m in modules_of(base) if any(p is not None for p in m._parameters.values())), None)
+    owners = [owner for module in first.values() for owner in modules_of(module)]
     for owner in [*owners, *([] if with_parameters is None else [with_parameters])]:
         for name, p in owner._parameters.items():
             if p is not None:
@@ -58,7 +59,7 @@ def is_managed(base: nn.Module) -> bool:
     """Do parameters change their dtype and place within a step, under FSDP2's or DeepSpeed's hands?"""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = getattr(fsdp, "FSDPModule", ())
-    return any(isinstance(m, sharded) for m in base.modules()) or any(hasattr(p, "ds_id") for p in base.parameters())
+    return any(isinstance(m, sharded) for m in modules_of(base)) or any(hasattr(p, "ds_id") for p in base.parameters())
 
 
 class Moved:
@@ -158,7 +159,7 @@ def all_stock(base: nn.Module, kinds: Sequence[Kind], why: str) -> None:
 
 def _take_off(base: nn.Module, kinds: Sequence[Kind]) -> None:
     parts = {part for kind in kinds for part in getattr(kind, "parts", (kind.name,))}
-    for module in list(base.modules()):
+    for module in swapped_in(base):
         for part in parts:
             if is_fast(module, part):
                 uninstall(module, part)
@@ -202,6 +203,6 @@ def moved_lines(model: nn.Module) -> list[str]:
 def unwatch_moves(model: nn.Module) -> None:
     """Undo `watch_moves` exactly."""
     for root in dict.fromkeys((model, innermost(model))):
-        for module in root.modules():
+        for module in modules_of(root):
             for key in [k for k, h in module._forward_pre_hooks.items() if isinstance(h, Moved)]:
                 del module._forward_pre_hooks[key]

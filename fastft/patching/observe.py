@@ -9,7 +9,10 @@ business), so none is run.
 Code that reads a value on the host (a router that counts its tokens) cannot run on the meta device. A small model, or
 one on a GPU, is then run for real; in a large one the module that failed is taken to return what its input looks like,
 and the run is repeated. What the text inputs do not reach (a vision tower) is run by itself, on inputs read off its
-signature and configuration."""
+signature and configuration.
+
+Of layers that are alike (`twins`) the first alone is run: the others answer with what it returned, where they are
+called as often and as it was. Where one is not, all of them are run."""
 
 from __future__ import annotations
 
@@ -26,8 +29,11 @@ from torch import nn
 from fastft.compat.accelerate_private import OLD_FORWARD
 from fastft.compat.torch_private import COMPILED_CALL, HOOK_TABLES, TorchDispatchMode
 from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
+from fastft.patching.stand_ins import AsFirst, observed_class, stand_in, tensors_of
+from fastft.patching.twins import Twins, find_twins, hollow
 from fastft.swapping.rebind import global_calls, rebind
-from fastft.swapping.swap import Fast, Replacement, as_stock, install, obstacle, order, uninstall
+from fastft.swapping.swap import Fast, as_stock, install, obstacle, uninstall
+from fastft.swapping.walk import modules_of
 
 # parameters' bytes up to which a model that the meta device cannot follow is run for real on a CPU
 REAL_RUN_LIMIT = 1 << 30
@@ -59,12 +65,13 @@ class FunctionCall:
 @dataclass
 class Observation:
     """calls: by module, in order. functions: by (module, global name), the calls of the free functions that were asked
-    for."""
+    for. twins: layers whose inside was not run, as they were called as another of their kind."""
 
     calls: dict[nn.Module, list[ModuleCall]] = field(default_factory=dict)
     functions: dict[tuple[nn.Module, str], list[FunctionCall]] = field(default_factory=dict)
     error: str = ""
     real: bool = False
+    twins: Twins = field(default_factory=Twins)
 
     def forget(self) -> None:
         """Calls refer to modules, modules to calls: let go of them as soon as the observation has served."""
@@ -72,6 +79,7 @@ class Observation:
             calls.clear()
         self.calls.clear()
         self.functions.clear()
+        self.twins.forget()
 
     def of(self, module: nn.Module) -> list[ModuleCall]:
         return self.calls.get(module, [])
@@ -91,18 +99,10 @@ class Observation:
         return None
 
 
-def _tensors(value) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _tensors(v)
-
-
 @contextmanager
 def _attributes_kept(model: nn.Module):
     """Whatever a forward leaves on a module (cached tables, counters, replaced buffers) is taken back."""
-    kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in modules_of(model)]
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back
     (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
     forward of the instance, stays in a real run: it brings inputs to a module's device."""
-    for m in model.modules():
+    for m in modules_of(model):
         for name in HOOK_TABLES:
             if m.__dict__.get(name):
                 m.__dict__[name] = OrderedDict()
@@ -130,7 +130,7 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
             m.__dict__.pop("forward", None)
 
 
-def _exchange_tensors(model: nn.Module, real: bool) -> None:
+def _exchangetensors_of(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones
     stay tied). Real: buffers become copies, as a forward may write into them."""
     known: dict[int, torch.Tensor] = {}
@@ -144,7 +144,7 @@ def _exchange_tensors(model: nn.Module, real: bool) -> None:
                 known[id(t)] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
         return known[id(t)]
 
-    for m in model.modules():
+    for m in modules_of(model):
         if not real:
             m.__dict__["_parameters"].update({n: exchanged(p) for n, p in m._parameters.items() if p is not None})
             m.__dict__.update({k: exchanged(v) for k, v in m.__dict__.items() if isinstance(v, torch.Tensor)})
@@ -165,57 +165,6 @@ class _AssumeTrue(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@order(-100)
-class _Empty(Replacement):
-    """Mixin of an adapter or quantised layer during a meta run: an empty tensor of the output's shape, nothing inside
-    is called."""
-
-    def forward(self, x, *args, **kwargs):
-        weight = getattr(getattr(self, "base_layer", self), "weight", None)
-        dtype = (
-            weight.dtype
-            if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-            else x.dtype
-        )
-        return x.new_empty((*x.shape[:-1], self.out_features), dtype=dtype)
-
-
-@order(-100)
-class _LikeInput(Replacement):
-    """Mixin of a module that the meta device cannot follow: it is taken to return something like its first floating
-    input."""
-
-    def forward(self, *args, **kwargs):
-        first = next((t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()), None)
-        if first is None:
-            raise RuntimeError(f"a {type(self).__name__} without a floating-point input")
-        return torch.empty_like(first)
-
-
-def _is_opaque(module: nn.Module) -> bool:
-    """A linear layer that is more than its product: an adapter around one, or one with a quantised weight."""
-    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return False
-    weight = module._parameters.get("weight")
-    if hasattr(module, "base_layer") or weight is None:
-        return hasattr(module, "base_layer")
-    return type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() == 1
-
-
-def _stand_in(model: nn.Module, failing: set[type], stack: ExitStack) -> set[nn.Module]:
-    """Opaque linears and modules of the failing classes answer for themselves; returned: the modules inside them."""
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if module in inside or obstacle(module):
-            continue
-        mixin = _LikeInput if _stock(module) in failing else _Empty if _is_opaque(module) else None
-        if mixin is not None:
-            inside.update(m for m in module.modules() if m is not module)
-            install(module, "stand-in", mixin, None)
-            stack.callback(uninstall, module, "stand-in")
-    return inside
-
-
 def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> list:
     """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was
     raised."""
@@ -223,7 +172,7 @@ def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> li
     counter = itertools.count()
 
     def before(module, args, kwargs):
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        tensors = [*tensors_of(args), *tensors_of(tuple(kwargs.values()))]
         call = ModuleCall(next(counter), running[-1][0] if running else None, tensors, None, len(args), tuple(kwargs))
         seen.calls.setdefault(module, []).append(call)
         running.append((module, call))
@@ -278,8 +227,10 @@ def _tap(modules: list[nn.Module], seen: Observation, wanted: Callable[[Callable
         stack.callback(uninstall, module, "observe")
 
 
-def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tuple[Observation, list[nn.Module]]:
-    """One run; (what was seen, the modules that were running when it broke off)."""
+def _attempt(
+    model, make_inputs, wanted, real: bool, failing: set[type], twins: Twins | None = None
+) -> tuple[Observation, list[nn.Module]]:
+    """One run; (what was seen, the modules that were running when it broke off). twins: are hollow."""
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if real else torch.device("meta")
     seen = Observation(real=real)
     with ExitStack() as stack:
@@ -288,11 +239,15 @@ def _attempt(model, make_inputs, wanted, real: bool, failing: set[type]) -> tupl
         stack.enter_context(as_stock(model))
         stack.enter_context(_attributes_kept(model))
         _without_hooks(model, real)
-        inside = set() if real else _stand_in(model, failing, stack)
-        modules = [m for m in model.modules() if m not in inside]
+        inside = set() if real else stand_in(model, failing, stack)
+        if twins is not None:
+            for layer, first in twins.first.items():
+                install(layer, "stand-in", AsFirst, (seen, first))
+                stack.callback(uninstall, layer, "stand-in")
+        modules = [m for m in modules_of(model) if m not in inside]
         _tap(modules, seen, wanted, stack)
         running = _record(modules, seen, stack)
-        _exchange_tensors(model, real)
+        _exchangetensors_of(model, real)
         try:
             inputs = make_inputs(model, device)
             if not real:
@@ -316,31 +271,25 @@ def _best(model: nn.Module, make_inputs, wanted: Callable[[Callable], bool]) -> 
     failing: set[type] = set()
     best = seen
     while seen.error and running and running[-1] is not model and len(failing) < STAND_INS:
-        culprit = next((m for m in reversed(running) if _stock(m) not in failing), model)
+        culprit = next((m for m in reversed(running) if observed_class(m) not in failing), model)
         if culprit is model:
             break
-        failing.add(_stock(culprit))
+        failing.add(observed_class(culprit))
         seen, running = _attempt(model, make_inputs, wanted, False, failing)
         if not seen.error or len(seen.calls) > len(best.calls):
             best = seen
     return best
 
 
-def _stock(module: nn.Module) -> type:
-    return next(
-        c for c in type(module).__mro__ if not issubclass(c, (Fast, _LikeInput, _Empty)) and issubclass(c, nn.Module)
-    )
-
-
 def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module]:
     """The outermost modules that can run by themselves (a configuration and a main input of their own) and did not
     run."""
     inside: set[nn.Module] = set()
-    for m in model.modules():
+    for m in modules_of(model):
         if m is model or m in inside or m in seen.calls:
             continue
         if hasattr(m, "config") and hasattr(m, "main_input_name") and hasattr(m, "get_input_embeddings"):
-            inside.update(m.modules())
+            inside.update(modules_of(m))
             yield m
 
 
@@ -350,19 +299,43 @@ def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: Fa
 
     wanted: which of the free functions that forwards call by a global name are recorded too.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for m in modules_of(model)]
     try:
-        model.eval()
-        seen = _best(model, text_inputs, wanted)
-        for tower in _unreached_towers(model, seen):
-            part = _best(tower, tower_inputs, wanted)
-            if part.error:
-                continue  # its modules stay unobserved: recognisers say what that means for them
-            for module, calls in part.calls.items():
-                seen.calls.setdefault(module, calls)
-            for key, calls in part.functions.items():
-                seen.functions.setdefault(key, calls)
+        for m, _ in modes:
+            m.__dict__["training"] = False
+        twins = find_twins(model)
+        if twins.first:
+            with hollow(twins):
+                seen = _all_reached(model, wanted, twins)
+            if not seen.error and all(len(seen.of(layer)) == len(seen.of(f)) for layer, f in twins.first.items()):
+                seen.twins = twins
+                return seen
+        return _all_reached(model, wanted, None)
     finally:
         for m, mode in modes:
-            m.training = mode
+            m.__dict__["training"] = mode
+
+
+def _all_reached(model: nn.Module, wanted: Callable[[Callable], bool], twins: Twins | None) -> Observation:
+    """The model by its text inputs, and towers that these do not reach; twins: one run on the meta device, or none."""
+
+    def run(part: nn.Module, make_inputs) -> Observation:
+        if twins is None:
+            return _best(part, make_inputs, wanted)
+        here = {m for m in modules_of(part) if m in twins.first}
+        first = {layer: f for layer, f in twins.first.items() if layer in here}
+        return _attempt(part, make_inputs, wanted, False, set(), Twins(first))[0]
+
+    seen = run(model, text_inputs)
+    if twins is not None and seen.error:
+        return seen
+    for tower in _unreached_towers(model, seen):
+        part = run(tower, tower_inputs)
+        if part.error and twins is None:
+            continue  # its modules stay unobserved: recognisers say what that means for them
+        seen.error = part.error or seen.error
+        for module, calls in part.calls.items():
+            seen.calls.setdefault(module, calls)
+        for key, calls in part.functions.items():
+            seen.functions.setdefault(key, calls)
     return seen

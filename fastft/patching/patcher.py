@@ -19,7 +19,8 @@ from fastft.patching.report import PatchReport, Row
 from fastft.proving.proof_cache import device_name, proof_of
 from fastft.proving.prove import Proof, drawn_on_the_cpu
 from fastft.swapping.out_of_memory import PatchMemoryError, is_out_of_memory
-from fastft.swapping.swap import functions_of, is_fast, obstacle, slot_of, stock_class, uninstall
+from fastft.swapping.swap import functions_of, is_fast, obstacle, slot_of, stock_class, swapped_in, uninstall
+from fastft.swapping.walk import modules_of, names_of, parameters_of
 from fastft_kernels.runtime.dispatch import has_bfloat16
 
 RECORD = "_fastft_record"
@@ -43,6 +44,10 @@ class Outcome:
     kernel: str = ""
     proof: Proof | None = None
     reason: str = ""
+
+    def of(self, name: str) -> Outcome:
+        """The same, of a module that is alike."""
+        return Outcome(self.kind, self.group, name, self.kernel, self.proof, self.reason)
 
 
 @dataclass
@@ -119,7 +124,7 @@ def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
         seen = observe(base, lambda fn: any(w(fn) for w in wants))
     try:
         with drawn_on_the_cpu():
-            return _swap_all(record, Context(base, seen, {m: n for n, m in base.named_modules()}), kinds)
+            return _swap_all(record, Context(base, seen, names_of(base)), kinds)
     finally:
         seen.forget()
 
@@ -128,35 +133,43 @@ def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record
     seen, names = context.seen, context.names
     record.notes = [f"observation stopped early: {seen.error}"] if seen.error else []
     record.notes += devices_note(context.model)
+    twins = seen.twins.of
     for kind in kinds:
-        for module, name in names.items():
+        for module in context.looked_at:
             if is_fast(module, kind.name):
                 continue
             found = kind.recognise(module, context)
+            alike = [module, *twins[module]] if module in twins else [module]
             if found is None:
-                record.outcomes.pop((kind.name, name), None)
+                for m in alike if record.outcomes else ():
+                    if (key := (kind.name, names[m])) in record.outcomes:
+                        del record.outcomes[key]
                 continue
-            outcome = Outcome(kind.name, stock_class(module).__name__, name)
-            record.outcomes[kind.name, name] = outcome
+            outcome = Outcome(kind.name, stock_class(module).__name__, names[module])
             why_not = found if isinstance(found, str) else obstacle(module)
             if isinstance(found, str) or why_not:
                 outcome.reason = why_not
-                continue
-            outcome.proof = proof_of(kind.name, found.key, found.device, found.prove)
-            if outcome.proof.ok:
-                found.apply(module)
-                outcome.kernel, outcome.reason = found.kernel, found.note
             else:
-                outcome.reason = outcome.proof.reason
+                outcome.proof = proof_of(kind.name, found.key, found.device, found.prove)
+                if outcome.proof.ok:
+                    for m in alike:
+                        found.apply(m)
+                    outcome.kernel, outcome.reason = found.kernel, found.note
+                else:
+                    outcome.reason = outcome.proof.reason
+            for m in alike:
+                record.outcomes[kind.name, names[m]] = outcome if m is module else outcome.of(names[m])
     return record
 
 
 def devices_note(model: nn.Module) -> list[str]:
     """Lines where the parameters lie on several devices, are fetched for each call by Accelerate's hooks, or are in
     bfloat16 on a device that has none."""
-    where = {str(p.device) for p in model.parameters()}
-    hooked = "meta" in where and any(is_hooked(m) for m in model.modules())
-    in_bfloat16 = dict.fromkeys(p.device for p in model.parameters() if p.dtype == torch.bfloat16)
+    parameters = parameters_of(model)
+    devices = dict.fromkeys([p.device for p in parameters])
+    where = {str(d) for d in devices}
+    hooked = "meta" in where and any(is_hooked(m) for m in modules_of(model))
+    in_bfloat16 = dict.fromkeys(p.device for p in parameters if p.dtype == torch.bfloat16)
     lines = [NO_BFLOAT16.format(device_name(d)) for d in in_bfloat16 if not has_bfloat16(d.type, d.index)]
     if len(where) < 2 and not hooked:
         return lines
@@ -165,7 +178,7 @@ def devices_note(model: nn.Module) -> list[str]:
         f"on several devices ({', '.join(places)}): every module runs where it stands, and one linear layer at a time "
         "where its weight is fetched"
     ]
-    if hooked and (lost := sum(p.requires_grad and p.device.type == "meta" for p in model.parameters())):
+    if hooked and (lost := sum(p.requires_grad and p.device.type == "meta" for p in parameters)):
         lines.append(
             f"{lost} of the parameters that are to learn are offloaded, where a gradient has no place to go (stock's "
             "backward leaves it out, or "
@@ -178,7 +191,7 @@ def undo(model: nn.Module) -> None:
     """Restore every instance below `model`, and in its innermost base model, exactly."""
     base = innermost(model)
     for root in {id(model): model, id(base): base}.values():
-        for module in root.modules():
+        for module in swapped_in(root):
             uninstall(module)
     base.__dict__.pop(RECORD, None)
 
@@ -190,7 +203,7 @@ def build_report(model: nn.Module) -> PatchReport:
     if record is None:
         raise ValueError(f"report: this {type(base).__name__} is not patched; call fastft.patch(model) first")
     groups: dict[tuple, list[Outcome]] = defaultdict(list)
-    now = dict(base.named_modules())
+    now = {n: m for m, n in names_of(base).items()}
     for o in record.outcomes.values():
         kernel, reason = o.kernel, o.reason
         if kernel and not ((module := now.get(o.name)) is not None and is_fast(module, o.kind)):
@@ -223,7 +236,7 @@ def _counters(base: nn.Module) -> tuple[list[Counter], list[tuple[str, Any]]]:
     (with their kind), which count for themselves, as one serves all modules of a class."""
     record = record_of(base)
     counters, functions = [] if record is None else [record.fallbacks], {}
-    for module in base.modules():
+    for module in swapped_in(base):
         if (slot := slot_of(module)) is not None:
             counters.append(slot.fallbacks)
             functions.update({id(f): (kind, f) for kind, (mixin, _) in slot.parts.items() for f in functions_of(mixin)})

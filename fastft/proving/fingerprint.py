@@ -1,11 +1,13 @@
 """What a proof depends on, as a hashable key: a module's class, its scalar attributes, its parameters' shapes and
 dtypes, its children.
 
-Values of parameters do not enter (proofs draw their own). An attribute that is no scalar enters by identity and is kept
-alive by the key, so that two modules share a proof only when they share that object."""
+Values of parameters do not enter (proofs draw their own). An attribute that is no scalar, and no partial function of
+scalars, enters by identity and is kept alive by the key, so that two modules share a proof only when they share that
+object."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 
 import torch
@@ -36,6 +38,8 @@ def _value(v: object) -> Hashable:
         return v
     if isinstance(v, (tuple, list)):
         return tuple(map(_value, v))
+    if type(v) is functools.partial:
+        return IdentityKey(v.func), tuple(map(_value, v.args)), tuple((k, _value(a)) for k, a in v.keywords.items())
     return IdentityKey(v)
 
 

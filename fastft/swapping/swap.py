@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastft.compat.accelerate_private import OLD_FORWARD
+from fastft.swapping.walk import modules_of
 
 KEY = "_fastft"
 
@@ -174,6 +175,11 @@ def state_of(module: nn.Module, kind: str) -> Any:
     return slot.state(kind)
 
 
+def swapped_in(root: nn.Module) -> list[nn.Module]:
+    """The modules of `root` that are swapped under any kind."""
+    return [m for m in modules_of(root) if KEY in m.__dict__]
+
+
 def is_fast(module: nn.Module, kind: str) -> bool:
     """Is this instance swapped under `kind`?"""
     slot = slot_of(module)
@@ -219,7 +225,10 @@ def _rederived(now: type, old: type, new: type) -> type:
 
 
 def _set_class(module: nn.Module, slot: Slot) -> None:
-    mixins = tuple(mixin for mixin, _ in sorted(slot.parts.values(), key=lambda part: order_of(part[0])))
+    parts = list(slot.parts.values())
+    if len(parts) > 1:
+        parts.sort(key=lambda part: order_of(part[0]))
+    mixins = tuple([mixin for mixin, _ in parts])
     cls = _dynamic(slot.stock, mixins) if mixins else slot.stock
     old = module.__dict__.get(OLD_FORWARD)
     module.__class__ = _rederived(type(module), slot.cls or slot.stock, cls)
@@ -268,9 +277,7 @@ def uninstall(module: nn.Module, kind: str | None = None) -> None:
 @contextlib.contextmanager
 def as_stock(model: nn.Module) -> Iterator[None]:
     """Every module of `model` is of its stock class, without its slot, until the end."""
-    swapped = [
-        (m, type(m), slot, m.__dict__.get(OLD_FORWARD)) for m in model.modules() if (slot := slot_of(m)) is not None
-    ]
+    swapped = [(m, type(m), m.__dict__[KEY], m.__dict__.get(OLD_FORWARD)) for m in swapped_in(model)]
     for module, _, slot, old in swapped:
         module.__class__ = slot.stock
         del module.__dict__[KEY]

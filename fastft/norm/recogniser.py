@@ -206,7 +206,8 @@ class Norms:
             return found
         f = found
         prove = lambda: self._prove(module, f, width, dtype)
-        return Candidate(f.kernel, key, prove, lambda m: _install(m, f), device=device_of(module))
+        spares = not context.sharding.outlives(module, context.seen)
+        return Candidate(f.kernel, key, prove, lambda m: _install(m, f, spares), device=device_of(module))
 
     def _gated(
         self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]

@@ -1,4 +1,5 @@
-"""A patched model that is moved to another device, or cast to another dtype, is proven again before its next forward.
+"""A patched model that is moved to another device, cast to another dtype, or sharded, is proven again before its next
+forward.
 
 For each proof that swapped something, one module's parameters stand for all that it serves. A forward pre-hook where
 forwards enter the model compares their devices and dtypes with those of the patch: some attribute reads a call. Where
@@ -9,7 +10,6 @@ why. A compiled forward proves nothing: who moves a model and then compiles it p
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fastft.compat.sharding_private import is_distributed, is_managed
 from fastft.compat.torch_private import REPLICA, FakeTensor
 from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
@@ -54,13 +55,6 @@ def standing_of(base: nn.Module, record: Record) -> list[Standing]:
     return list(found.values())
 
 
-def is_managed(base: nn.Module) -> bool:
-    """Do parameters change their dtype and place within a step, under FSDP2's or DeepSpeed's hands?"""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = getattr(fsdp, "FSDPModule", ())
-    return any(isinstance(m, sharded) for m in base.modules()) or any(hasattr(p, "ds_id") for p in base.parameters())
-
-
 class Moved:
     """The pre-hook, one for all entrances of a model. kinds: makes fresh recognisers. renew: what else stands over the
     swaps, done again over those that are there now."""
@@ -74,13 +68,19 @@ class Moved:
         base = self.base()
         record = None if base is None else record_of(base)
         self.standing = [] if base is None or record is None else standing_of(base, record)
-        self.left = left
+        self.left, self.sharded = left, base is not None and is_managed(base)
 
     def has_moved(self) -> bool:
-        """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.)"""
+        """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.) One
+        that is sharded by now is gathered in a dtype, on a device and together with others that were not asked about;
+        once that has been proven, they change within a step, and nothing moves any more."""
+        if self.sharded:
+            return False
         for ref, name, device, dtype in self.standing:
             owner = ref()
             p = None if owner is None else owner._parameters.get(name)
+            if p is not None and is_distributed(p):
+                return True
             if (
                 p is not None
                 and (p.dtype not in (dtype, torch.float64) or p.device != device)
@@ -99,7 +99,7 @@ class Moved:
     def follow(self, base: nn.Module) -> None:
         """Prove the model as it is now, if it has moved."""
         with _LOCK:
-            if not self.has_moved() or is_managed(base):  # has_moved: another thread may have been here
+            if not self.has_moved():  # another thread may have been here
                 return
             try:
                 if self.left:
@@ -115,6 +115,7 @@ class Moved:
         new = memo[id(self)] = Moved.__new__(Moved)
         new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
         new.kinds, new.renew, new.left, new.standing = self.kinds, self.renew, self.left, []
+        new.sharded = self.sharded
         for ref, *rest in self.standing:
             if (owner := ref()) is not None:
                 new.standing.append((weakref.ref(copy.deepcopy(owner, memo)), *rest))

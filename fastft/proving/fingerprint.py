@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastft.compat.accelerate_private import LEFT_BY_HOOKS
-from fastft.swapping.swap import KEY, plain_class
+from fastft.swapping.swap import KEY, stock_class
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -57,4 +57,4 @@ def fingerprint(module: nn.Module, ignore: frozenset[str] = frozenset({"layer_id
         if t is not None
     )
     children = tuple((n, fingerprint(c, ignore)) for n, c in module._modules.items() if c is not None)
-    return (plain_class(module), attributes(module, ignore), tensors, children)
+    return (stock_class(module), attributes(module, ignore), tensors, children)

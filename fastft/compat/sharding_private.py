@@ -1,0 +1,130 @@
+"""Which parameters FSDP2 and DeepSpeed ZeRO-3 shard, and when these are whole."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_LEAF = "_z3_leaf"  # what DeepSpeed's `set_z3_leaf_module` leaves on a module
+
+
+class ShardedParameter(NamedTuple):
+    """One parameter of one module, as it is while it is gathered. unit: what is gathered and let go together, as an
+    object to compare; modules: those between whose begin and end that is. whole: the gathered parameter is a plain
+    tensor (it is none where tensor parallelism shards it too)."""
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    unit: object
+    modules: tuple[nn.Module, ...]
+    whole: bool
+
+
+def fsdp_module() -> Any:
+    """FSDP2's class, from which it derives those of the modules that it wraps; () where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+
+
+def is_distributed(p: Any) -> bool:
+    """Is this parameter, as it stands there now, a shard: a DTensor, or what ZeRO-3 has taken the values of?"""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(p, kind) or hasattr(p, "ds_id")
+
+
+def is_managed(model: nn.Module) -> bool:
+    """Are parameters sharded by somebody: do they change their dtype and place within a step?"""
+    wrapped = fsdp_module()
+    return any(isinstance(m, wrapped) for m in model.modules()) or any(map(is_distributed, model.parameters()))
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[ShardedParameter]:
+    """Every parameter of `model` that FSDP2 or ZeRO-3 shards, once for each module that has it."""
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, fsdp_module()):
+            state = module._get_fsdp_state()
+            if id(state) not in seen:
+                seen.add(id(state))
+                yield from _of_fsdp(state)
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        yield from _of_zero3(model)
+
+
+def _of_fsdp(state: Any) -> Iterator[ShardedParameter]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        for p in [] if group is None else group.fsdp_params:
+            wanted, own = group.mp_policy.param_dtype, p.sharded_param.dtype
+            dtype = wanted if wanted is not None and own.is_floating_point else own
+            info = p._module_info
+            owners = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)]
+            for module, name in owners:
+                yield ShardedParameter(
+                    module, name, p._orig_size, dtype, state._device, state, state._modules, not p.is_dtensor
+                )
+
+
+def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
+    above: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if module not in above and is_zero3_leaf(module):
+            above.update(dict.fromkeys(module.modules(), module))
+    for module in model.modules():
+        unit = above.get(module, module)
+        for name, p in list(module._parameters.items()):
+            if hasattr(p, "ds_id"):
+                found: Any = p
+                yield ShardedParameter(
+                    module, name, torch.Size(found.ds_shape), p.dtype, p.device, unit, (unit,), True
+                )
+
+
+def is_zero3_leaf(module: nn.Module) -> bool:
+    """Does ZeRO-3 gather all that lies inside this module when it is called?"""
+    return bool(module.__dict__.get(_LEAF))
+
+
+def has_zero3_hooks(model: nn.Module) -> bool:
+    """Has DeepSpeed's engine put its hooks on the modules? It looks at leaves when it does, and never again."""
+    return any(type(m._parameters).__name__ == "ZeROOrderedDict" for m in model.modules())
+
+
+def set_zero3_leaf(module: nn.Module, on: bool) -> None:
+    """As DeepSpeed's `set_z3_leaf_module` does, and, where it is taken back, without a trace."""
+    if on:
+        module.__dict__[_LEAF] = True
+    else:
+        module.__dict__.pop(_LEAF, None)
+
+
+def only_gathers(hook: Any) -> bool:
+    """Is this one of the hooks on modules by which FSDP2 and DeepSpeed gather parameters and count calls? They treat
+    all rows alike."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.startswith(("torch.distributed.fsdp.", "deepspeed."))
+
+
+def is_fsdp_pre_backward(hook: Any) -> bool:
+    """Is this the hook by which FSDP2 fetches parameters before a backward? It returns what it is given, and needs no
+    gradient."""
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    return fsdp is not None and getattr(hook, "__func__", None) is fsdp.FSDPState._pre_backward
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Is this the hook that DeepSpeed's engine puts on every tensor which a model returns? It notes that a backward
+    begins, and divides the gradient that arrives there by the steps of accumulation, unless the engine's own backward,
+    which has done that, runs."""
+    return getattr(hook, "__module__", "") == "deepspeed.runtime.utils" and "OutputBackwardHookManager" in getattr(
+        hook, "__qualname__", ""
+    )

@@ -1,0 +1,87 @@
+"""What each of two processes does: train every model one step under one strategy, on its half of a batch, and write down
+what a single process that sees the whole batch would have to agree with.
+
+    torchrun --standalone --nproc_per_node 2 tests/distributed/worker.py STRATEGY,... OUT
+
+OUT (JSON, written by the first process): for each strategy and case {"ok", "error", "stock_error", "worst", "adapters_equal",
+"saved_equal", "ranks": [the report of each rank]}, or {"raised": the traceback}. A case is MODEL-WEIGHTS, `CASES`;
+`strategies.py` says how each strategy prepares a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fastft
+from tests.distributed.models import CASES, half, make, step_of, whole
+from tests.distributed.strategies import STRATEGIES
+from tests.linear.lora_models import in_float64, judge, run
+
+
+def summary(model: torch.nn.Module) -> dict[str, Any]:
+    """What of the report the tests ask: swapped modules by kind, stock ones with the reason, fallbacks, notes."""
+    report = fastft.report(model)
+    swapped: dict[str, int] = {}
+    for row in report.swapped:
+        swapped[row.kind] = swapped.get(row.kind, 0) + row.count
+    return {
+        "swapped": swapped,
+        "stock": [[r.kind, r.group, r.count, r.reason] for r in report.stock],
+        "fallbacks": report.fallbacks,
+        "notes": list(report.notes),
+    }
+
+
+def one_case(name: str, strategy: Any) -> dict[str, Any]:
+    """Results of one model; compared on the first process."""
+    dtype = strategy.dtype
+    stock = make(name, dtype)
+    reference = run(in_float64(stock), lambda m: step_of(m, whole()), reference=True)
+    eager = run(copy.deepcopy(stock), lambda m: step_of(m, whole())) if not strategy.mixed else None
+    if eager is None:
+        eager = strategy.train(copy.deepcopy(stock), half(dist.get_rank()), patched=False).results
+    trained = strategy.train(stock, half(dist.get_rank()), patched=True)
+    ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, summary(trained.model))
+    found: dict[str, Any] = {"ranks": ranks, **trained.checks()}
+    if dist.get_rank() == 0:
+        try:
+            verdict = judge(trained.results, reference, eager)
+            found |= {"ok": True, "error": verdict.error, "stock_error": verdict.eager_error}
+        except AssertionError as e:
+            found |= {"ok": False, "worst": str(e)[:600]}
+    return found
+
+
+def main(strategies: str, out: str, only: str = "") -> None:
+    """Every case under each strategy."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {}
+    for strategy in strategies.split(","):
+        chosen = STRATEGIES[strategy]
+        for name in [c for c in (only.split(",") if only else CASES) if chosen.takes(c)]:
+            begin = time.monotonic()
+            try:
+                found = one_case(name, chosen)
+            except Exception:  # the test shows it
+                found = {"raised": traceback.format_exc()[-3000:]}
+            results[f"{strategy} {name}"] = found | {"seconds": round(time.monotonic() - begin, 1)}
+            dist.barrier()
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,6 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+LEFT_BY_DEEPSPEED = frozenset(  # what ZeRO-3 leaves on a module, changing at every call
+    {
+        "ds_id",
+        "ds_grads_remaining",
+        "ds_external_parameters",
+        "ds_recompute_parameters",
+        "ds_inflight_param_registry",
+        "applied_pre_backward_ref_cnt",
+        "all_parameters",
+        "pre_bwd_fn",
+        "post_bwd_fn",
+        "_external_params",
+        "_original_parameters",
+    }
+)
 _LEAF = "_z3_leaf"  # what DeepSpeed's `set_z3_leaf_module` leaves on a module
 
 
@@ -90,19 +105,6 @@ def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
 def is_zero3_leaf(module: nn.Module) -> bool:
     """Does ZeRO-3 gather all that lies inside this module when it is called?"""
     return bool(module.__dict__.get(_LEAF))
-
-
-def has_zero3_hooks(model: nn.Module) -> bool:
-    """Has DeepSpeed's engine put its hooks on the modules? It looks at leaves when it does, and never again."""
-    return any(type(m._parameters).__name__ == "ZeROOrderedDict" for m in model.modules())
-
-
-def set_zero3_leaf(module: nn.Module, on: bool) -> None:
-    """As DeepSpeed's `set_z3_leaf_module` does, and, where it is taken back, without a trace."""
-    if on:
-        module.__dict__[_LEAF] = True
-    else:
-        module.__dict__.pop(_LEAF, None)
 
 
 def only_gathers(hook: Any) -> bool:

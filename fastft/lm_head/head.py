@@ -161,6 +161,8 @@ class Heads:
             return None
         if stock_class(module) is not nn.Linear:
             return _why_not(module)
+        if why_not := context.sharding.is_let_go(module):
+            return why_not
         model = weakref.ref(context.model)
         device, gathered = device_of(module), context.sharding.gathered(module)
         key = (

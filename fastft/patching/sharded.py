@@ -61,6 +61,13 @@ class Sharding:
             return "its parameters are sharded by tensor parallelism"
         return ""
 
+    def is_let_go(self, module: nn.Module) -> str:
+        """Why what `module` returns cannot stand for a product that is computed later: empty where its parameters can
+        be gathered for that."""
+        if any(p.modules == (module,) and not isinstance(module, fsdp_module()) for p in self._of.get(module, ())):
+            return "ZeRO-3 gathers its weight for its own call alone, and a loss would read it later"
+        return self.is_apart(module)
+
     def gathered(self, module: nn.Module) -> Callable[[], AbstractContextManager]:
         """The context in which the parameters of `module` are whole, whether its unit has let them go or not."""
         wrapped = [m for p in self._of.get(module, ()) for m in p.modules if isinstance(m, fsdp_module())]
@@ -103,7 +110,7 @@ def _unsharded(unit: weakref.ref, owner: weakref.ref) -> Iterator[None]:
 def as_if_whole(model: nn.Module) -> Iterator[Sharding]:
     """Every shard stands there as a parameter without memory of the gathered one's shape, dtype and device."""
     sharding = Sharding(sharded_parameters(model))
-    kept: list[tuple[nn.Module, str, Any]] = []
+    kept: list[tuple[nn.Module, Any]] = []
     hooks: list[tuple[dict, dict]] = []
     made: dict[int, nn.Parameter] = {}
     try:
@@ -111,18 +118,20 @@ def as_if_whole(model: nn.Module) -> Iterator[Sharding]:
             hooks.append((table, dict(table)))  # a copy on which a proof runs has nothing to gather
             for key in [k for k, hook in table.items() if only_gathers(hook)]:
                 del table[key]
+        for module in {p.module for p in sharding.parameters}:
+            kept.append((module, module._parameters))
+            module.__dict__["_parameters"] = dict(module._parameters.items())  # ZeRO-3's own kind of dictionary gathers
         for p in sharding.parameters:
             was = p.module._parameters.get(p.name)
             if was is None or not p.whole:
                 continue
-            kept.append((p.module, p.name, was))
             if id(was) not in made:
                 made[id(was)] = _stand_in(p, was)
             p.module._parameters[p.name] = made[id(was)]
         yield sharding
     finally:
-        for module, name, was in kept:
-            module._parameters[name] = was
+        for module, was in kept:
+            module.__dict__["_parameters"] = was
         for table, before in hooks:
             table.clear()
             table.update(before)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.sharding_private import LEFT_BY_DEEPSPEED
 from fastft.swapping.swap import KEY, stock_class
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward"}
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, *LEFT_BY_DEEPSPEED, "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -134,6 +135,7 @@ class FSDP2(Strategy):
     offload: bool = False
     units: str = "layers"  # or "linears": each by itself; "tail": the final norm and the head too, as accelerate does
     checkpoint: bool = False
+    outside: bool = False  # the loss is computed from the logits that the model returns, as TRL's trainers do
     only: str = ""
     dtype: torch.dtype = torch.float32
 
@@ -171,6 +173,16 @@ class FSDP2(Strategy):
         if patched and not self.before:
             fastft.patch(model)
         return model
+
+    def backward(self, wrapped: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.outside:
+            return super().backward(wrapped, batch)
+        labels = batch["labels"][:, 1:]
+        logits = wrapped(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
+        loss = loss / tokens_of(whole()) * dist.get_world_size()
+        loss.backward()
+        return mean_of(loss)
 
     def state(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -247,6 +259,9 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp2-bf16": FSDP2(False, True, BF16),
     "fsdp2-bf16-before": FSDP2(True, True, BF16),
     "fsdp2-offload": FSDP2(False, True, offload=True),
+    "fsdp2-outside": FSDP2(False, True, outside=True),
+    "fsdp2-outside-head": FSDP2(False, True, outside=True, units="head"),
+    "fsdp2-outside-tail": FSDP2(True, True, outside=True, units="tail"),
     "zero2": Zero(2),
     "zero3": Zero(3),
     "zero3-after": Zero(3, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -61,30 +62,44 @@ def is_managed(model: nn.Module) -> bool:
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[ShardedParameter]:
-    """Every parameter of `model` that FSDP2 or ZeRO-3 shards, once for each module that has it."""
-    seen = set()
+    """Every parameter of `model` that FSDP2 or ZeRO-3 shards, once for each module that has it. One that is sharded by
+    nobody who is known here is none of FSDP2's, or its FSDP2 module lies outside of `model` and has not run yet."""
+    groups = {id(g): g for m in model.modules() for g in _groups(m)}
+    known = set()
+    for p in (p for g in groups.values() for p in _of_fsdp(g)):
+        known.add((p.module, p.name))
+        yield p
     for module in model.modules():
-        if isinstance(module, fsdp_module()):
-            state = module._get_fsdp_state()
-            if id(state) not in seen:
-                seen.add(id(state))
-                yield from _of_fsdp(state)
+        for name, p in list(module._parameters.items()):
+            if (module, name) not in known and is_distributed(p) and not hasattr(p, "ds_id"):
+                found: Any = p
+                yield ShardedParameter(module, name, p.shape, p.dtype, found.device, None, (), False)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         yield from _of_zero3(model)
 
 
-def _of_fsdp(state: Any) -> Iterator[ShardedParameter]:
-    groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
-    for group in [state._fsdp_param_group] if groups is None else groups:
-        for p in [] if group is None else group.fsdp_params:
-            wanted, own = group.mp_policy.param_dtype, p.sharded_param.dtype
-            dtype = wanted if wanted is not None and own.is_floating_point else own
-            info = p._module_info
-            owners = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)]
-            for module, name in owners:
-                yield ShardedParameter(
-                    module, name, p._orig_size, dtype, state._device, state, state._modules, not p.is_dtensor
-                )
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """FSDP2's groups of parameters that were made of this module, or have one of its own: told by the hook that each
+    group, once it has run, puts on the modules of its parameters, for the module that was wrapped may lie outside of
+    the model that is asked about (PEFT's, around it)."""
+    if isinstance(module, fsdp_module()):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
+        yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
+    for hook in module._state_dict_pre_hooks.values():
+        if getattr(hook, "__qualname__", "").endswith("FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"):
+            yield inspect.getclosurevars(hook).nonlocals["self"]
+
+
+def _of_fsdp(group: Any) -> Iterator[ShardedParameter]:
+    for p in group.fsdp_params:
+        wanted, own = group.mp_policy.param_dtype, p.sharded_param.dtype
+        dtype = wanted if wanted is not None and own.is_floating_point else own
+        info = p._module_info
+        for module, name in ((info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)):
+            yield ShardedParameter(
+                module, name, p._orig_size, dtype, group.device, group, tuple(group.modules), not p.is_dtensor
+            )
 
 
 def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:

@@ -204,6 +204,8 @@ class Norms:
         found = self._known[key]
         if found is None or isinstance(found, str):
             return found
+        if why := context.sharding.is_apart(module):
+            return why
         f = found
         prove = lambda: self._prove(module, f, width, dtype)
         spares = not context.sharding.outlives(module, context.seen)

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastft.compat.sharding_private import is_distributed, is_managed
+from fastft.compat.sharding_private import is_distributed, is_managed, sharded_parameters
 from fastft.compat.torch_private import REPLICA, FakeTensor
 from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
@@ -60,7 +60,7 @@ class Moved:
     swaps, done again over those that are there now."""
 
     def __init__(self, base: nn.Module, kinds: Callable[[], Sequence[Kind]], renew: Callable[[nn.Module], None]):
-        self.base, self.kinds, self.renew = weakref.ref(base), kinds, renew
+        self.base, self.kinds, self.renew, self.met = weakref.ref(base), kinds, renew, False
         self.remember(MOST)
 
     def remember(self, left: int) -> None:
@@ -68,7 +68,9 @@ class Moved:
         base = self.base()
         record = None if base is None else record_of(base)
         self.standing = [] if base is None or record is None else standing_of(base, record)
-        self.left, self.sharded = left, base is not None and is_managed(base)
+        self.left = left
+        # who shards a parameter and is not known before the first forward is asked for again in it
+        self.sharded = base is not None and is_managed(base) and (self.met or all(p.whole for p in sharded_parameters(base)))
 
     def has_moved(self) -> bool:
         """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.) One
@@ -107,6 +109,7 @@ class Moved:
                 else:
                     all_stock(base, self.kinds(), TOO_OFTEN)
             finally:
+                self.met = True
                 self.renew(base)
                 self.remember(max(0, self.left - 1))
 
@@ -115,7 +118,7 @@ class Moved:
         new = memo[id(self)] = Moved.__new__(Moved)
         new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
         new.kinds, new.renew, new.left, new.standing = self.kinds, self.renew, self.left, []
-        new.sharded = self.sharded
+        new.sharded, new.met = self.sharded, self.met
         for ref, *rest in self.standing:
             if (owner := ref()) is not None:
                 new.standing.append((weakref.ref(copy.deepcopy(owner, memo)), *rest))

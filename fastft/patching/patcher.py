@@ -92,7 +92,7 @@ def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
             plain.enter_context(torch.autocast(device, enabled=False))
         new = record_of(model) is None
         try:
-            return _apply(innermost(model), kinds)
+            return _apply(innermost(model), kinds, model)
         except BaseException as e:  # out of memory, an interrupt: a model is patched or stock, never half
             if new:
                 undo(model)
@@ -110,13 +110,13 @@ def _no_memory(e: BaseException, new: bool) -> str:
     )
 
 
-def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
+def _apply(base: nn.Module, kinds: Sequence[Kind], model: nn.Module) -> Record:
     record = base.__dict__[RECORD] = record_of(base) or Record()
     for kind in kinds:
         if (refresh := getattr(kind, "refresh", None)) is not None:
             refresh(base)
     wants = [w for kind in kinds if (w := getattr(kind, "wants", None)) is not None]
-    with as_if_whole(base) as sharding:
+    with as_if_whole(base, model) as sharding:
         error: Exception | None = None
         try:
             with _uncounted(base):

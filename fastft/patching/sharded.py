@@ -44,6 +44,11 @@ class Sharding:
     def __bool__(self) -> bool:
         return bool(self.parameters)
 
+    @property
+    def is_known(self) -> bool:
+        """Is it known of every shard who gathers it?"""
+        return all(p.whole for p in self.parameters)
+
     def units(self, module: nn.Module) -> tuple[object, ...]:
         """The units that gather what is inside `module`; none where nothing of it is sharded."""
         if module not in self._units:
@@ -58,7 +63,7 @@ class Sharding:
         if len(self.units(module)) > 1:
             return "its parameters are gathered in parts, one after another"
         if any(not p.whole for m in module.modules() for p in self._of.get(m, ())):
-            return "its parameters are sharded by tensor parallelism"
+            return "its parameters are sharded by tensor parallelism, or by who has not run yet"
         return ""
 
     def is_let_go(self, module: nn.Module) -> str:
@@ -107,9 +112,10 @@ def _unsharded(unit: weakref.ref, owner: weakref.ref) -> Iterator[None]:
 
 
 @contextmanager
-def as_if_whole(model: nn.Module) -> Iterator[Sharding]:
-    """Every shard stands there as a parameter without memory of the gathered one's shape, dtype and device."""
-    sharding = Sharding(sharded_parameters(model))
+def as_if_whole(model: nn.Module, around: nn.Module | None = None) -> Iterator[Sharding]:
+    """Every shard stands there as a parameter without memory of the gathered one's shape, dtype and device. around: a
+    module that holds `model`, and may be the one that FSDP2 has wrapped."""
+    sharding = Sharding(sharded_parameters(around or model))
     kept: list[tuple[nn.Module, Any]] = []
     hooks: list[tuple[dict, dict]] = []
     made: dict[int, nn.Parameter] = {}

@@ -45,9 +45,9 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return adapted(model)
 
 
-def whole() -> dict[str, torch.Tensor]:
+def whole(draw: int = 0) -> dict[str, torch.Tensor]:
     """Four rows, padded on the right to different lengths, so that the two halves have different numbers of tokens."""
-    g = torch.Generator().manual_seed(7)
+    g = torch.Generator().manual_seed(7 + draw)
     ids = torch.randint(3, VOCAB, (4, 16), generator=g)
     mask = torch.ones_like(ids)
     for row, n in enumerate((16, 9, 12, 5)):
@@ -56,10 +56,9 @@ def whole() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def half(rank: int, of: int = 2) -> dict[str, torch.Tensor]:
+def half(rank: int, draw: int = 0) -> dict[str, torch.Tensor]:
     """This process's rows."""
-    rows = 4 // of
-    return {k: v[rank * rows : (rank + 1) * rows] for k, v in whole().items()}
+    return {k: v[2 * rank : 2 * rank + 2] for k, v in whole(draw).items()}
 
 
 def tokens_of(batch: dict[str, torch.Tensor]) -> int:
@@ -67,8 +66,20 @@ def tokens_of(batch: dict[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def step_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> Results:
-    """Loss and every gradient of one process."""
-    loss = model(**batch, num_items_in_batch=tokens_of(whole())).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{f"d {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}}
+def step_of(model: nn.Module, draws: int) -> Results:
+    """Loss and every gradient of one process, of each batch."""
+    results = {}
+    for i in range(draws):
+        model.zero_grad(set_to_none=True)
+        loss = model(**whole(i), num_items_in_batch=tokens_of(whole(i))).loss
+        loss.backward()
+        results[name_of("loss", i)] = loss.detach()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                results[name_of(f"d {n}", i)] = p.grad.clone()
+    return results
+
+
+def name_of(what: str, draw: int) -> str:
+    """As `judge` pools what several batches give."""
+    return f"{what} ({draw})" if draw else what

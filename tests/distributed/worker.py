@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import fastft
-from tests.distributed.models import CASES, half, make, step_of, whole
+from tests.distributed.models import CASES, make, step_of
 from tests.distributed.strategies import STRATEGIES
 from tests.linear.lora_models import in_float64, judge, run
 
@@ -45,11 +45,13 @@ def one_case(name: str, strategy: Any) -> dict[str, Any]:
     """Results of one model; compared on the first process."""
     dtype = strategy.dtype
     stock = make(name, dtype)
-    reference = run(in_float64(stock), lambda m: step_of(m, whole()), reference=True)
-    eager = run(copy.deepcopy(stock), lambda m: step_of(m, whole())) if not strategy.mixed else None
-    if eager is None:
-        eager = strategy.train(copy.deepcopy(stock), half(dist.get_rank()), patched=False).results
-    trained = strategy.train(stock, half(dist.get_rank()), patched=True)
+    step = lambda m: step_of(m, strategy.draws)
+    reference = run(in_float64(stock), step, reference=True)
+    if strategy.mixed:
+        eager = strategy.train(copy.deepcopy(stock), patched=False).results
+    else:
+        eager = run(copy.deepcopy(stock), step)
+    trained = strategy.train(stock, patched=True)
     ranks: list = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, summary(trained.model))
     found: dict[str, Any] = {"ranks": ranks, **trained.checks()}

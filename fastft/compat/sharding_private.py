@@ -87,7 +87,9 @@ def _groups(module: nn.Module) -> Iterator[Any]:
         groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
         yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
     for hook in module._state_dict_pre_hooks.values():
-        if getattr(hook, "__qualname__", "").endswith("FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"):
+        if getattr(hook, "__qualname__", "").endswith(
+            "FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"
+        ):
             yield inspect.getclosurevars(hook).nonlocals["self"]
 
 
@@ -112,9 +114,7 @@ def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
         for name, p in list(module._parameters.items()):
             if hasattr(p, "ds_id"):
                 found: Any = p
-                yield ShardedParameter(
-                    module, name, torch.Size(found.ds_shape), p.dtype, p.device, unit, (unit,), True
-                )
+                yield ShardedParameter(module, name, torch.Size(found.ds_shape), p.dtype, p.device, unit, (unit,), True)
 
 
 def is_zero3_leaf(module: nn.Module) -> bool:

@@ -316,8 +316,10 @@ def _hook_by_row(modules: Iterable[nn.Module]) -> str:
     empty where there is none."""
     for hook in itertools.chain.from_iterable(map(hooks_on, modules)):
         name, library = getattr(hook, "__name__", type(hook).__name__), library_of(hook)
-        if library != "fastft" and not only_gathers(hook) and not (
-            library in ("transformers", "peft") and name in _TOKENWISE
+        if (
+            library != "fastft"
+            and not only_gathers(hook)
+            and not (library in ("transformers", "peft") and name in _TOKENWISE)
         ):
             return name
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 import fastft
+from fastft.patching import patcher
+from fastft.proving.prove import Proof
+from fastft.swapping.swap import stock_class
 from tests.distributed.models import half, name_of, tokens_of, whole
 from tests.linear.lora_models import Results
 
@@ -112,6 +116,18 @@ class Strategy:
         return None
 
 
+@contextlib.contextmanager
+def bad_norms():
+    """No proof of a norm is good."""
+    before = patcher.proof_of
+    bad = Proof(False, reason="planted")
+    patcher.proof_of = lambda kind, *rest: bad if kind == "norm" else before(kind, *rest)
+    try:
+        yield
+    finally:
+        patcher.proof_of = before
+
+
 def mean_of(loss: torch.Tensor) -> torch.Tensor:
     loss = loss.detach().clone()
     dist.all_reduce(loss)
@@ -138,10 +154,11 @@ class FSDP2(Strategy):
     reshard: bool | None = None
     mp: MixedPrecisionPolicy | None = None
     offload: bool = False
-    units: str = "layers"  # or "linears": each by itself; "tail": the final norm and the head too, as accelerate does
+    units: str = "layers"  # or, each by itself, "linears" or "norms"; or "head", or, as accelerate does, the "tail"
     checkpoint: bool = False
     outside: bool = False  # the loss is computed from the logits that the model returns, as TRL's trainers do
     only: str = ""
+    planted: bool = False  # one process finds its norms' proofs bad
     dtype: torch.dtype = torch.float32
 
     @property
@@ -163,6 +180,10 @@ class FSDP2(Strategy):
             offload_policy=CPUOffloadPolicy(pin_memory=False) if self.offload else OffloadPolicy(),
         )
         base = model.get_base_model() if hasattr(model, "peft_config") else model
+        if self.units == "norms":
+            for m in list(base.modules()):
+                if stock_class(m).__name__ == "LlamaRMSNorm":
+                    fully_shard(m, **settings)
         if self.units == "linears":
             for m in list(base.modules()):
                 if hasattr(m, "in_features") and hasattr(m, "base_layer"):
@@ -177,7 +198,8 @@ class FSDP2(Strategy):
             fully_shard(base.model.norm, **settings)
         fully_shard(model, **settings)
         if patched and not self.before:
-            fastft.patch(model)
+            with bad_norms() if self.planted and dist.get_rank() == 1 else contextlib.nullcontext():
+                fastft.patch(model)
         return model
 
     def backward(self, wrapped: nn.Module, draw: int) -> torch.Tensor:
@@ -273,6 +295,8 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp2-outside": FSDP2(False, True, outside=True),
     "fsdp2-outside-head": FSDP2(False, True, outside=True, units="head"),
     "fsdp2-outside-tail": FSDP2(True, True, outside=True, units="tail"),
+    "fsdp2-norms": FSDP2(False, True, units="norms"),
+    "fsdp2-planted": FSDP2(False, planted=True),
     "zero2": Zero(2),
     "zero3": Zero(3),
     "zero3-after": Zero(3, False),

@@ -1,11 +1,11 @@
-"""What each of two processes does: train every model one step under one strategy, on its half of a batch, and write down
-what a single process that sees the whole batch would have to agree with.
+"""What each of two processes does: train every model one step under one strategy, on its half of a batch, and write
+down how that agrees with a single process that sees the whole batch.
 
-    torchrun --standalone --nproc_per_node 2 tests/distributed/worker.py STRATEGY,... OUT
+    torchrun --standalone --nproc_per_node 2 -m tests.distributed.worker OUT "STRATEGY MODEL-WEIGHTS" ...
 
-OUT (JSON, written by the first process): for each strategy and case {"ok", "error", "stock_error", "worst", "adapters_equal",
-"saved_equal", "ranks": [the report of each rank]}, or {"raised": the traceback}. A case is MODEL-WEIGHTS, `CASES`;
-`strategies.py` says how each strategy prepares a model."""
+OUT (JSON, written by the first process): for each job {"ok", "error", "stock_error", "worst", "adapters_equal",
+"saved_equal", "ranks": [what the report of each rank says]}, or {"raised": the traceback}. `strategies.py` says how
+each strategy prepares a model; "costs" is none (`costs.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 import fastft
-from tests.distributed.models import CASES, make, step_of
+from tests.distributed.costs import costs
+from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
 from tests.linear.lora_models import in_float64, judge, run
 
@@ -37,7 +38,7 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
         "swapped": swapped,
         "stock": [[r.kind, r.group, r.count, r.reason] for r in report.stock],
         "fallbacks": report.fallbacks,
-        "notes": list(report.notes),
+        "apart": sorted(r.reason for r in report.swapped if r.reason),
     }
 
 
@@ -64,21 +65,20 @@ def one_case(name: str, strategy: Any) -> dict[str, Any]:
     return found
 
 
-def main(strategies: str, out: str, only: str = "") -> None:
-    """Every case under each strategy."""
+def main(out: str, *jobs: str) -> None:
+    """Every job; what one raises, all raise."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
-    for strategy in strategies.split(","):
-        chosen = STRATEGIES[strategy]
-        for name in [c for c in (only.split(",") if only else CASES) if chosen.takes(c)]:
-            begin = time.monotonic()
-            try:
-                found = one_case(name, chosen)
-            except Exception:  # the test shows it
-                found = {"raised": traceback.format_exc()[-3000:]}
-            results[f"{strategy} {name}"] = found | {"seconds": round(time.monotonic() - begin, 1)}
-            dist.barrier()
+    for job in jobs:
+        strategy, case = job.split(" ")
+        begin = time.monotonic()
+        try:
+            found = costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+        except Exception:  # the test shows it
+            found = {"raised": traceback.format_exc()[-3000:]}
+        results[job] = found | {"seconds": round(time.monotonic() - begin, 1)}
+        dist.barrier()
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     dist.barrier()

@@ -369,6 +369,7 @@ def test_fsdp2(tmp_path):
         distributed.destroy_process_group()
 
 
+@pytest.mark.zero
 def test_deepspeed():
     zero = pytest.importorskip("deepspeed.runtime.zero.parameter_offload")
     utils = importlib.import_module("deepspeed.runtime.utils")

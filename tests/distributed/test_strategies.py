@@ -52,7 +52,7 @@ SHARDED = "its parameters are sharded: logits that are read would be a second fo
 
 
 def marks(launch: str) -> list:
-    found = [needs_deepspeed] if launch.startswith("zero") else []
+    found = [needs_deepspeed, pytest.mark.zero] if launch.startswith("zero") else []
     return found + ([pytest.mark.slow] if launch in REST else [])
 
 

@@ -224,6 +224,10 @@ def plan(
         from fastft.tools.plan.planner import lora
         from fastft.tools.plan.planner import plan as run
 
+        if loss != "model":
+            with contextlib.suppress(ImportError):  # the plan says what it lacks
+                import trl.trainer.utils  # noqa: F401
+
         split = lambda text, otherwise: otherwise if text is None else text.split(",")
         given = targets is not None or target_parameters is not None
         adapters = lora(r, split(targets, "all-linear"), split(target_parameters, None)) if given else None

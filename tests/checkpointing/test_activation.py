@@ -375,8 +375,9 @@ def test_several_stacks_share_the_memory():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 def test_compiled_training_keeps_its_own_checkpointing():
     torch._dynamo.reset()
-    plain = run(fastft.patch(model_of(r=4)), train_step)
-    model = checkpointed(fastft.patch(model_of(r=4), activation_policy="lean"))
+    make = lambda: BASES["dense"](config={"layers": 1}, dropout=0.2, r=4)
+    plain = run(fastft.patch(make()), train_step)
+    model = checkpointed(fastft.patch(make(), activation_policy="lean"))
     compiled = torch.compile(model, backend="aot_eager")
     ids = tokens()
     compiled(input_ids=ids, labels=ids).loss.backward()

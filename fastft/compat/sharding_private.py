@@ -57,6 +57,8 @@ def is_distributed(p: Any) -> bool:
 
 def is_managed(model: nn.Module) -> bool:
     """Are parameters sharded by somebody: do they change their dtype and place within a step?"""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     wrapped = fsdp_module()
     return any(isinstance(m, wrapped) for m in model.modules()) or any(map(is_distributed, model.parameters()))
 
@@ -109,12 +111,13 @@ def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
     for module in model.modules():
         if module not in above and is_zero3_leaf(module):
             above.update(dict.fromkeys(module.modules(), module))
+    device = torch.device(sys.modules["deepspeed"].accelerator.get_accelerator().current_device_name())
     for module in model.modules():
         unit = above.get(module, module)
         for name, p in list(module._parameters.items()):
             if hasattr(p, "ds_id"):
                 found: Any = p
-                yield ShardedParameter(module, name, torch.Size(found.ds_shape), p.dtype, p.device, unit, (unit,), True)
+                yield ShardedParameter(module, name, torch.Size(found.ds_shape), p.dtype, device, unit, (unit,), True)
 
 
 def is_zero3_leaf(module: nn.Module) -> bool:

@@ -198,9 +198,12 @@ class FSDP2(Strategy):
             fully_shard(base.model.norm, **settings)
         fully_shard(model, **settings)
         if patched and not self.before:
-            with bad_norms() if self.planted and dist.get_rank() == 1 else contextlib.nullcontext():
-                fastft.patch(model)
+            fastft.patch(model)
         return model
+
+    def train(self, model: nn.Module, patched: bool) -> Trained:
+        with bad_norms() if self.planted and dist.get_rank() == 1 else contextlib.nullcontext():
+            return super().train(model, patched)
 
     def backward(self, wrapped: nn.Module, draw: int) -> torch.Tensor:
         if not self.outside:

@@ -85,7 +85,8 @@ def _groups(module: nn.Module) -> Iterator[Any]:
     group, once it has run, puts on the modules of its parameters, for the module that was wrapped may lie outside of
     the model that is asked about (PEFT's, around it)."""
     if isinstance(module, fsdp_module()):
-        state = module._get_fsdp_state()
+        wrapped: Any = module
+        state = wrapped._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
         yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
     for hook in module._state_dict_pre_hooks.values():

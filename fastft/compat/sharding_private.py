@@ -73,9 +73,8 @@ def sharded_parameters(model: nn.Module) -> Iterator[ShardedParameter]:
         yield p
     for module in model.modules():
         for name, p in list(module._parameters.items()):
-            if (module, name) not in known and is_distributed(p) and not hasattr(p, "ds_id"):
-                found: Any = p
-                yield ShardedParameter(module, name, p.shape, p.dtype, found.device, None, (), False)
+            if p is not None and (module, name) not in known and is_distributed(p) and not hasattr(p, "ds_id"):
+                yield ShardedParameter(module, name, p.shape, p.dtype, p.device, None, (), False)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         yield from _of_zero3(model)
 
@@ -118,7 +117,9 @@ def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
         for name, p in list(module._parameters.items()):
             if hasattr(p, "ds_id"):
                 found: Any = p
-                yield ShardedParameter(module, name, torch.Size(found.ds_shape), p.dtype, device, unit, (unit,), True)
+                yield ShardedParameter(
+                    module, name, torch.Size(found.ds_shape), found.dtype, device, unit, (unit,), True
+                )
 
 
 def is_zero3_leaf(module: nn.Module) -> bool:

@@ -69,9 +69,10 @@ class Moved:
         record = None if base is None else record_of(base)
         self.standing = [] if base is None or record is None else standing_of(base, record)
         self.left = left
-        managed = base is not None and is_managed(base)
         # who gathers a parameter may be known in its first forward alone: then it is asked again
-        self.sharded = managed and (self.met or all(p.whole for p in sharded_parameters(base)))
+        self.sharded = (
+            base is not None and is_managed(base) and (self.met or all(p.whole for p in sharded_parameters(base)))
+        )
 
     def has_moved(self) -> bool:
         """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.) One

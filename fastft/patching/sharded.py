@@ -148,9 +148,10 @@ def _stand_in(p: ShardedParameter, was: torch.Tensor) -> nn.Parameter:
     state = getattr(p.module, "quant_state", None)
     if state is None or p.name != "weight":
         return nn.Parameter(data, requires_grad=was.requires_grad)
-    from bitsandbytes.nn import Params4bit
+    import bitsandbytes.nn.modules as bnb
 
-    return Params4bit(
+    make: Any = bnb.Params4bit
+    return make(
         data,
         requires_grad=False,
         quant_state=state,

@@ -329,7 +329,8 @@ def test_distributed_training():
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
     from torch.nn.parallel import distributed
 
-    from fastft.compat.torch_private import is_ddp_sink, is_fsdp_pre_backward
+    from fastft.compat.sharding_private import is_fsdp_pre_backward
+    from fastft.compat.torch_private import is_ddp_sink
 
     model = nn.Module()
     model.__dict__["_ddp_sink_clone"] = True
@@ -342,6 +343,43 @@ def test_distributed_training():
         FSDPState._register_pre_backward_hook.__code__.co_names
     )
     holds("FSDPState._pre_backward", {"register_hook", "_pre_backward"} <= calls)
+
+
+def test_fsdp2(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from fastft.compat.sharding_private import is_distributed, is_managed, only_gathers, sharded_parameters
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+        holds("FSDPModule", not is_managed(model) and not list(sharded_parameters(model)))
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        holds("FSDPModule", is_managed(model) and all(map(is_distributed, model.parameters())))
+        hooks = [h for table in (model._forward_hooks, model._forward_pre_hooks) for h in table.values()]
+        holds("FSDPState._pre_forward, _post_forward", len(hooks) == 2 and all(map(only_gathers, hooks)))
+        for where in (model, model[0]):  # before a forward only the wrapped module knows, then every one
+            found = {(p.module, p.name): p for p in sharded_parameters(where)}
+            p = found[model[0], "weight"]
+            holds("FSDPParam._orig_size", p.shape == (2, 4) and p.dtype == torch.bfloat16 and p.whole)
+            holds("FSDPParamGroup.modules", p.modules == (model,) and len({id(p.unit) for p in found.values()}) == 1)
+            model(torch.ones(1, 4)).sum().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.zero
+def test_deepspeed():
+    zero = pytest.importorskip("deepspeed.runtime.zero.parameter_offload")
+    utils = importlib.import_module("deepspeed.runtime.utils")
+    from fastft.compat.sharding_private import is_engine_hook, is_zero3_leaf, only_gathers
+
+    layer = nn.Linear(2, 2)
+    zero.set_z3_leaf_module(layer, True)
+    holds("_z3_leaf", is_zero3_leaf(layer) and not is_zero3_leaf(nn.Linear(2, 2)), "deepspeed")
+    hook = utils.OutputBackwardHookManager(lambda: None)._make_backward_hook(None)
+    holds("OutputBackwardHookManager", is_engine_hook(hook) and only_gathers(hook), "deepspeed")
 
 
 # transformers

@@ -2,7 +2,8 @@
 They stand here alone, one file a library; tests/test_compat.py says first, by library and name, which of them a new
 version has changed. (What the kernels rely on: fastft_kernels/runtime/compat.py.)
 
-torch_private           tensor subclasses, hooks on saved tensors, the autograd engine, modes, nn.Module, DDP, FSDP
+torch_private           tensor subclasses, hooks on saved tensors, the autograd engine, modes, nn.Module, DDP
+sharding_private        FSDP2 and DeepSpeed ZeRO: who gathers which parameter, and their hooks
 transformers_private    activation checkpointing, attention and experts implementations, collected outputs, the Trainer
 peft_private            which adapters of a layer are on
 trl_private             the fused LM head

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,6 @@ __all__ = [
     "function_modes",
     "hooks_on_saved_tensors",
     "is_ddp_sink",
-    "is_fsdp_pre_backward",
     "is_under_fake_tensors",
     "operator_name",
     "schema_name",
@@ -174,13 +172,6 @@ def is_ddp_sink(node: Any) -> bool:
     """Is this the autograd function by which DistributedDataParallel clones all outputs of a model? Its backward hands
     every gradient on, absent ones too."""
     return _DDP_SINK is not None and getattr(type(node), "_forward_cls", None) is _DDP_SINK
-
-
-def is_fsdp_pre_backward(hook: Any) -> bool:
-    """Is this the hook by which FSDP2 fetches parameters before a backward? It returns what it is given, and needs no
-    gradient."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
-    return fsdp is not None and getattr(hook, "__func__", None) is fsdp.FSDPState._pre_backward
 
 
 def call_hooks(module: nn.Module) -> tuple[dict, ...]:

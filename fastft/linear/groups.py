@@ -214,8 +214,8 @@ class LinearGroups:
             return refusal(module) if is_quantised_otherwise(module) and module not in self._inner else None
         if module not in self._groups:
             return None
-        groups, (_, group, _) = self._groups, self._groups[module]
-        if why_not := refusal(module):
+        groups, (holder, group, _) = self._groups, self._groups[module]
+        if why_not := refusal(module) or context.sharding.is_apart(module):
             return why_not
 
         def apply(m: nn.Module) -> None:
@@ -237,6 +237,8 @@ class LinearGroups:
 
         candidate = _candidate(group)
         candidate.apply = apply
+        if len(group.refs) == 1 and holder is not None and context.sharding.units(module):
+            candidate.note = _apart(module, context)
         return candidate
 
 
@@ -286,6 +288,7 @@ def find_groups(
     for u in units:
         calls = context.seen.of(u)
         key = (id(calls[0].parent), id(calls[0].inputs[0])) if len(calls) == 1 and calls[0].inputs else ("alone", id(u))
+        key += tuple(map(id, context.sharding.units(u)))  # a group reads what is gathered together
         together.setdefault(key, []).append(u)
     patterns: dict[type, set[tuple[str, ...]]] = {}
     found = {}
@@ -312,6 +315,17 @@ def _add_twins(found: dict, twins: dict[nn.Module, list[nn.Module]]) -> None:
                 found |= dict.fromkeys(its_members, entry)
         else:
             found |= {t: (None, LinearGroup.of([t]), ()) for m in members if m in twins for t in twins[m]}
+
+
+def _apart(module: nn.Module, context: Context) -> str:
+    """What the report says of a layer that is gathered by itself while its siblings compute."""
+    (unit,) = context.sharding.units(module)
+    x = context.seen.of(module)[0].inputs[0] if context.seen.of(module) else None
+    for other, calls in context.seen.calls.items():
+        if other is not module and is_unit(other) and x is not None and calls[0].inputs and calls[0].inputs[0] is x:
+            if unit not in context.sharding.units(other):
+                return "computes for itself: it is sharded apart from the layers that are given the same input"
+    return ""
 
 
 def _parents(context: Context) -> dict[nn.Module, nn.Module]:

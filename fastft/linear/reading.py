@@ -145,7 +145,7 @@ def _read_base(base: Layer, d: dict, cls: type) -> Reading | None:
 
 
 def _read_4bit(base: Layer, weight: Any) -> Reading | None:
-    state = weight.quant_state
+    state = base.quant_state if weight.__class__ is _PARAMETER else weight.quant_state  # FSDP2 gathers plain tensors
     if not base.compute_type_is_set or getattr(state, "packing_format_for_cpu", False):
         return None
     facts = (base.compute_dtype, state.quant_type, state.blocksize, state.shape, state.absmax.device, state.nested)

@@ -8,6 +8,8 @@ Outside of training (and for the single positions of generation) the head is sto
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +38,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass
 class HeadState:
-    """model: the innermost model whose head this is; None in a copy of the head alone."""
+    """model: the innermost model whose head this is; None in a copy of the head alone. gathered(): the context in
+    which its parameters are whole, wherever a loss reads them."""
 
     model: weakref.ref | None
+    gathered: Callable[[], AbstractContextManager] = nullcontext
 
     def __deepcopy__(self, memo):
         model = self.model and self.model()
@@ -68,7 +72,7 @@ class FastHead(Replacement):
             x = args[0]
             if torch.is_grad_enabled() or (x.dim() > 1 and x.shape[-2] > 1):
                 head: Any = self
-                return defer(x, head.weight, head.bias, slot.fallbacks)
+                return defer(x, head.weight, head.bias, slot.fallbacks, slot.state(KIND).gathered)
         else:
             slot.fallbacks[f"head: {why}"] += 1
         return super().forward(*args, **kwargs)
@@ -157,8 +161,10 @@ class Heads:
             return None
         if stock_class(module) is not nn.Linear:
             return _why_not(module)
+        if why_not := context.sharding.is_let_go(module):
+            return why_not
         model = weakref.ref(context.model)
-        device = device_of(module)
+        device, gathered = device_of(module), context.sharding.gathered(module)
         key = (
             head_sizes(module.in_features, module.out_features, device),
             module.bias is not None,
@@ -168,7 +174,7 @@ class Heads:
             "linear_cross_entropy, linear_logprob on lazy logits",
             key,
             lambda: _prove(module),
-            lambda m: install(m, KIND, FastHead, HeadState(model)),
+            lambda m: install(m, KIND, FastHead, HeadState(model, gathered)),
             device=device,
         )
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastft.compat.torch_private import TENSOR_HOOKS, is_fsdp_pre_backward, tree_map_only, without_overrides
+from fastft.compat.sharding_private import is_engine_hook, is_fsdp_pre_backward
+from fastft.compat.torch_private import TENSOR_HOOKS, tree_map_only, without_overrides
 from fastft.lm_head.lazy_graph import through
 from fastft.lm_head.lazy_tensor import LazyTensor, Node
 
@@ -79,7 +80,9 @@ def _register_hook(args, kwargs):
             return T.register_hook(lazy.made, hook)
         handle = T.register_hook(lazy, hook)
         hooks = lazy._backward_hooks
-    if not is_fsdp_pre_backward(hook):
+    if is_fsdp_pre_backward(hook):
+        lazy.node.family.gathers_before_backward(hook)
+    elif not is_engine_hook(hook):
         lazy.node.hooks = hooks
         _watch(lazy)
     return handle

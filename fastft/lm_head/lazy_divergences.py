@@ -12,6 +12,7 @@ instead."""
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,10 +228,11 @@ def by_token(x: LazyDivergence) -> torch.Tensor:
         leaf.meaning[0].family.check()
     _check_constants(node)
     tensors = [t for n in leaves for t in _parts(n.meaning[0], n.grad)]
-    y = _ByToken.apply(
-        node, leaves, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32, *tensors
-    )
-    return y
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with ExitStack() as whole:
+        for leaf in leaves:
+            whole.enter_context(leaf.family.gathered())
+        return _ByToken.apply(node, leaves, x.shape[-1], dtype, *tensors)
 
 
 def _parts(p: Product, grad: bool) -> tuple[torch.Tensor | None, ...]:

@@ -16,6 +16,7 @@ own it), until somebody watches, or a value was made."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -166,5 +167,12 @@ def shortcut(fast: torch.Tensor, node: Node, lazy: LazyTensor) -> torch.Tensor:
     ticket = CallReference(node)
     for uses in lazy.uses:
         uses.add(ticket, node)
+    if fast.grad_fn is not None:
+        for hook in node.family.before_backward:
+            fast.grad_fn.register_prehook(functools.partial(_call, hook))
     with torch.enable_grad():
         return _Shortcut.apply(fast, lazy, ticket)
+
+
+def _call(hook: Callable[[torch.Tensor | None], object], grads: tuple[torch.Tensor | None, ...]) -> None:
+    hook(grads[0])

@@ -9,6 +9,8 @@ logp).sum(-1) or logsumexp - (softmax * logits).sum(-1); divergences from other 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +41,21 @@ from fastft.lm_head.product import Family, Product, autocast_state
 T = torch.Tensor
 
 
-def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fallbacks: Counter) -> LazyLogits:
+def defer(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    fallbacks: Counter,
+    gathered: Callable[[], AbstractContextManager] = nullcontext,
+) -> LazyLogits:
     """Logits (*rows, V) of hidden (*rows, H), in the dtype and under the autocast state in which F.linear would run
     now.
 
     hidden and weight of one floating dtype, or any under autocast. fallbacks: counts the calls whose logits had to be
-    made."""
+    made. gathered(): the context in which weight and bias, where they are sharded, are whole."""
     _, on, low = autocast_state(hidden.device)
     compute = low if on and hidden.dtype != torch.float64 else hidden.dtype
-    family = Family(hidden, weight, bias, fallbacks)
+    family = Family(hidden, weight, bias, fallbacks, gathered=gathered)
     product = Product(family, hidden, weight, bias, compute)
     if not torch.is_grad_enabled():
         product = product.detached()

@@ -199,7 +199,7 @@ class Node:
                 edges.append(get_gradient_edge(x) if own else None)
                 return x
 
-            with torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
+            with self.family.gathered(), torch.set_grad_enabled(self.grad), autocast_as(self.autocast):
                 local = RecordedValue(self._call(fill, T if root else Node), edges)
             if not self.grad:
                 return local

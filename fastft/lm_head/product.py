@@ -10,6 +10,7 @@ stock's would: autocast's where it was on, else hidden's; logits are never round
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,8 @@ def autocast_as(state: tuple[str, bool, torch.dtype]):
 @dataclass(eq=False, repr=False)
 class Family:
     """What all logits of one call of the head share. waiting: weak references to the nodes of its lazy tensors.
-    autocast: as it was at the call: it is the head's, whatever is on where a value is made."""
+    autocast: as it was at the call: it is the head's, whatever is on where a value is made. gathered(): the context in
+    which a sharded weight is whole. before_backward: FSDP2's hooks on the logits, which gather it for a backward."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -51,6 +53,8 @@ class Family:
     waiting: list = field(default_factory=list)
     counted: bool = False
     autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+    gathered: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    before_backward: list = field(default_factory=list)
 
     def __post_init__(self):
         self.versions, self.autocast = self._now(), autocast_state(self.hidden.device)
@@ -58,6 +62,11 @@ class Family:
     @property
     def trained(self) -> bool:
         return any(t is not None and t.requires_grad for t in (self.weight, self.bias))
+
+    def gathers_before_backward(self, hook: Callable) -> None:
+        """A result that is computed without the logits has its backward where theirs would be: this comes before it."""
+        if hook not in self.before_backward:
+            self.before_backward.append(hook)
 
     def alive(self) -> list:
         return [node for r in self.waiting if (node := r()) is not None]
@@ -80,6 +89,17 @@ class Family:
         if not self.counted:
             self.counted = True
             self.fallbacks[f"head: the logits were made for {why}"] += 1
+
+
+def _while_gathered(method: Callable) -> Callable:
+    """A method of a product for which the head's weight must be whole."""
+
+    @functools.wraps(method)
+    def gathered(self, *args, **kwargs):
+        with self.family.gathered():
+            return method(self, *args, **kwargs)
+
+    return gathered
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,6 +176,7 @@ class Product:
         self.family.check()
         return self.logits_unchecked()
 
+    @_while_gathered
     def logits_unchecked(self) -> torch.Tensor:
         with autocast_as(self.family.autocast):
             z = F.linear(self.hidden, self.weight, self.bias)
@@ -171,6 +192,7 @@ class Product:
         settings = {"softcap": abs(self.b), "scale": self.a * self.b} if self.tanh else {"scale": self.a}
         return hidden, self.weight, {"bias": self.bias, **settings}
 
+    @_while_gathered
     def cross_entropy(
         self, target: torch.Tensor, reduction: str, ignore_index: int, label_smoothing: float
     ) -> torch.Tensor:
@@ -180,6 +202,7 @@ class Product:
         loss = with_room(linear_cross_entropy, hidden, weight, target, **settings)
         return loss.reshape(self.rows) if reduction == "none" else loss
 
+    @_while_gathered
     def log_probs(self, index: Any, entropy: bool = False) -> tuple[Any, Any]:
         """(log p(index), entropy or None), flat."""
         hidden, weight, settings = self._operands()
@@ -196,11 +219,13 @@ class Product:
         )
         return got.log_probs, got.entropy
 
+    @_while_gathered
     def entropy(self) -> Any:
         hidden, weight, settings = self._operands()
         zeros = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         return with_room(linear_logprob, hidden, weight, zeros, outputs=("entropy",), compact=False, **settings).entropy
 
+    @_while_gathered
     def selected(self, index: torch.Tensor) -> torch.Tensor:
         """z[index] by row."""
         hidden, weight, _ = self._operands()
@@ -212,10 +237,12 @@ class Product:
         x = x * self.a
         return torch.tanh(x) * self.b if self.tanh else x
 
+    @_while_gathered
     def log_sum_exp(self) -> torch.Tensor:
         hidden, weight, settings = self._operands()
         return with_room(linear_logsumexp, hidden, weight, **settings)
 
+    @_while_gathered
     def mean(self) -> Any:
         """Mean of z over the vocabulary by row; without a cap it is one product with the mean of the weight's rows."""
         hidden, weight, settings = self._operands()
@@ -229,6 +256,7 @@ class Product:
             linear_logprob, hidden, weight, zeros, outputs=("mean_logits",), compact=False, **settings
         ).mean_logits
 
+    @_while_gathered
     @torch.no_grad()
     def argmax(self) -> torch.Tensor:
         """Index of the first largest logit by row."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.sharding_private import only_gathers
 from fastft.swapping.stock_only import gains_nothing, stood_aside, transformed
 from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
@@ -126,7 +127,7 @@ def _interposed(module: nn.Module, shape: Shape) -> str:
             return f"{n} was removed"
         d = child.__dict__
         for table in _INTERPOSED:
-            if d[table]:
+            if d[table] and not all(map(only_gathers, d[table].values())):
                 return f"{n} carries a hook"
         if d["training"] and "p" in d and d["p"] > 0.0:
             return f"{n} drops out"

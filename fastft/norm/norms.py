@@ -93,10 +93,12 @@ class Settings:
 
 @dataclass
 class NormState:
-    """What a swapped norm keeps. found: the settings, by (dtype of x, dtype of the weight, eps)."""
+    """What a swapped norm keeps. found: the settings, by (dtype of x, dtype of the weight, eps). spares: consumers may
+    recompute its output; not where their backward may run while the weight is sharded."""
 
     formula: Formula
     seen: ModuleSnapshot
+    spares: bool = True
     found: dict[tuple, Settings] = field(default_factory=dict)
 
     def settings(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Settings:
@@ -143,12 +145,12 @@ class FastNorm(Replacement):
         if f.centred:
             weight = f.weight_of(self)
             y, mean, rstd = layer_norm_with_stats(x, weight, bias, settings.eps, out_dtype=settings.out)
-            if y.requires_grad:
+            if y.requires_grad and state.spares:
                 tensors = tuple([t for t in (x, mean, rstd, weight, bias) if t is not None])
                 attach(y, Recomputation(tensors, settings.recompute, settings.formula))
             return y
         y, rstd = rms_norm_with_rstd(x, weight, settings.eps, f.offset, settings.cast_before, settings.out)
-        if y.requires_grad:
+        if y.requires_grad and state.spares:
             tensors = (x, rstd) if weight is None else (x, rstd, weight)
             attach(y, Recomputation(tensors, settings.recompute, settings.formula))
         return y
@@ -159,8 +161,8 @@ def _only(args: tuple, kwargs: dict) -> Any:
     return next(iter(kwargs.values())) if len(kwargs) == 1 and not args else None
 
 
-def _install(module: nn.Module, f: Formula) -> None:
-    install(module, KIND, FastNorm, NormState(f, ModuleSnapshot(module, but=(f.eps,))))
+def _install(module: nn.Module, f: Formula, spares: bool = True) -> None:
+    install(module, KIND, FastNorm, NormState(f, ModuleSnapshot(module, but=(f.eps,)), spares))
 
 
 def _layer_norm_again(there: tuple[bool, bool], out: torch.dtype, x, mean, rstd, *parameters) -> torch.Tensor:

@@ -204,9 +204,12 @@ class Norms:
         found = self._known[key]
         if found is None or isinstance(found, str):
             return found
+        if why := context.sharding.is_apart(module):
+            return why
         f = found
         prove = lambda: self._prove(module, f, width, dtype)
-        return Candidate(f.kernel, key, prove, lambda m: _install(m, f), device=device_of(module))
+        spares = not context.sharding.outlives(module, context.seen)
+        return Candidate(f.kernel, key, prove, lambda m: _install(m, f, spares), device=device_of(module))
 
     def _gated(
         self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]

@@ -24,6 +24,7 @@ from fastft.compat.transformers_private import (
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.interface import KIND, attentions, teach
+from fastft.patching.sharded import as_if_whole
 from fastft.proving.clone import clone
 from fastft.proving.proof_cache import proof_of
 from fastft.proving.prove import Proof, agree, cast_parameters, outputs_and_gradients, undisturbed
@@ -255,7 +256,7 @@ def layer_proof(owner: Any, kind: str) -> Proof:
 
 
 def _prove(owner: nn.Module, kind: str) -> Proof:
-    with undisturbed():
+    with undisturbed(), as_if_whole(owner):
         new = small_copy(owner)
         if isinstance(new, str):
             return Proof(False, reason=new)

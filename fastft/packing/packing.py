@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from fastft.checkpointing.foreign_hooks import hooks_on, library_of
+from fastft.compat.sharding_private import is_managed, only_gathers
 from fastft.compat.torch_private import AnyDropout, FakeTensor
 from fastft.compat.transformers_private import attention_implementation
 from fastft.packing.batch import Labels, Unpadded, packed, unpadded
@@ -176,6 +177,11 @@ class Packing:
             if given.get("input_ids") is None or _pad_id(base.config) is None:
                 return "a head cannot find the last token without token ids and the padding's id"
             return ""
+        if is_managed(base):
+            return (
+                "its parameters are sharded: logits that are read would be a second forward, in which the other "
+                "processes do not take part"
+            )
         frame.by_token = True
         if head is None or not any(is_fast(m, "head") for m in head.modules()):
             return "its outputs by token are not lazy (the head is stock's)"
@@ -310,7 +316,11 @@ def _hook_by_row(modules: Iterable[nn.Module]) -> str:
     empty where there is none."""
     for hook in itertools.chain.from_iterable(map(hooks_on, modules)):
         name, library = getattr(hook, "__name__", type(hook).__name__), library_of(hook)
-        if library != "fastft" and not (library in ("transformers", "peft") and name in _TOKENWISE):
+        if (
+            library != "fastft"
+            and not only_gathers(hook)
+            and not (library in ("transformers", "peft") and name in _TOKENWISE)
+        ):
             return name
     return ""
 

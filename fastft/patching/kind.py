@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastft.patching.observe import Observation
+from fastft.patching.sharded import Sharding
 from fastft.proving.prove import Proof
 from fastft.swapping.walk import parameters_of
 
@@ -41,6 +42,7 @@ class Context:
     names: dict[nn.Module, str]
     # per patch call, for kinds that need to remember something between modules
     shared: dict = field(default_factory=dict)
+    sharding: Sharding = field(default_factory=Sharding)
 
     @property
     def looked_at(self) -> list[nn.Module]:

@@ -1,4 +1,5 @@
-"""A patched model that is moved to another device, or cast to another dtype, is proven again before its next forward.
+"""A patched model that is moved to another device, cast to another dtype, or sharded, is proven again before its next
+forward.
 
 For each proof that swapped something, one module's parameters stand for all that it serves. A forward pre-hook where
 forwards enter the model compares their devices and dtypes with those of the patch: some attribute reads a call. Where
@@ -9,7 +10,6 @@ why. A compiled forward proves nothing: who moves a model and then compiles it p
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fastft.compat.sharding_private import is_distributed, is_managed, sharded_parameters
 from fastft.compat.torch_private import REPLICA, FakeTensor
 from fastft.patching.entrances import entrances
 from fastft.patching.kind import Kind
@@ -55,19 +56,12 @@ def standing_of(base: nn.Module, record: Record) -> list[Standing]:
     return list(found.values())
 
 
-def is_managed(base: nn.Module) -> bool:
-    """Do parameters change their dtype and place within a step, under FSDP2's or DeepSpeed's hands?"""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = getattr(fsdp, "FSDPModule", ())
-    return any(isinstance(m, sharded) for m in modules_of(base)) or any(hasattr(p, "ds_id") for p in base.parameters())
-
-
 class Moved:
     """The pre-hook, one for all entrances of a model. kinds: makes fresh recognisers. renew: what else stands over the
     swaps, done again over those that are there now."""
 
     def __init__(self, base: nn.Module, kinds: Callable[[], Sequence[Kind]], renew: Callable[[nn.Module], None]):
-        self.base, self.kinds, self.renew = weakref.ref(base), kinds, renew
+        self.base, self.kinds, self.renew, self.met = weakref.ref(base), kinds, renew, False
         self.remember(MOST)
 
     def remember(self, left: int) -> None:
@@ -76,12 +70,22 @@ class Moved:
         record = None if base is None else record_of(base)
         self.standing = [] if base is None or record is None else standing_of(base, record)
         self.left = left
+        # who gathers a parameter may be known in its first forward alone: then it is asked again
+        self.sharded = (
+            base is not None and is_managed(base) and (self.met or all(p.whole for p in sharded_parameters(base)))
+        )
 
     def has_moved(self) -> bool:
-        """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.)"""
+        """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.) One
+        that is sharded by now is gathered in a dtype, on a device and together with others that were not asked about;
+        once that has been proven, they change within a step, and nothing moves any more."""
+        if self.sharded:
+            return False
         for ref, name, device, dtype in self.standing:
             owner = ref()
             p = None if owner is None else owner._parameters.get(name)
+            if p is not None and is_distributed(p):
+                return True
             if (
                 p is not None
                 and (p.dtype not in (dtype, torch.float64) or p.device != device)
@@ -100,7 +104,7 @@ class Moved:
     def follow(self, base: nn.Module) -> None:
         """Prove the model as it is now, if it has moved."""
         with _LOCK:
-            if not self.has_moved() or is_managed(base):  # has_moved: another thread may have been here
+            if not self.has_moved():  # another thread may have been here
                 return
             try:
                 if self.left:
@@ -108,6 +112,7 @@ class Moved:
                 else:
                     all_stock(base, self.kinds(), TOO_OFTEN)
             finally:
+                self.met = True
                 self.renew(base)
                 self.remember(max(0, self.left - 1))
 
@@ -116,6 +121,7 @@ class Moved:
         new = memo[id(self)] = Moved.__new__(Moved)
         new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
         new.kinds, new.renew, new.left, new.standing = self.kinds, self.renew, self.left, []
+        new.sharded, new.met = self.sharded, self.met
         for ref, *rest in self.standing:
             if (owner := ref()) is not None:
                 new.standing.append((weakref.ref(copy.deepcopy(owner, memo)), *rest))

@@ -293,17 +293,18 @@ def _unreached_towers(model: nn.Module, seen: Observation) -> Iterator[nn.Module
             yield m
 
 
-def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: False) -> Observation:
+def observe(model: nn.Module, wanted: Callable[[Callable], bool] = lambda fn: False, alike: bool = True) -> Observation:
     """Run `model` in evaluation mode (nothing is dropped) on a few tokens; afterwards the model, its random state and
     its hooks are as before.
 
-    wanted: which of the free functions that forwards call by a global name are recorded too.
+    wanted: which of the free functions that forwards call by a global name are recorded too. alike: of layers that are
+    alike the first may stand for all; not where they are sharded, each by units of its own.
     """
     modes = [(m, m.training) for m in modules_of(model)]
     try:
         for m, _ in modes:
             m.__dict__["training"] = False
-        twins = find_twins(model)
+        twins = find_twins(model) if alike else Twins()
         if twins.first:
             with hollow(twins):
                 seen = _all_reached(model, wanted, twins)

@@ -16,6 +16,7 @@ from fastft.compat.torch_private import COMPILED_MODULE
 from fastft.patching.kind import Context, Kind
 from fastft.patching.observe import observe
 from fastft.patching.report import PatchReport, Row
+from fastft.patching.sharded import ELSEWHERE, as_if_whole, exchanged
 from fastft.proving.proof_cache import device_name, proof_of
 from fastft.proving.prove import Proof, drawn_on_the_cpu
 from fastft.swapping.out_of_memory import PatchMemoryError, is_out_of_memory
@@ -96,7 +97,7 @@ def apply_kinds(model: nn.Module, kinds: Sequence[Kind]) -> Record:
             plain.enter_context(torch.autocast(device, enabled=False))
         new = record_of(model) is None
         try:
-            return _apply(innermost(model), kinds)
+            return _apply(innermost(model), kinds, model)
         except BaseException as e:  # out of memory, an interrupt: a model is patched or stock, never half
             if new:
                 undo(model)
@@ -114,19 +115,49 @@ def _no_memory(e: BaseException, new: bool) -> str:
     )
 
 
-def _apply(base: nn.Module, kinds: Sequence[Kind]) -> Record:
+def _apply(base: nn.Module, kinds: Sequence[Kind], model: nn.Module) -> Record:
     record = base.__dict__[RECORD] = record_of(base) or Record()
     for kind in kinds:
         if (refresh := getattr(kind, "refresh", None)) is not None:
             refresh(base)
     wants = [w for kind in kinds if (w := getattr(kind, "wants", None)) is not None]
-    with _uncounted(base):
-        seen = observe(base, lambda fn: any(w(fn) for w in wants))
-    try:
-        with drawn_on_the_cpu():
-            return _swap_all(record, Context(base, seen, names_of(base)), kinds)
-    finally:
-        seen.forget()
+    with as_if_whole(base, model) as sharding:
+        error: Exception | None = None
+        try:
+            with _uncounted(base):
+                seen = observe(base, lambda fn: any(w(fn) for w in wants), alike=not sharding)
+            try:
+                with drawn_on_the_cpu():
+                    _swap_all(record, Context(base, seen, names_of(base), sharding=sharding), kinds)
+            finally:
+                seen.forget()
+        except Exception as e:
+            if not sharding:
+                raise
+            error = e
+    if sharding:
+        _agree(base, record, error)
+    return record
+
+
+def _agree(base: nn.Module, record: Record, error: Exception | None) -> None:
+    """Among processes that share a model's parameters: a module that is stock on one of them is stock on all; an error
+    on one is raised on all, as each would otherwise wait for the others. All come here, in the same order."""
+    mine = None if error is not None else {k: "" if o.kernel else o.reason for k, o in record.outcomes.items()}
+    everybody = exchanged(mine)
+    if error is not None:
+        raise error
+    if None in everybody:
+        raise RuntimeError(
+            "patch: a proof could not be made on another process of this run; its message is there, and the model "
+            "is stock on all of them"
+        )
+    modules = dict(base.named_modules())
+    for (kind, name), outcome in record.outcomes.items():
+        why = next((theirs[kind, name] for theirs in everybody if theirs.get((kind, name))), "")
+        if outcome.kernel and why:
+            uninstall(modules[name], kind)
+            outcome.kernel, outcome.proof, outcome.reason = "", None, ELSEWHERE + why
 
 
 def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record:

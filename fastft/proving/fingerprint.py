@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from fastft.compat.accelerate_private import LEFT_BY_HOOKS
-from fastft.swapping.swap import KEY, plain_class
+from fastft.compat.sharding_private import LEFT_BY_DEEPSPEED
+from fastft.swapping.swap import KEY, stock_class
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward"}
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, *LEFT_BY_DEEPSPEED, "forward"}
 _SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -61,4 +62,4 @@ def fingerprint(module: nn.Module, ignore: frozenset[str] = frozenset({"layer_id
         if t is not None
     )
     children = tuple((n, fingerprint(c, ignore)) for n, c in module._modules.items() if c is not None)
-    return (plain_class(module), attributes(module, ignore), tensors, children)
+    return (stock_class(module), attributes(module, ignore), tensors, children)

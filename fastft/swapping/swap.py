@@ -187,22 +187,19 @@ def is_fast(module: nn.Module, kind: str) -> bool:
 
 
 def stock_class(module: nn.Module) -> type:
-    """The class that the instance has without swaps."""
-    slot = slot_of(module)
-    return slot.stock if slot is not None else type(module)
-
-
-def plain_class(module: nn.Module) -> type:
-    """The stock class, and where FSDP2 has derived its own from that, the one that it derived from: of which a copy can
-    be made."""
-    cls = stock_class(module)
+    """The class that the instance has without swaps, and without what FSDP2 derives from it where it wraps a module:
+    what that computes is the same."""
+    slot = module.__dict__.get(KEY)
+    cls = slot.stock if slot is not None else type(module)
+    if not cls.__name__.startswith("FSDP"):
+        return cls
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return cls if fsdp is None else next(c for c in cls.__mro__ if not issubclass(c, fsdp))
 
 
 def new_instance(module: nn.Module) -> nn.Module:
-    """An empty instance of the module's plain class."""
-    return object.__new__(plain_class(module))
+    """An empty instance of the module's stock class."""
+    return object.__new__(stock_class(module))
 
 
 def obstacle(module: nn.Module) -> str:

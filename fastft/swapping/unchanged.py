@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from fastft.compat.accelerate_private import LEFT_BY_HOOKS
+from fastft.compat.sharding_private import LEFT_BY_DEEPSPEED
 from fastft.compat.transformers_private import LOADED
-from fastft.swapping.swap import KEY, stock_class
+from fastft.swapping.swap import KEY
 
-_OWN = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, "forward", "layer_idx", LOADED}
+_OWN = frozenset(nn.Module().__dict__) | {KEY, *LEFT_BY_HOOKS, *LEFT_BY_DEEPSPEED, "forward", "layer_idx", LOADED}
 _NUMBERS = (int, float, bool, str, tuple, torch.dtype, torch.device, type(None))
 _MISSING = object()
 
@@ -29,7 +30,7 @@ class ModuleSnapshot:
     __slots__ = ("attributes", "children", "cls", "forward")
 
     def __init__(self, module: nn.Module, children: Iterable[str] = (), but: Iterable[object] = ()):
-        self.cls = stock_class(module)
+        self.cls = module.__dict__[KEY].stock if KEY in module.__dict__ else module.__class__
         self.forward = self.cls.forward
         left = _OWN.union(n for n in but if isinstance(n, str))
         self.attributes = tuple((k, v) for k, v in module.__dict__.items() if k not in left)

@@ -1,0 +1,152 @@
+"""Which parameters FSDP2 and DeepSpeed ZeRO-3 shard, and when these are whole."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+LEFT_BY_DEEPSPEED = frozenset(  # what ZeRO-3 leaves on a module, changing at every call
+    {
+        "ds_id",
+        "ds_grads_remaining",
+        "ds_external_parameters",
+        "ds_recompute_parameters",
+        "ds_inflight_param_registry",
+        "applied_pre_backward_ref_cnt",
+        "all_parameters",
+        "pre_bwd_fn",
+        "post_bwd_fn",
+        "_external_params",
+        "_original_parameters",
+    }
+)
+_LEAF = "_z3_leaf"  # what DeepSpeed's `set_z3_leaf_module` leaves on a module
+
+
+class ShardedParameter(NamedTuple):
+    """One parameter of one module, as it is while it is gathered. unit: what is gathered and let go together, as an
+    object to compare; modules: those between whose begin and end that is. whole: the gathered parameter is a plain
+    tensor (it is none where tensor parallelism shards it too)."""
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    unit: object
+    modules: tuple[nn.Module, ...]
+    whole: bool
+
+
+def fsdp_module() -> Any:
+    """FSDP2's class, from which it derives those of the modules that it wraps; () where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+
+
+def is_distributed(p: Any) -> bool:
+    """Is this parameter, as it stands there now, a shard: a DTensor, or what ZeRO-3 has taken the values of?"""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(p, kind) or hasattr(p, "ds_id")
+
+
+def is_managed(model: nn.Module) -> bool:
+    """Are parameters sharded by somebody: do they change their dtype and place within a step?"""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    wrapped = fsdp_module()
+    return any(isinstance(m, wrapped) for m in model.modules()) or any(map(is_distributed, model.parameters()))
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[ShardedParameter]:
+    """Every parameter of `model` that FSDP2 or ZeRO-3 shards, once for each module that has it. One that is sharded by
+    nobody who is known here is none of FSDP2's, or its FSDP2 module lies outside of `model` and has not run yet."""
+    groups = {id(g): g for m in model.modules() for g in _groups(m)}
+    known = set()
+    for p in (p for g in groups.values() for p in _of_fsdp(g)):
+        known.add((p.module, p.name))
+        yield p
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and (module, name) not in known and is_distributed(p) and not hasattr(p, "ds_id"):
+                yield ShardedParameter(module, name, p.shape, p.dtype, p.device, None, (), False)
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        yield from _of_zero3(model)
+
+
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """FSDP2's groups of parameters that were made of this module, or have one of its own: told by the hook that each
+    group, once it has run, puts on the modules of its parameters, for the module that was wrapped may lie outside of
+    the model that is asked about (PEFT's, around it)."""
+    if isinstance(module, fsdp_module()):
+        wrapped: Any = module
+        state = wrapped._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
+        yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
+    for hook in module._state_dict_pre_hooks.values():
+        if getattr(hook, "__qualname__", "").endswith(
+            "FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"
+        ):
+            yield inspect.getclosurevars(hook).nonlocals["self"]
+
+
+def _of_fsdp(group: Any) -> Iterator[ShardedParameter]:
+    for p in group.fsdp_params:
+        wanted, own = group.mp_policy.param_dtype, p.sharded_param.dtype
+        dtype = wanted if wanted is not None and own.is_floating_point else own
+        info = p._module_info
+        for module, name in ((info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)):
+            yield ShardedParameter(
+                module, name, p._orig_size, dtype, group.device, group, tuple(group.modules), not p.is_dtensor
+            )
+
+
+def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
+    above: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if module not in above and is_zero3_leaf(module):
+            above.update(dict.fromkeys(module.modules(), module))
+    device = torch.device(sys.modules["deepspeed"].accelerator.get_accelerator().current_device_name())
+    for module in model.modules():
+        unit = above.get(module, module)
+        for name, p in list(module._parameters.items()):
+            if hasattr(p, "ds_id"):
+                found: Any = p
+                yield ShardedParameter(
+                    module, name, torch.Size(found.ds_shape), found.dtype, device, unit, (unit,), True
+                )
+
+
+def is_zero3_leaf(module: nn.Module) -> bool:
+    """Does ZeRO-3 gather all that lies inside this module when it is called?"""
+    return bool(module.__dict__.get(_LEAF))
+
+
+def only_gathers(hook: Any) -> bool:
+    """Is this one of the hooks on modules by which FSDP2 and DeepSpeed gather parameters and count calls? They treat
+    all rows alike."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.startswith(("torch.distributed.fsdp.", "deepspeed."))
+
+
+def is_fsdp_pre_backward(hook: Any) -> bool:
+    """Is this the hook by which FSDP2 fetches parameters before a backward? It returns what it is given, and needs no
+    gradient."""
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    return fsdp is not None and getattr(hook, "__func__", None) is fsdp.FSDPState._pre_backward
+
+
+def is_engine_hook(hook: Any) -> bool:
+    """Is this the hook that DeepSpeed's engine puts on every tensor which a model returns? It notes that a backward
+    begins, and divides the gradient that arrives there by the steps of accumulation, unless the engine's own backward,
+    which has done that, runs."""
+    return getattr(hook, "__module__", "") == "deepspeed.runtime.utils" and "OutputBackwardHookManager" in getattr(
+        hook, "__qualname__", ""
+    )

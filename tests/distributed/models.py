@@ -1,0 +1,85 @@
+"""Tiny Llamas and Qwen3s, and the batch that two processes share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tests.linear.lora_models import Results, adapted, quantised
+
+VOCAB = 96
+CASES = [f"{m}-{w}" for m in ("llama", "qwen3") for w in ("lora", "nf4", "full")]
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    use_cache=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a case, the same on every process."""
+    family, weights = name.split("-")
+    torch.manual_seed(0)
+    config: type = LlamaConfig if family == "llama" else Qwen3Config
+    cls: type = LlamaForCausalLM if family == "llama" else Qwen3ForCausalLM
+    model = cls(config(**SIZES))
+    for p in model.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.15)
+    model = model.to(dtype).train()
+    if weights == "full":
+        return model
+    if weights == "nf4":
+        model = quantised(model, compute=dtype, storage=dtype)  # a floating storage: FSDP2 shards no other
+    return adapted(model)
+
+
+def whole(draw: int = 0) -> dict[str, torch.Tensor]:
+    """Four rows, padded on the right to different lengths, so that the two halves have different numbers of tokens."""
+    g = torch.Generator().manual_seed(7 + draw)
+    ids = torch.randint(3, VOCAB, (4, 16), generator=g)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate((16, 9, 12, 5)):
+        mask[row, n:] = 0
+    ids[mask == 0] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def half(rank: int, draw: int = 0) -> dict[str, torch.Tensor]:
+    """This process's rows."""
+    return {k: v[2 * rank : 2 * rank + 2] for k, v in whole(draw).items()}
+
+
+def tokens_of(batch: dict[str, torch.Tensor]) -> int:
+    """As a trainer counts them for `num_items_in_batch`."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def step_of(model: nn.Module, draws: int) -> Results:
+    """Loss and every gradient of one process, of each batch."""
+    results = {}
+    for i in range(draws):
+        model.zero_grad(set_to_none=True)
+        loss = model(**whole(i), num_items_in_batch=tokens_of(whole(i))).loss
+        loss.backward()
+        results[name_of("loss", i)] = loss.detach()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                results[name_of(f"d {n}", i)] = p.grad.clone()
+    return results
+
+
+def name_of(what: str, draw: int) -> str:
+    """As `judge` pools what several batches give."""
+    return f"{what} ({draw})" if draw else what

@@ -1,0 +1,89 @@
+"""What each of two processes does: train every model one step under one strategy, on its half of a batch, and write
+down how that agrees with a single process that sees the whole batch.
+
+    torchrun --standalone --nproc_per_node 2 -m tests.distributed.worker OUT "STRATEGY MODEL-WEIGHTS" ...
+
+OUT (JSON, written by the first process): for each job {"ok", "error", "stock_error", "worst", "adapters_equal",
+"saved_equal", "ranks": [what the report of each rank says]}, or {"raised": the traceback}. `strategies.py` says how
+each strategy prepares a model; "costs" is none (`costs.py`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fastft
+from tests.distributed.costs import costs
+from tests.distributed.models import make, step_of
+from tests.distributed.strategies import STRATEGIES
+from tests.linear.lora_models import in_float64, judge, run
+
+
+def summary(model: torch.nn.Module) -> dict[str, Any]:
+    """What of the report the tests ask: swapped modules by kind, stock ones with the reason, fallbacks, notes."""
+    report = fastft.report(model)
+    swapped: dict[str, int] = {}
+    for row in report.swapped:
+        swapped[row.kind] = swapped.get(row.kind, 0) + row.count
+    return {
+        "swapped": swapped,
+        "stock": [[r.kind, r.group, r.count, r.reason] for r in report.stock],
+        "fallbacks": report.fallbacks,
+        "apart": sorted(r.reason for r in report.swapped if r.reason),
+    }
+
+
+def one_case(name: str, strategy: Any) -> dict[str, Any]:
+    """Results of one model; compared on the first process."""
+    dtype = strategy.dtype
+    stock = make(name, dtype)
+    step = lambda m: step_of(m, strategy.draws)
+    reference = run(in_float64(stock), step, reference=True)
+    if strategy.mixed:
+        eager = strategy.train(copy.deepcopy(stock), patched=False).results
+    else:
+        eager = run(copy.deepcopy(stock), step)
+    trained = strategy.train(stock, patched=True)
+    ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, summary(trained.model))
+    found: dict[str, Any] = {"ranks": ranks, **trained.checks()}
+    if dist.get_rank() == 0:
+        try:
+            verdict = judge(trained.results, reference, eager)
+            found |= {"ok": True, "error": verdict.error, "stock_error": verdict.eager_error}
+        except AssertionError as e:
+            found |= {"ok": False, "worst": str(e)[:600]}
+    return found
+
+
+def main(out: str, *jobs: str) -> None:
+    """Every job; what one raises, all raise."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {}
+    for job in jobs:
+        strategy, case = job.split(" ")
+        begin = time.monotonic()
+        try:
+            found = costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+        except Exception:  # the test shows it
+            found = {"raised": traceback.format_exc()[-3000:]}
+        results[job] = found | {"seconds": round(time.monotonic() - begin, 1)}
+        dist.barrier()
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -354,13 +354,13 @@ def test_fsdp2(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
-        holds("FSDPModule", not is_managed(model) and not list(sharded_parameters(model)))
+        holds("FSDPModule", not is_managed([*model.modules()]) and not list(sharded_parameters([*model.modules()])))
         fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        holds("FSDPModule", is_managed(model) and all(map(is_distributed, model.parameters())))
+        holds("FSDPModule", is_managed([*model.modules()]) and all(map(is_distributed, model.parameters())))
         hooks = [h for table in (model._forward_hooks, model._forward_pre_hooks) for h in table.values()]
         holds("FSDPState._pre_forward, _post_forward", len(hooks) == 2 and all(map(only_gathers, hooks)))
         for where in (model, model[0]):  # before a forward only the wrapped module knows, then every one
-            found = {(p.module, p.name): p for p in sharded_parameters(where)}
+            found = {(p.module, p.name): p for p in sharded_parameters([*where.modules()])}
             p = found[model[0], "weight"]
             holds("FSDPParam._orig_size", p.shape == (2, 4) and p.dtype == torch.bfloat16 and p.whole)
             holds("FSDPParamGroup.modules", p.modules == (model,) and len({id(p.unit) for p in found.values()}) == 1)

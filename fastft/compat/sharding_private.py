@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ LEFT_BY_DEEPSPEED = frozenset(  # what ZeRO-3 leaves on a module, changing at ev
         "_original_parameters",
     }
 )
+_REGISTERED = "FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"
 _LEAF = "_z3_leaf"  # what DeepSpeed's `set_z3_leaf_module` leaves on a module
 
 
@@ -55,44 +56,57 @@ def is_distributed(p: Any) -> bool:
     return isinstance(p, kind) or hasattr(p, "ds_id")
 
 
-def is_managed(model: nn.Module) -> bool:
-    """Are parameters sharded by somebody: do they change their dtype and place within a step?"""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    wrapped = fsdp_module()
-    return any(isinstance(m, wrapped) for m in model.modules()) or any(map(is_distributed, model.parameters()))
+def is_managed(modules: Sequence[nn.Module]) -> bool:
+    """Are parameters of these modules sharded by somebody: do they change their dtype and place within a step?"""
+    return bool(_kinds(modules, fsdp_module()) or _shards(modules))
 
 
-def sharded_parameters(model: nn.Module) -> Iterator[ShardedParameter]:
-    """Every parameter of `model` that FSDP2 or ZeRO-3 shards, once for each module that has it. One that is sharded by
-    nobody who is known here is none of FSDP2's, or its FSDP2 module lies outside of `model` and has not run yet."""
-    groups = {id(g): g for m in model.modules() for g in _groups(m)}
+def _kinds(things: Sequence[Any], wanted: Any) -> set[type]:
+    """Those of their types that are `wanted`. (One question for each type, as this is asked of all modules.)"""
+    return {t for t in set(map(type, things)) if issubclass(t, wanted)}
+
+
+def _shards(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """(module, name, shard) of every parameter that `is_distributed`."""
+    tables = [(m, m._parameters) for m in modules if m._parameters]
+    held = [(m, n, table[n]) for m, table in tables if type(table) is dict for n in table if table[n] is not None]
+    # ZeRO-3's own kind of dictionary gathers what it is asked for by name
+    held += [(m, n, p) for m, t in tables if type(t) is not dict for n, p in t.items() if p is not None]
+    kinds = _kinds([p for _, _, p in held], getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+    return [(m, n, p) for m, n, p in held if type(p) in kinds or "ds_id" in p.__dict__]
+
+
+def sharded_parameters(modules: Sequence[nn.Module]) -> Iterator[ShardedParameter]:
+    """Every parameter that FSDP2 or ZeRO-3 shards, once for each of the modules (a model's, all of them) that has it.
+    One that is sharded by nobody who is known here is none of FSDP2's, or its FSDP2 module lies outside of the model
+    and has not run yet."""
+    groups = {id(g): g for g in _groups(modules)}
     known = set()
     for p in (p for g in groups.values() for p in _of_fsdp(g)):
         known.add((p.module, p.name))
         yield p
-    for module in model.modules():
-        for name, p in list(module._parameters.items()):
-            if p is not None and (module, name) not in known and is_distributed(p) and not hasattr(p, "ds_id"):
-                yield ShardedParameter(module, name, p.shape, p.dtype, p.device, None, (), False)
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        yield from _of_zero3(model)
+    shards = _shards(modules)
+    for module, name, p in shards:
+        if (module, name) not in known and not hasattr(p, "ds_id"):
+            yield ShardedParameter(module, name, p.shape, p.dtype, p.device, None, (), False)
+    if any(hasattr(p, "ds_id") for _, _, p in shards):
+        yield from _of_zero3(modules)
 
 
-def _groups(module: nn.Module) -> Iterator[Any]:
-    """FSDP2's groups of parameters that were made of this module, or have one of its own: told by the hook that each
-    group, once it has run, puts on the modules of its parameters, for the module that was wrapped may lie outside of
-    the model that is asked about (PEFT's, around it)."""
-    if isinstance(module, fsdp_module()):
-        wrapped: Any = module
-        state = wrapped._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
-        yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
-    for hook in module._state_dict_pre_hooks.values():
-        if getattr(hook, "__qualname__", "").endswith(
-            "FSDPParamGroup._register_state_dict_hooks.<locals>.to_sharded_hook"
-        ):
-            yield inspect.getclosurevars(hook).nonlocals["self"]
+def _groups(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """FSDP2's groups of parameters that were made of these modules, or have one of their own: told by the hook that
+    each group, once it has run, puts on the modules of its parameters, for the module that was wrapped may lie outside
+    of the model that is asked about (PEFT's, around it)."""
+    wrapped = _kinds(modules, fsdp_module())
+    for module in modules:
+        if type(module) in wrapped:
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
+            yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
+        if module._state_dict_pre_hooks:
+            for hook in module._state_dict_pre_hooks.values():
+                if getattr(hook, "__qualname__", "").endswith(_REGISTERED):
+                    yield inspect.getclosurevars(hook).nonlocals["self"]
 
 
 def _of_fsdp(group: Any) -> Iterator[ShardedParameter]:
@@ -106,13 +120,13 @@ def _of_fsdp(group: Any) -> Iterator[ShardedParameter]:
             )
 
 
-def _of_zero3(model: nn.Module) -> Iterator[ShardedParameter]:
+def _of_zero3(modules: Sequence[nn.Module]) -> Iterator[ShardedParameter]:
     above: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    for module in modules:
         if module not in above and is_zero3_leaf(module):
             above.update(dict.fromkeys(module.modules(), module))
     device = torch.device(sys.modules["deepspeed"].accelerator.get_accelerator().current_device_name())
-    for module in model.modules():
+    for module in modules:
         unit = above.get(module, module)
         for name, p in list(module._parameters.items()):
             if hasattr(p, "ds_id"):

@@ -39,6 +39,7 @@ from fastft.patching.report import Row
 from fastft.proving.prove import Proof
 from fastft.swapping.out_of_memory import is_out_of_memory
 from fastft.swapping.swap import is_fast, stock_class
+from fastft.swapping.walk import modules_of
 
 PAYS = 0.02  # of a batch that is padding: less is not worth its gather
 _KNOWN = frozenset(
@@ -177,7 +178,7 @@ class Packing:
             if given.get("input_ids") is None or _pad_id(base.config) is None:
                 return "a head cannot find the last token without token ids and the padding's id"
             return ""
-        if is_managed(base):
+        if is_managed(modules_of(base)):
             return (
                 "its parameters are sharded: logits that are read would be a second forward, in which the other "
                 "processes do not take part"

@@ -47,7 +47,7 @@ def standing_of(base: nn.Module, record: Record) -> list[Standing]:
     if not first:
         return []
     found = {}
-    with_parameters = next((m for m in modules_of(base) if any(p is not None for p in m._parameters.values())), None)
+    with_parameters = next((m for m in modules.values() if any(p is not None for p in m._parameters.values())), None)
     owners = [owner for module in first.values() for owner in modules_of(module)]
     for owner in [*owners, *([] if with_parameters is None else [with_parameters])]:
         for name, p in owner._parameters.items():
@@ -71,9 +71,8 @@ class Moved:
         self.standing = [] if base is None or record is None else standing_of(base, record)
         self.left = left
         # who gathers a parameter may be known in its first forward alone: then it is asked again
-        self.sharded = (
-            base is not None and is_managed(base) and (self.met or all(p.whole for p in sharded_parameters(base)))
-        )
+        modules = [] if base is None else modules_of(base)
+        self.sharded = is_managed(modules) and (self.met or all(p.whole for p in sharded_parameters(modules)))
 
     def has_moved(self) -> bool:
         """Is there a parameter for whose device and dtype nothing is proven? (Every proof has run in float64 too.) One

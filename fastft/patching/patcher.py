@@ -125,7 +125,7 @@ def _apply(base: nn.Module, kinds: Sequence[Kind], model: nn.Module) -> Record:
         error: Exception | None = None
         try:
             with _uncounted(base):
-                seen = observe(base, lambda fn: any(w(fn) for w in wants), alike=not sharding)
+                seen = observe(base, lambda fn: any(w(fn) for w in wants), not sharding)
             try:
                 with drawn_on_the_cpu():
                     _swap_all(record, Context(base, seen, names_of(base), sharding=sharding), kinds)

@@ -27,6 +27,7 @@ from fastft.compat.sharding_private import (
 )
 from fastft.compat.torch_private import call_hooks
 from fastft.patching.observe import Observation
+from fastft.swapping.walk import modules_of
 
 ELSEWHERE = "its proof fails on another process, and all processes run the same: "
 
@@ -51,6 +52,8 @@ class Sharding:
 
     def units(self, module: nn.Module) -> tuple[object, ...]:
         """The units that gather what is inside `module`; none where nothing of it is sharded."""
+        if not self.parameters:
+            return ()
         if module not in self._units:
             found = {id(p.unit): p.unit for m in module.modules() for p in self._of.get(m, ())}
             self._units[module] = tuple(found.values())
@@ -115,12 +118,12 @@ def _unsharded(unit: weakref.ref, owner: weakref.ref) -> Iterator[None]:
 def as_if_whole(model: nn.Module, around: nn.Module | None = None) -> Iterator[Sharding]:
     """Every shard stands there as a parameter without memory of the gathered one's shape, dtype and device. around: a
     module that holds `model`, and may be the one that FSDP2 has wrapped."""
-    sharding = Sharding(sharded_parameters(around or model))
+    sharding = Sharding(sharded_parameters(modules_of(around or model)))
     kept: list[tuple[nn.Module, Any]] = []
     hooks: list[tuple[dict, dict]] = []
     made: dict[int, nn.Parameter] = {}
     try:
-        for table in [t for m in model.modules() for t in call_hooks(m) if t] if sharding else []:
+        for table in [t for m in modules_of(model) for t in call_hooks(m) if t] if sharding else []:
             hooks.append((table, dict(table)))  # a copy on which a proof runs has nothing to gather
             for key in [k for k, hook in table.items() if only_gathers(hook)]:
                 del table[key]

@@ -15,7 +15,9 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 def _walk(module: nn.Module, found: dict[nn.Module, None]) -> None:
     found[module] = None
-    for child in module._modules.values():
+    inside = module._modules
+    for name in inside:  # (by name: `values()` would be a call for each module)
+        child = inside[name]
         if child is not None and child not in found:
             if child._modules:
                 _walk(child, found)

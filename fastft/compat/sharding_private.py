@@ -100,7 +100,8 @@ def _groups(modules: Sequence[nn.Module]) -> Iterator[Any]:
     wrapped = _kinds(modules, fsdp_module())
     for module in modules:
         if type(module) in wrapped:
-            state = module._get_fsdp_state()
+            fsdp: Any = module
+            state = fsdp._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
             yield from (g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None)
         if module._state_dict_pre_hooks:

@@ -50,10 +50,14 @@ def fsdp_module() -> Any:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
+def _dtensor() -> Any:
+    """Torch's class of sharded tensors; () where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
 def is_distributed(p: Any) -> bool:
     """Is this parameter, as it stands there now, a shard: a DTensor, or what ZeRO-3 has taken the values of?"""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    return isinstance(p, kind) or hasattr(p, "ds_id")
+    return isinstance(p, _dtensor()) or hasattr(p, "ds_id")
 
 
 def is_managed(modules: Sequence[nn.Module]) -> bool:
@@ -72,7 +76,7 @@ def _shards(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
     held = [(m, n, table[n]) for m, table in tables if type(table) is dict for n in table if table[n] is not None]
     # ZeRO-3's own kind of dictionary gathers what it is asked for by name
     held += [(m, n, p) for m, t in tables if type(t) is not dict for n, p in t.items() if p is not None]
-    kinds = _kinds([p for _, _, p in held], getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+    kinds = _kinds([p for _, _, p in held], _dtensor())
     return [(m, n, p) for m, n, p in held if type(p) in kinds or "ds_id" in p.__dict__]
 
 

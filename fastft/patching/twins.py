@@ -131,10 +131,10 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _same_values(v: Any, w: Any) -> bool:
-    """Are two containers equal? (Where they hold tensors, nobody can say.)"""
+    """Are two containers equal? (Where they hold tensors or arrays, whose comparison has no one answer, it is no.)"""
     try:
         return (v == w) is True
-    except Exception:
+    except (RuntimeError, ValueError):
         return False
 
 

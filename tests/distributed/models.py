@@ -6,25 +6,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tests.linear.lora_models import Results, adapted, quantised
+from tests.linear.lora_models import SMALL, Results, adapted, quantised
 
 VOCAB = 96
 CASES = [f"{m}-{w}" for m in ("llama", "qwen3") for w in ("lora", "nf4", "full")]
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
-    use_cache=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SIZES = SMALL | dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

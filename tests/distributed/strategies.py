@@ -65,9 +65,6 @@ class Strategy:
     mixed = False
     dtype = torch.float32
 
-    def takes(self, case: str) -> bool:
-        return True
-
     def prepare(self, model: nn.Module, patched: bool) -> nn.Module:
         raise NotImplementedError
 
@@ -157,17 +154,12 @@ class FSDP2(Strategy):
     units: str = "layers"  # or, each by itself, "linears" or "norms"; or "head", or, as accelerate does, the "tail"
     checkpoint: bool = False
     outside: bool = False  # the loss is computed from the logits that the model returns, as TRL's trainers do
-    only: str = ""
     planted: bool = False  # one process finds its norms' proofs bad
     dtype: torch.dtype = torch.float32
 
     @property
     def mixed(self) -> bool:
         return self.mp is not None or self.dtype != torch.float32
-
-    def takes(self, case: str) -> bool:
-        # FSDP2 casts the bytes of a 4-bit weight as well: they are kept in the dtype of mixed precision
-        return self.only in case and not ("nf4" in case and self.mp is not None and self.dtype == torch.float32)
 
     def prepare(self, model: nn.Module, patched: bool) -> nn.Module:
         if patched and self.before:
@@ -250,12 +242,10 @@ class Zero(Strategy):
         if patched and not self.before:
             fastft.patch(model)
         batch = half(dist.get_rank())
-        for i in range(2):
+        for _ in range(2):  # the first is thrown away, as it begins with other code
+            engine.optimizer.zero_grad()
             loss = engine(**batch, num_items_in_batch=tokens_of(whole())).loss * dist.get_world_size()
             engine.backward(loss)
-            if not i:
-                engine.optimizer.zero_grad()
-                continue
         results = {"loss": mean_of(loss)}
         for n, p in model.named_parameters():
             if p.requires_grad:
@@ -287,13 +277,13 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp2-tail": FSDP2(False, True, units="tail"),
     "fsdp2-head": FSDP2(False, True, units="head"),
     "fsdp2-head-before": FSDP2(True, True, units="head"),
-    "fsdp2-linears": FSDP2(False, True, units="linears", only="lora"),
+    "fsdp2-linears": FSDP2(False, True, units="linears"),
     "fsdp2-checkpoint": FSDP2(False, True, checkpoint=True),
     "fsdp2-bf16": FSDP2(False, True, BF16),
     "fsdp2-bf16-before": FSDP2(True, True, BF16),
-    "fsdp2-qlora": FSDP2(False, True, only="nf4", dtype=torch.bfloat16),
-    "fsdp2-qlora-before": FSDP2(True, True, only="nf4", dtype=torch.bfloat16),
-    "fsdp2-qlora-bf16": FSDP2(True, True, BF16, only="nf4", dtype=torch.bfloat16),
+    "fsdp2-qlora": FSDP2(False, True, dtype=torch.bfloat16),
+    "fsdp2-qlora-before": FSDP2(True, True, dtype=torch.bfloat16),
+    "fsdp2-qlora-bf16": FSDP2(True, True, BF16, dtype=torch.bfloat16),
     "fsdp2-offload": FSDP2(False, True, offload=True),
     "fsdp2-outside": FSDP2(False, True, outside=True),
     "fsdp2-outside-head": FSDP2(False, True, outside=True, units="head"),

@@ -63,6 +63,8 @@ def jobs(launch: str) -> list[str]:
 
 
 def takes(strategy: str, case: str) -> bool:
+    """Is this model trained under this strategy? (FSDP2 casts the bytes of a 4-bit weight as well: they are kept in
+    the dtype of mixed precision, which is "qlora".)"""
     if "qlora" in strategy or "nf4" in case:
         return "nf4" in case and ("qlora" in strategy or "bf16" not in strategy) and "linears" not in strategy
     return "linears" not in strategy or "lora" in case

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -30,24 +31,25 @@ Results = dict[str, torch.Tensor]
 _DRAW = [0]  # the batch that `tokens` gives inside `run`
 
 
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    use_cache=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
 def llama(dtype: torch.dtype = torch.float32, *, layers: int = LAYERS, seed: int = 0, **config) -> LlamaForCausalLM:
     """A Llama of hidden size 32, in training mode, biases drawn where it has any."""
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        use_cache=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(LlamaConfig(**settings | config))
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": layers} | config))
     for name, p in model.named_parameters():  # wide enough that attention and activation are far from linear
         if name.endswith("bias"):
             nn.init.normal_(p, std=0.2)

@@ -29,8 +29,9 @@ from torch import nn
 from fastft.compat.accelerate_private import OLD_FORWARD
 from fastft.compat.torch_private import COMPILED_CALL, HOOK_TABLES, TorchDispatchMode
 from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
-from fastft.patching.stand_ins import AsFirst, observed_class, stand_in, tensors_of
+from fastft.patching.stand_ins import AsFirst, observed_class, stand_in
 from fastft.patching.twins import Twins, find_twins, hollow
+from fastft.proving.tensors import tensors_in
 from fastft.swapping.rebind import global_calls, rebind
 from fastft.swapping.swap import Fast, as_stock, install, obstacle, uninstall
 from fastft.swapping.walk import modules_of
@@ -130,7 +131,7 @@ def _without_hooks(model: nn.Module, real: bool) -> None:
             m.__dict__.pop("forward", None)
 
 
-def _exchangetensors_of(model: nn.Module, real: bool) -> None:
+def _exchange_tensors(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`. Meta: every parameter, buffer and tensor attribute becomes a meta tensor (tied ones
     stay tied). Real: buffers become copies, as a forward may write into them."""
     known: dict[int, torch.Tensor] = {}
@@ -172,7 +173,7 @@ def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> li
     counter = itertools.count()
 
     def before(module, args, kwargs):
-        tensors = [*tensors_of(args), *tensors_of(tuple(kwargs.values()))]
+        tensors = tensors_in((*args, *kwargs.values()))
         call = ModuleCall(next(counter), running[-1][0] if running else None, tensors, None, len(args), tuple(kwargs))
         seen.calls.setdefault(module, []).append(call)
         running.append((module, call))
@@ -247,7 +248,7 @@ def _attempt(
         modules = [m for m in modules_of(model) if m not in inside]
         _tap(modules, seen, wanted, stack)
         running = _record(modules, seen, stack)
-        _exchangetensors_of(model, real)
+        _exchange_tensors(model, real)
         try:
             inputs = make_inputs(model, device)
             if not real:

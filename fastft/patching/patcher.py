@@ -152,7 +152,7 @@ def _agree(base: nn.Module, record: Record, error: Exception | None) -> None:
             "patch: a proof could not be made on another process of this run; its message is there, and the model "
             "is stock on all of them"
         )
-    modules = dict(base.named_modules())
+    modules = {n: m for m, n in names_of(base).items()}
     for (kind, name), outcome in record.outcomes.items():
         why = next((theirs[kind, name] for theirs in everybody if theirs.get((kind, name))), "")
         if outcome.kernel and why:

@@ -3,24 +3,15 @@ modules that the meta device cannot follow, layers that are like one that has ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastft.proving.tensors import floats_in
 from fastft.swapping.swap import Fast, Replacement, install, obstacle, order, state_of, uninstall
 from fastft.swapping.walk import modules_of
-
-
-def tensors_of(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in a value, its tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from tensors_of(v)
 
 
 @order(-100)
@@ -44,10 +35,10 @@ class _LikeInput(Replacement):
     input."""
 
     def forward(self, *args, **kwargs):
-        first = next((t for t in tensors_of((*args, *kwargs.values())) if t.is_floating_point()), None)
-        if first is None:
+        given = floats_in((*args, *kwargs.values()))
+        if not given:
             raise RuntimeError(f"a {type(self).__name__} without a floating-point input")
-        return torch.empty_like(first)
+        return torch.empty_like(given[0])
 
 
 class _OtherCall(Exception):

@@ -58,10 +58,15 @@ def standing_of(base: nn.Module, record: Record) -> list[Standing]:
 
 class Moved:
     """The pre-hook, one for all entrances of a model. kinds: makes fresh recognisers. renew: what else stands over the
-    swaps, done again over those that are there now."""
+    swaps, done again over those that are there now.
+
+    proving: the thread that proves the model now, whose modules meanwhile are not what they are: others wait."""
+
+    stays_while_observed = True
 
     def __init__(self, base: nn.Module, kinds: Callable[[], Sequence[Kind]], renew: Callable[[nn.Module], None]):
         self.base, self.kinds, self.renew, self.met = weakref.ref(base), kinds, renew, False
+        self.proving: int | None = None
         self.remember(MOST)
 
     def remember(self, left: int) -> None:
@@ -94,7 +99,14 @@ class Moved:
         return False
 
     def __call__(self, module: nn.Module, args) -> None:
-        if torch.compiler.is_compiling() or REPLICA in module.__dict__ or not self.has_moved():
+        if torch.compiler.is_compiling() or REPLICA in module.__dict__:
+            return
+        if self.proving is not None:
+            if self.proving != threading.get_ident():
+                with _LOCK:
+                    return
+            return
+        if not self.has_moved():
             return
         base = self.base()
         if base is not None and not transformed():
@@ -105,6 +117,7 @@ class Moved:
         with _LOCK:
             if not self.has_moved():  # another thread may have been here
                 return
+            self.proving = threading.get_ident()
             try:
                 if self.left:
                     prove_again(base, self.kinds())
@@ -114,13 +127,14 @@ class Moved:
                 self.met = True
                 self.renew(base)
                 self.remember(max(0, self.left - 1))
+                self.proving = None
 
     def __deepcopy__(self, memo) -> Moved:
         base = self.base()
         new = memo[id(self)] = Moved.__new__(Moved)
         new.base = self.base if base is None else weakref.ref(copy.deepcopy(base, memo))
         new.kinds, new.renew, new.left, new.standing = self.kinds, self.renew, self.left, []
-        new.sharded, new.met = self.sharded, self.met
+        new.sharded, new.met, new.proving = self.sharded, self.met, None
         for ref, *rest in self.standing:
             if (owner := ref()) is not None:
                 new.standing.append((weakref.ref(copy.deepcopy(owner, memo)), *rest))

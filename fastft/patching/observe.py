@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -120,11 +121,13 @@ def _attributes_kept(model: nn.Module):
 def _without_hooks(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back
     (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
-    forward of the instance, stays in a real run: it brings inputs to a module's device."""
+    forward of the instance, stays in a real run: it brings inputs to a module's device. The hook at which other threads
+    wait meanwhile (`Moved`) stays."""
     for m in modules_of(model):
         for name in HOOK_TABLES:
-            if m.__dict__.get(name):
-                m.__dict__[name] = OrderedDict()
+            if table := m.__dict__.get(name):
+                stays = [(k, hook) for k, hook in table.items() if getattr(hook, "stays_while_observed", False)]
+                m.__dict__[name] = OrderedDict(stays)
         if COMPILED_CALL in m.__dict__:
             m.__dict__[COMPILED_CALL] = None
         if not real and OLD_FORWARD in m.__dict__:
@@ -168,11 +171,14 @@ class _AssumeTrue(TorchDispatchMode):
 
 def _record(modules: list[nn.Module], seen: Observation, stack: ExitStack) -> list:
     """Hooks that note calls into `seen`; returned: the stack of modules that run, left as it was where an exception was
-    raised."""
+    raised. (Another thread that has waited for the observation to end may be left with such a hook in its hand.)"""
+    mine = threading.get_ident()
     running: list[tuple[nn.Module, ModuleCall]] = []
     counter = itertools.count()
 
-    def before(module, args, kwargs):
+    def before(module, args, kwargs=None):
+        if kwargs is None or threading.get_ident() != mine:
+            return
         tensors = tensors_in((*args, *kwargs.values()))
         call = ModuleCall(next(counter), running[-1][0] if running else None, tensors, None, len(args), tuple(kwargs))
         seen.calls.setdefault(module, []).append(call)

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastft
 from fastft.mlp.recogniser import MLPs
 from fastft.norm import norms
-from fastft.patching import moved, patcher
+from fastft.patching import moved, observe, patcher
 from fastft.patching.moved import MOST, NOT_YET, TOO_OFTEN, Moved
 from fastft.proving import proof_cache
 from fastft.proving.float64 import float64_reference
@@ -219,6 +219,25 @@ def test_threads_that_enter_a_moved_model_prove_it_once(monkeypatch):
         first, second = pool.map(lambda _: ours(input_ids=IDS).logits.detach().clone(), range(2))
     assert len(calls) == 1 and dtypes(ours) == {"float16"}
     assert torch.allclose(first, second, atol=1e-2)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["peft", "plain"])
+def test_a_thread_that_enters_while_another_proves_waits(monkeypatch, wrapped):
+    """The second thread comes while the model's parameters are exchanged for ones without values."""
+    ours, entered = fastft.patch(build()).half(), []
+    ours = ours if wrapped else ours.get_base_model()
+    made = observe.text_inputs
+    with ThreadPoolExecutor(1) as pool:
+
+        def in_the_middle(*given):
+            entered.append(pool.submit(lambda: ours(input_ids=IDS).logits.detach().clone()))
+            assert not wait(entered, timeout=0.3).done  # it stands at the door
+            return made(*given)
+
+        monkeypatch.setattr(observe, "text_inputs", in_the_middle)
+        first = ours(input_ids=IDS).logits.detach().clone()
+        (second,) = (f.result(timeout=60) for f in entered)
+    assert dtypes(ours) == {"float16"} and torch.equal(first, second)
 
 
 def test_a_model_patched_without_values_is_proven_where_it_gets_them():

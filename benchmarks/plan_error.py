@@ -148,7 +148,7 @@ def measured(case: Case, device: torch.device) -> dict[str, float]:
         *states,
         *grads,
     )
-    return _by_events(step, {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive})
+    return by_events(step, {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive})
 
 
 def _on_cuda(step: Callable) -> dict[str, float]:
@@ -164,7 +164,7 @@ def _on_cuda(step: Callable) -> dict[str, float]:
     return found
 
 
-def _by_events(step: Callable, alive: dict[int, int]) -> dict[str, float]:
+def by_events(step: Callable, alive: dict[int, int]) -> dict[str, float]:
     """The running sum of the allocator's events, from what is alive."""
 
     def around(name: str, run: Callable[[], None]) -> None:

@@ -185,8 +185,12 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this` machine's.")
     ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Several of one kind, each with its own process: 4x24GiB, 8xH100.")
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="With --gpus: fsdp2 (the default) or ddp.")] = None,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Rows on the device.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Rows on the device, on each of several.")] = 4,
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA's rank, on all linear layers.")] = 16,
     four_bit: Annotated[bool, typer.Option("--4bit", help="The base in NF4 (QLoRA).")] = False,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA.")] = False,
@@ -237,6 +241,8 @@ def plan(
             result = run(
                 model,
                 gpu=gpu,
+                gpus=gpus,
+                strategy=strategy,
                 seq=seq,
                 batch=batch,
                 r=r,

@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,36 @@ def fsdp_module() -> Any:
 def _dtensor() -> Any:
     """Torch's class of sharded tensors; () where nobody has imported it."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def has_shards(types: Sequence[type]) -> bool:
+    """Is one of these, of an operator's arguments, torch's class of sharded tensors? (Its own dispatch then runs the
+    operator on what this rank has.)"""
+    return _dtensor() in types
+
+
+def local_part(t: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a sharded tensor; any other tensor itself. Outside autograd."""
+    return getattr(t, "_local_tensor", t)
+
+
+def forget_fsdp(module: nn.Module) -> None:
+    """Torch remembers of each module, beside the module, that FSDP2 has wrapped it: no longer."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    _module_state_mapping.pop(module, None)
+
+
+@contextmanager
+def imagined_group(count: int) -> Iterator[None]:
+    """The first of `count` processes that are not there: collectives return at once, and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def is_distributed(p: Any) -> bool:

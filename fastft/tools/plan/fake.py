@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from fastft.compat.sharding_private import has_shards
 from fastft.compat.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -144,6 +145,8 @@ class RealIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if has_shards(types):
+            return NotImplemented
         if func is torch.ops.prim.device.default:
             return fake_device(args[0]) if isinstance(args[0], FakeTensor) else func(*args)
         if func is torch.ops.aten._unsafe_view.default:  # alike, and torch remembers its results

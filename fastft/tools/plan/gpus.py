@@ -20,6 +20,7 @@ CONTEXT = GIB // 2
 CUBLAS = 8 * 2**20 + 128 * 2**10
 CUBLAS_HOPPER = 32 * 2**20  # and ":4096:8" on sm_90; both come out of torch's allocator
 BLOCK = 512  # bytes to which torch's caching allocator rounds (kMinBlockSize in CUDACachingAllocator)
+MOST_GPUS = 4096  # that are planned for together
 
 _TOTAL = {  # GiB, and the compute capability
     "T4": (14.5, 75),
@@ -66,6 +67,22 @@ class Gpu:
 def known() -> list[Gpu]:
     """The cards with a name, smallest first."""
     return sorted((Gpu(n, int(g * GIB), c) for n, (g, c) in _TOTAL.items()), key=lambda g: g.total)
+
+
+def several(text: str) -> tuple[int, Gpu]:
+    """How many cards, and which, in "4x24GiB", "8 x H100". Raises PlanError."""
+    found = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\S.*)", text)
+    if found is None:
+        raise PlanError(f"gpus={text!r}: want a number and a card or a size, as '4x24GiB' or '8xH100'")
+    count = int(found[1])
+    if not 2 <= count <= MOST_GPUS:
+        raise PlanError(f"gpus={text!r}: want from 2 to {MOST_GPUS:,} of them; for one pass gpu={found[2].strip()!r}")
+    card = find(found[2])
+    if card.usable <= card.cublas:
+        raise PlanError(
+            f"gpus={text!r}: a CUDA context takes {CONTEXT / GIB:.1f} GiB, which leaves nothing: want larger GPUs"
+        )
+    return count, card
 
 
 def find(text: str) -> Gpu:

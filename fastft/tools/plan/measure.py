@@ -10,16 +10,35 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastft.compat.torch_private import FakeTensor, TorchDispatchMode, fake_device, operator_name, storage_id
+from fastft.compat.sharding_private import has_shards
+from fastft.compat.torch_private import (
+    FakeTensor,
+    TorchDispatchMode,
+    fake_device,
+    operator_name,
+    schema_name,
+    storage_id,
+)
 from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.workspace import inside
 from fastft_kernels.runtime.dispatch import FAKES, LAUNCHERS
 
-TAGS = ("temporary", "activations", "gradients", "optimizer")
+TAGS = ("temporary", "activations", "gradients", "optimizer", "gathered", "communication")
+# operators of collectives, and of FSDP2 around them -> which of their arguments another rank writes or reads
+COLLECTIVES = {
+    "c10d::_allgather_base_": ("all-gather", 0),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::allreduce_": ("all-reduce", 0),
+    "_c10d_functional::all_reduce": ("all-reduce", 0),
+    "_c10d_functional::all_reduce_": ("all-reduce", 0),
+}
+LOCAL = ("aten", "prim", "prims", "fastft", "bitsandbytes", "profiler")  # namespaces without collectives
+COPIED_OUT = "fsdp::split_with_sizes_copy"  # from the buffer of an all-gather into whole parameters
 
 
 @dataclass
@@ -56,6 +75,8 @@ class AllocationLedger(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.moved: dict[str, int] = {}
+        self.resized: dict[int, torch.UntypedStorage] = {}
         self.alive: dict[int, _Storage] = {}
         self.all: list[_Storage] = []
         self.events: list[int] = []
@@ -65,6 +86,10 @@ class AllocationLedger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return fake_device(args[0]) if isinstance(args[0], FakeTensor) else func(*args)
+        if has_shards(types):
+            return NotImplemented
+        if self.resized:
+            self._see_resized()
         ours = func.namespace == "fastft"
         if ours and not self.for_cuda:
             with self:
@@ -81,17 +106,50 @@ class AllocationLedger(TorchDispatchMode):
                 given = {storage_id(a.untyped_storage()) for a in tensors_in((args, kwargs))}
             if key not in given and (size := storage.nbytes()):
                 self._born(storage, key, size)
+        if func.namespace not in LOCAL:
+            self._communicates(func, args, kwargs)
         if (taken := inside(func, args, kwargs, self.for_cuda)) > 0:
             self.all.append(_Storage(taken, len(self.events), len(self.events) + 1))
             self.events.append(-taken)
         return out
+
+    def communicated(self, what: str, size: int) -> None:
+        """Count `size` bytes of the tensor that a collective makes on every rank, or sums over the ranks."""
+        self.moved[what] = self.moved.get(what, 0) + size
+
+    def _communicates(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """What a collective moves; and what FSDP2's own operators say its buffers are for."""
+        name = schema_name(func)
+        if name == COPIED_OUT:
+            for t in kwargs["out"]:
+                self.resized[storage_id(t.untyped_storage())] = t.untyped_storage()
+            self.tag(kwargs["out"], "gathered")
+        if name in COLLECTIVES:
+            what, which = COLLECTIVES[name]
+            whole = tensors_in(args[which])
+            self.communicated(what, sum(t.nbytes for t in whole))
+            self.tag([t for t in whole if self._tag_of(t) == "temporary"], "communication")
+
+    def _tag_of(self, t: torch.Tensor) -> str | None:
+        record = self.alive.get(storage_id(t.untyped_storage()))
+        return None if record is None else TAGS[record.tag]
+
+    def _see_resized(self) -> None:
+        """FSDP2 lets a whole parameter go, and has it again, by the size of its storage: no operator says so."""
+        for key, storage in self.resized.items():
+            if not storage.nbytes():
+                self._died(key)
+            elif key not in self.alive:
+                self._born(storage, key, storage.nbytes())
+                self.alive[key].tag = TAGS.index("gathered")
 
     def _born(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
         size = -(-size // self.rounding) * self.rounding
         record = self.alive[key] = _Storage(size, len(self.events))
         self.all.append(record)
         self.events.append(size)
-        weakref.finalize(storage, self._died, key)
+        if key not in self.resized:
+            weakref.finalize(storage, self._died, key)
 
     def _died(self, key: int) -> None:
         if (record := self.alive.pop(key, None)) is not None:

@@ -22,8 +22,11 @@ from fastft.errors import DtypeError, ModelNotFoundError, PlanError
 from fastft.experts.structure import wide_experts
 from fastft.loading.checkpoint import adapter_config
 from fastft.parsing import parse_dtype
-from fastft.tools.plan.gpus import Gpu, find, known
+from fastft.tools.plan.gpus import Gpu, find, known, several
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
+from fastft.tools.plan.ranks.needed import gpus_needed, sent
+from fastft.tools.plan.ranks.strategies import STRATEGIES, Ranks
+from fastft.tools.plan.ranks.strategies import notes as ranks_notes
 from fastft.tools.plan.result import UNMEASURED, Plan, PlanLine
 from fastft.tools.plan.search import Limits, search
 from fastft.tools.plan.step import LOSSES
@@ -35,6 +38,8 @@ def plan(
     model: str | os.PathLike | PretrainedConfig,
     *,
     gpu: str | None = None,
+    gpus: str | None = None,
+    strategy: str | None = None,
     seq: int = 2048,
     batch: int = 4,
     r: int = 16,
@@ -59,7 +64,10 @@ def plan(
         model: a checkpoint's or configuration's name or folder, an adapter's folder (its base is planned for, with the
             adapter's own settings), or a config.
         gpu: a card ("T4", "4090", "H100"), a size ("16GiB"), "this" for this machine's; None: no limit, and no search.
-        seq, batch: tokens of a row, rows on the device.
+        gpus: several of one kind in its place ("4x24GiB", "8xH100"), each with a process of its own: the plan is one
+            rank's, with what its collectives move.
+        strategy: how the processes share the work: "ddp" or "fsdp2" (the default), as accelerate sets them up.
+        seq, batch: tokens of a row, rows on each device.
         accumulate: gradient_accumulation_steps.
         r: LoRA's rank, on all linears but the head.
         peft_config: any other PEFT config.
@@ -92,7 +100,7 @@ def plan(
         notes.append(f"planned for {base_name}, the base of the adapter in {os.fspath(model)}")
         model, peft_config = base_name, adapter if peft_config is None and not full else peft_config
     config = model if isinstance(model, PretrainedConfig) else _config(os.fspath(model), trust_remote_code)
-    card = None if gpu is None else find(gpu)
+    card, ranks = _cards(gpu, gpus, strategy)
     loss = loss or ("trl" if importlib.util.find_spec("trl") is not None else "model")
     for what, value, known_values in (("loss", loss, LOSSES), ("device", device, ("cuda", "cpu"))):
         if value not in known_values:
@@ -107,6 +115,8 @@ def plan(
     if full and load_in_4bit:
         raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
     base = _dtype(dtype, config, card)
+    if ranks is not None:
+        notes += ranks_notes(ranks, base, load_in_4bit, full, accumulate)
     adapters = None if full else peft_config or lora(r)
     # SFTTrainer casts the adapters of a quantised base to bfloat16, of which float16's gradient scaler takes none
     on_4bit = torch.bfloat16 if loss == "trl" and base != torch.float16 else torch.float32
@@ -122,9 +132,10 @@ def plan(
         accumulate=accumulate > 1,
         loss=loss,
         for_cuda=device == "cuda",
+        ranks=ranks,
     )
     ours = subject(config, setting, trust_remote_code, progress)
-    work = _Work(ours, batch, seq, card, limits and card is not None)
+    work = _Work(ours, batch, seq, card, limits and card is not None, accumulate)
     lines = work.fastft(policy)
     if stock:
         work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code, progress))
@@ -137,12 +148,16 @@ def plan(
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq > positions:
         notes.append(f"rows of {seq:,} tokens are longer than the {positions:,} positions that the model was built for")
+    elif positions is not None and max((x.longest or 0 for x in lines), default=0) > positions:
+        notes.append(f"the longest rows that fit are beyond the {positions:,} positions that the model was built for")
     if setting.dtype == torch.float16 and dtype == "auto" and card is not None and not card.has_bfloat16:
         notes.append(f"in float16: a {card.name} has no bfloat16")
     notes += [UNMEASURED] if device == "cuda" else []
     if load_in_4bit and (left := wide_experts(ours.model)):
         notes.append(left)
-    return Plan(name or type(config).__name__, what, batch, seq, ours.depth, card, tuple(lines), tuple(notes))
+    title = name or type(config).__name__
+    found = Plan(title, what, batch, seq, ours.depth, card, tuple(lines), tuple(notes))
+    return found if ranks is None else replace(found, gpus=ranks.count, strategy=ranks.strategy)
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,7 @@ class _Work:
     seq: int
     gpu: Gpu | None
     limits: bool
+    accumulate: int = 1
 
     def fastft(self, policy: str | int) -> list[PlanLine]:
         """The policy asked for, then the others."""
@@ -186,6 +202,7 @@ class _Work:
         held = sum(v for k, v in parts.items() if k not in ("temporary", "activations", "gradients"))
         numel = checkpoint / s.setting.dtype.itemsize
         gradients = sum(p.numel() * p.element_size() for p in s.model.parameters() if p.requires_grad)
+        gradients //= 1 if s.setting.ranks is None else s.setting.ranks.gradients_over
         reserve = WORKSPACE + HEAD_BYTES * numel + kept + gradients
         split = choose([int(kept)] * depth, [int(checkpoint)] * depth, usable - held, int(reserve))
         line = self._line(
@@ -201,7 +218,8 @@ class _Work:
 
     def _line(self, stack: str, policy: str, way: tuple[int, int, int], search_too: bool = True) -> PlanLine:
         recomputed, kept, offloaded = way
-        peak = self.subject.peak((recomputed, kept), self.batch, self.seq, offloaded)
+        s, shape = self.subject, (self.batch, self.seq)
+        peak = s.peak((recomputed, kept), *shape, offloaded)
         taken = lambda gpu: peak.total + (gpu.cublas if self.subject.setting.for_cuda else 0)
         fits = None if self.gpu is None else taken(self.gpu) <= self.gpu.usable
         smallest = next(
@@ -217,12 +235,34 @@ class _Work:
             found = search(
                 self.subject, (recomputed, kept), offloaded, self.gpu.usable - self.gpu.cublas, self.batch, self.seq
             )
-        return PlanLine(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
+        line = PlanLine(stack, policy, recomputed, offloaded, peak, fits, found.batch, found.tokens, smallest)
+        if self.gpu is None or s.setting.ranks is None:
+            return line
+        moved = s.whole((recomputed, kept), *shape, offloaded).moved
+        room = self.gpu.usable - self.gpu.cublas
+        needed = gpus_needed(s, (recomputed, kept), *shape, offloaded, room)
+        return replace(line, moved=sent(moved, s.setting.ranks.count, self.accumulate), gpus_needed=needed)
+
+
+def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu | None, Ranks | None]:
+    """The card that is planned for, and who shares the work."""
+    if strategy is not None and strategy not in STRATEGIES:
+        raise PlanError(f"strategy={strategy!r}: want one of {', '.join(STRATEGIES)}")
+    if gpus is None:
+        if strategy is not None:
+            raise PlanError(f"strategy={strategy!r} is for several GPUs: pass gpus='4x24GiB', or leave it out")
+        return None if gpu is None else find(gpu), None
+    if gpu is not None:
+        raise PlanError(f"gpu={gpu!r} and gpus={gpus!r} were both given: leave one out")
+    count, card = several(gpus)
+    return card, Ranks(strategy or "fsdp2", count)
 
 
 def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if not os.path.exists(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelNotFoundError(f"no configuration at {name!r}: there is no such folder; pass one with a config.json")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:

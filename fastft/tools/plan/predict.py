@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,16 +29,18 @@ from fastft.tools.plan import fake as plan_fake
 from fastft.tools.plan.gpus import BLOCK
 from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
 from fastft.tools.plan.optimizers import states
+from fastft.tools.plan.ranks.strategies import Ranks, Share, share_of
 from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
 ACTIVATIONS = TAGS.index("activations")
+WINDOWS = [TAGS.index("gathered"), TAGS.index("communication")]
 LONGEST_PERIOD, MOST_APART = 8, 4
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
     """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains
-    everything."""
+    everything. ranks: who shares the work; None: one process."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -50,6 +52,18 @@ class TrainingSetup:
     loss: str
     for_cuda: bool
     patched: bool = True
+    ranks: Ranks | None = None
+
+    @property
+    def fewest(self) -> int:
+        """Layers of a kind that have all that many have: the first one is like no other, and where parameters are
+        gathered, one waits for the layer before and one for the layer after."""
+        return 3 if self.is_wrapped else 2
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Does the strategy change the modules, so that what is swapped is found out once it has?"""
+        return self.ranks is not None and self.ranks.wraps
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,12 @@ class StepPeakMemory:
 
 @dataclass(frozen=True)
 class TracedStep:
-    """Bytes that live through a whole step, and what its phases allocate."""
+    """Bytes that live through a whole step, what its phases allocate, and the bytes that its collectives gather or
+    sum."""
 
     static: dict[str, int]
     phases: list[Phase]
+    moved: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,7 +104,17 @@ class PlannedModel:
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
     recomputation: str = "lean"  # or "full": how all layers are recomputed, where all are
     on_run: Callable[[str], None] = lambda what: None  # is told of each run before it
+    others: dict[Ranks | None, PlannedModel] = field(default_factory=dict)  # on other numbers of ranks
     apart: int = 0  # how many layers at the beginning are of another kind, and repeat nowhere
+
+    def on(self, ranks: Ranks | None) -> PlannedModel:
+        """This model on as many ranks; its runs are remembered too."""
+        if ranks == self.setting.ranks:
+            return self
+        if ranks not in self.others:
+            setting = replace(self.setting, ranks=ranks)
+            self.others[ranks] = replace(self, setting=setting, runs={}, has_squares=None)
+        return self.others[ranks]
 
     def peak(self, layers: tuple[int, int], rows: int, tokens: int, offloaded: int = 0) -> StepPeakMemory:
         """The fullest moment of a step. layers: how many are recomputed, and how many kept (one of them 0 for stock);
@@ -108,7 +134,7 @@ class PlannedModel:
         """The run of the whole model, extrapolated from those of a few layers."""
         small = self._less(layers)
         base, longs = self._run(small, rows, tokens), []
-        static = dict(base.static)
+        static, moved = dict(base.static), dict(base.moved)
         for i in range(2):
             steps = (layers[i] - small[i]) // (self.period or 1)
             if not steps:
@@ -117,7 +143,8 @@ class PlannedModel:
             run = self._run(further, rows, tokens)
             longs.append((steps, run.phases))
             static = {k: v + steps * (run.static[k] - base.static[k]) for k, v in static.items()}
-        return TracedStep(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))))
+            moved = {k: v + steps * (run.moved[k] - base.moved[k]) for k, v in moved.items()}
+        return TracedStep(static, deeper(base.phases, longs, _Growth(offloaded / max(layers[0], 1))), moved)
 
     def kept(self, layers: tuple[int, int], rows: int, tokens: int) -> float:
         """Bytes that a further layer adds to what lives between forward and backward: of a recomputed one, or if there
@@ -135,7 +162,7 @@ class PlannedModel:
         p, before = self.period, 0
         if p is None:
             return layers
-        least, one = [], max(2, p) if self.setting.patched and layers[0] else p
+        least, one = [], max(self.setting.fewest, p) if self.setting.patched and layers[0] or self.setting.is_wrapped else p
         for count in layers:
             fewest = one + max(0, self.apart - before)
             before += count
@@ -149,10 +176,16 @@ class PlannedModel:
         if key not in self.runs:
             stack = "fastft" if self.setting.patched else "stock"
             self.on_run(f"{stack}: {rows} x {tokens} tokens, {layers[0]} layers recomputed, {layers[1]} kept")
-            with self.fake():
-                self._cut(sum(layers))
-                self._prepare(layers)
-                self.runs[key] = self._step(rows, tokens)
+            s = self.setting
+            self._cut(sum(layers))
+            quantisation = plan_fake.quantisation_tensors(self.model)
+            with share_of(self.model, s.ranks, s.autocast, self.fake) as share:
+                if s.is_wrapped and s.patched:  # as it is then: what is gathered together is swapped together
+                    with formula_alone():
+                        patch(self.model)
+                with self.fake():
+                    self._prepare(layers)
+                    self.runs[key] = self._step(share, quantisation, rows, tokens)
         return self.runs[key]
 
     def _cut(self, depth: int) -> None:
@@ -170,7 +203,7 @@ class PlannedModel:
         else:
             control(base, Policy("layers", layers=layers[0]) if layers[0] else Policy("none"))
 
-    def _step(self, rows: int, tokens: int) -> TracedStep:
+    def _step(self, share: Share, quantisation: list[torch.Tensor], rows: int, tokens: int) -> TracedStep:
         """The second step of a run, and the last of its accumulated batches: the optimizer's state is there, and so may
         gradients be."""
         s, model = self.setting, self.model
@@ -180,50 +213,53 @@ class PlannedModel:
             batch = plan_fake.batch(self.config, rows, tokens)
             learning = [p for p in model.parameters() if p.requires_grad]
             step, kept = states(model, s.optim, s.for_cuda)
-            held = [
-                t.untyped_storage()
-                for t in (*model.parameters(), *model.buffers(), *plan_fake.quantisation_tensors(model))
-            ]
+            share.rehearse()
+            held = [t.untyped_storage() for t in share.parts((*model.parameters(), *model.buffers(), *quantisation))]
             ledger = AllocationLedger(BLOCK if s.for_cuda else 1, s.for_cuda, set(map(storage_id, held)))
             with ledger:
-                for t in kept:
+                for t in share.parts(kept):
                     ledger.adopt(t, "optimizer")
                 for t in batch.values():
                     ledger.adopt(t, "activations")
                 if s.accumulate:
                     for p in learning:
                         p.grad = torch.empty_like(p)
-                    ledger.tag([p.grad for p in learning if p.grad is not None], "gradients")
+                    ledger.tag(share.parts(p.grad for p in learning if p.grad is not None), "gradients")
                 ledger.phase("forward")
                 loss = forward(model, batch, s.loss, s.autocast)
                 ledger.tag(None, "activations")
                 ledger.phase("backward")
                 loss.backward()
-                ledger.tag([p.grad for p in learning if p.grad is not None], "gradients")
+                share.summed(ledger)
+                ledger.tag(share.parts(p.grad for p in learning if p.grad is not None), "gradients")
                 ledger.phase("optimizer")
                 finish(model, step)
             for p in learning:
                 p.grad = None
-            return TracedStep(_static(model, BLOCK if s.for_cuda else 1), ledger.phases())
+            static = _static(share, quantisation, BLOCK if s.for_cuda else 1)
+            return TracedStep(static, ledger.phases(), ledger.moved)
 
 
 def _peaks(run: TracedStep) -> list[StepPeakMemory]:
     found = []
     for phase in run.phases:
         moment = phase.live[phase.live.sum(1).argmax()] if len(phase.live) else np.zeros(len(TAGS))
-        found.append(StepPeakMemory(run.static | {t: round(v) for t, v in zip(TAGS, moment)}, phase.name))
+        here = {t: round(v) + run.static.get(t, 0) for t, v in zip(TAGS, moment)}
+        found.append(StepPeakMemory(run.static | here, phase.name))
     return found
 
 
 @dataclass(frozen=True)
 class _Growth:
-    """What a further layer adds to a step's memory, without the part of its activations that is on the host."""
+    """What a further layer adds to a step's memory, without the part of its activations that is on the host; and
+    without what is gathered and sent: of the layers around the one that runs, as many as there are in a short run."""
 
     on_host: float
 
     def __call__(self, growth: np.ndarray) -> np.ndarray:
         growth = growth.copy()
         growth[:, ACTIVATIONS] *= 1 - self.on_host
+        growth[:, WINDOWS] = 0
         return growth
 
 
@@ -239,26 +275,27 @@ def _store(base: Any) -> None:
     base.gradient_checkpointing_disable()
 
 
-def _static(model: nn.Module, rounding: int) -> dict[str, int]:
+def _static(share: Share, quantisation: list[torch.Tensor], rounding: int) -> dict[str, int]:
     """Bytes that live through the whole run, each storage once."""
     seen: set[int] = set()
 
     def size(tensors) -> int:
         total = 0
-        for t in tensors:
+        for t in share.parts(tensors):
             storage = t.untyped_storage()
             if (key := storage_id(storage)) not in seen:
                 seen.add(key)
                 total += -(-storage.nbytes() // rounding) * rounding
         return total
 
-    lora = hasattr(model, "peft_config")
-    parameters = list(model.parameters())
+    lora = hasattr(share.model, "peft_config")
+    parameters = list(share.model.parameters())
     return {
         "adapters": size(p for p in parameters if lora and p.requires_grad),
-        "quantisation": size(plan_fake.quantisation_tensors(model)),
+        "quantisation": size(quantisation),
         "weights": size(parameters),
-        "buffers": size(model.buffers()),
+        "buffers": size(share.model.buffers()),
+        "communication": size(share.buffers),
     }
 
 
@@ -292,7 +329,7 @@ def subject(
                 p.data = p.data.to(setting.adapter_dtype)
     model.train()
     trains_through_base(model)
-    if setting.patched:
+    if setting.patched and not setting.is_wrapped:
         with formula_alone():
             patch(model)
     fake = plan_fake.FakeRun()

@@ -21,8 +21,11 @@ COLUMNS = {  # a column and the parts that it adds up
     "gradients": ("gradients",),
     "activations": ("activations",),
     "temporary": ("temporary",),
+    "gathered": ("gathered",),
+    "buffers": ("communication",),
 }
-COLOURS = ("#4c6a92", "#7fa7d0", "#b0c4de", "#c9a66b", "#d9804f", "#b3b3b3")
+RANKS_ONLY = ("gathered", "buffers")
+COLOURS = ("#4c6a92", "#7fa7d0", "#b0c4de", "#c9a66b", "#d9804f", "#b3b3b3", "#7d9a6a", "#b9cca8")
 
 
 UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GPU"
@@ -32,7 +35,8 @@ UNMEASURED = "predicted on fake tensors; the prediction was not measured on a GP
 class PlanLine:
     """One way to train. recomputed, offloaded: how many of the model's layers. fits: None without a GPU. largest_batch:
     rows of `seq` tokens; longest: tokens of a single row; None without a GPU. smallest_gpu: of those with a name, the
-    smallest that it fits."""
+    smallest that it fits. Of several GPUs only: moved: bytes that each rank sends in a step, by collective, in rings;
+    gpus_needed: of such GPUs, the fewest on which it fits, None where no number helps."""
 
     stack: str
     policy: str
@@ -43,6 +47,8 @@ class PlanLine:
     largest_batch: int | None
     longest: int | None
     smallest_gpu: str | None
+    moved: dict[str, int] | None = None
+    gpus_needed: int | None = None
 
     def to_dict(self) -> dict:
         """The line as `json.dumps` takes it."""
@@ -52,7 +58,8 @@ class PlanLine:
 @dataclass(frozen=True)
 class Plan:
     """What `plan` found. Printing shows a table; `.to_dict()` is JSON-ready; `.plot(path)` draws it. chosen: the line
-    of the policy that was asked for."""
+    of the policy that was asked for. gpus, strategy: how many share the work, and how; all bytes are then one
+    rank's."""
 
     model: str
     what: str
@@ -62,6 +69,8 @@ class Plan:
     gpu: Gpu | None
     lines: tuple[PlanLine, ...]
     notes: tuple[str, ...] = (UNMEASURED,)
+    gpus: int = 1
+    strategy: str | None = None
 
     @property
     def chosen(self) -> PlanLine:
@@ -82,6 +91,11 @@ class Plan:
 
     def __str__(self) -> str:
         return as_text(self, 100)
+
+
+def columns(plan: Plan) -> list[str]:
+    """The columns that a plan has: a single process gathers nothing."""
+    return [c for c in COLUMNS if plan.strategy is not None or c not in RANKS_ONLY]
 
 
 def parts(line: PlanLine) -> dict[str, float]:
@@ -111,23 +125,29 @@ def render(plan: Plan, width: int) -> Iterator[Table | Text]:
 def _table(plan: Plan, width: int) -> Table:
     gpu = plan.gpu
     where = "" if gpu is None else f" on {gpu.name} ({gpu.usable / GIB:.1f} of {gpu.total / GIB:.1f} GiB usable)"
+    if plan.strategy is not None and gpu is not None:
+        where = f" on each of {plan.gpus} x{where[3:]}, {plan.strategy}"
     title = f"fastft plan: {plan.model}, {plan.what}, {plan.batch} x {plan.seq}{where}"
     number = lambda v: "" if v is None else f"{v:,}"
     unit, size = ("GiB", GIB) if max(x.peak.total for x in plan.lines) >= GIB else ("MiB", 2**20)
-    columns = [
+    used, moved = columns(plan), list(dict.fromkeys(k for x in plan.lines for k in x.moved or ()))
+    cells = [
         [
-            *(f"{v * GIB / size:.2f}" for v in parts(x).values()),
+            *(f"{parts(x)[c] * GIB / size:.2f}" for c in used),
             f"{x.peak.total / size:.2f}",
             *(["yes" if x.fits else "NO", number(x.largest_batch), number(x.longest)] if gpu is not None else []),
             *([x.smallest_gpu or "none"] if gpu is None else []),
+            *([number(x.gpus_needed) or "none"] if plan.strategy is not None else []),
+            *(f"{(x.moved or {}).get(k, 0) / size:.2f}" for k in moved),
         ]
         for x in plan.lines
     ]
     last = ["fits", "largest batch", "longest row"] if gpu is not None else ["smallest GPU"]
-    names = [*COLUMNS, "total", *last]
+    last += ["GPUs needed", *(f"sent: {k}" for k in moved)] if plan.strategy is not None else []
+    names = [*used, "total", *last]
     short = lambda x: x.policy.split(" (")[0] if x.stack == "fastft" else ""
     headings = [f"{i} {x.stack} {short(x)}#" for i, x in enumerate(plan.lines, 1)]
-    rows = [[name, *(c[i] for c in columns)] for i, name in enumerate(names)]
+    rows = [[name, *(c[i] for c in cells)] for i, name in enumerate(names)]
     styles = ["bold" if name in ("total", "fits") else "" for name in names]
     return table(title, [f"{unit} at the peak", *headings], rows, styles, width)
 
@@ -141,7 +161,7 @@ def plot(plan: Plan, path: str | os.PathLike) -> None:
     figure = Figure(figsize=(10, 1.6 + 0.5 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
     left = [0.0] * len(lines)
-    for column, colour in zip(COLUMNS, COLOURS):
+    for column, colour in [(c, k) for c, k in zip(COLUMNS, COLOURS) if c in columns(plan)]:
         widths = [parts(x)[column] for x in lines]
         axes.barh(range(len(lines)), widths, left=left, label=column, color=colour)
         left = [a + b for a, b in zip(left, widths)]

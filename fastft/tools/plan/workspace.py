@@ -23,6 +23,11 @@ def _flash_backward(grad_out, query, key, value, *args, **kwargs) -> int:
     return rows * (4 * d + 4) + shared
 
 
+def _gathered(output, *args, **kwargs) -> int:
+    """gloo gathers into a buffer of its own, and copies out of it."""
+    return output.nbytes
+
+
 def _dequantised(A, B, shape, *args, **kwargs) -> int:
     """bitsandbytes multiplies many rows by the whole dequantised matrix."""
     return math.prod(shape) * A.element_size()
@@ -33,5 +38,6 @@ _ON_CUDA = {
     "bitsandbytes::gemm_4bit": _dequantised,
 }
 _ON_CPU = {
+    "c10d::_allgather_base_": _gathered,
     "bitsandbytes::gemm_4bit": _dequantised,
 }

@@ -72,7 +72,7 @@ def real_model(case: Case, device: torch.device) -> nn.Module:
     with torch.device("cpu" if s.four_bit else device):
         model = AutoModelForCausalLM.from_config(case.config, dtype=s.dtype)
     if s.four_bit:
-        model = _quantised(model, s.dtype, device)
+        model = _quantised(model, s.dtype, device, s.storage)
     if s.loss == "trl":
         with_trl_head(model)
     if s.adapters is not None:
@@ -90,11 +90,15 @@ def real_model(case: Case, device: torch.device) -> nn.Module:
     return model
 
 
-def _quantised(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _quantised(model: nn.Module, dtype: torch.dtype, device: torch.device, storage: torch.dtype) -> nn.Module:
     from transformers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

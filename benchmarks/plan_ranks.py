@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import os
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.header import header
 from benchmarks.plan_error import BF16, PHASES, Case, Outcome, cases, llama, optimizer_for, predicted, real_model
 from fastft.compat.sharding_private import has_shards
 from fastft.compat.torch_private import TorchDispatchMode
@@ -123,10 +124,10 @@ class Settled(TorchDispatchMode):
         return out
 
 
-def measured(case: Case) -> dict[str, float]:
-    """The third of three real steps of this process, by phase."""
-    model: Any = real_model(case, CPU)
+def measured(case: Case, model: Any) -> dict[str, float]:
+    """The third of three real steps of this process, by phase. model: `real_model`, not wrapped yet."""
     batch = plan_fake.batch(case.config, case.rows, case.tokens)
+    _anew(model)  # what was read from a file is gone before: the profile would see that alone of it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Settled():
         _anew(model)
         batch = {k: v.clone() for k, v in batch.items()}
@@ -170,10 +171,11 @@ def worker(out: str, names: list[str]) -> None:
     """Measures every case; the first process writes what it found."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
     known, found = rank_cases(), {}
+    models = {name: real_model(known[name], CPU) for name in names}  # transformers saves on the first process alone
+    dist.init_process_group("gloo")
     for name in names:
-        found[name] = measured(known[name])
+        found[name] = measured(known[name], models.pop(name))
         gc.collect()
         dist.barrier()
     if dist.get_rank() == 0:
@@ -211,12 +213,17 @@ def main(argv: list[str] | None = None) -> int:
         worker(options.worker[0], options.worker[1:])
         return 0
     names = list(rank_cases(tuple(options.strategies.split(","))))
-    worst, rows = 0.0, {}
+    most = lambda d: max(d.values()) / 2**20
+    rows = {}
     for name, result in outcomes(names):
-        worst = max(worst, abs(result.error))
-        most = lambda d: max(d.values()) / 2**20
-        print(f"| {name} | {most(result.predicted):,.1f} | {most(result.measured):,.1f} | {result.error:+.2%} |", flush=True)
-        rows[name] = dataclasses.asdict(result) | {"error": result.error}
+        line = f"| {name} | {most(result.predicted):,.1f} | {most(result.measured):,.1f} | {result.error:+.2%} |"
+        print(line, flush=True)
+        rows[name] = {**dataclasses.asdict(result), "error": result.error}
+    worst = max(abs(r["error"]) for r in rows.values())
+    if options.out is not None:
+        command = "python -m benchmarks.plan_ranks " + " ".join(sys.argv[1:])
+        found = {"header": header(CPU, command), "ranks": RANKS, "largest_error": worst, "cases": rows}
+        (options.out / f"plan-ranks-{date.today()}.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0 if worst <= 0.05 else 1
 
 

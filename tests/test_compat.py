@@ -54,7 +54,9 @@ NAMES = [
     "torch.utils._pytree.tree_unflatten",
     "torch.nn.modules.dropout._DropoutNd",
     "torch.nn.parallel.distributed._DDPSink",
+    "torch.distributed._composable_state._module_state_mapping",
     "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._pre_backward",
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.ops.aten._softmax.default",
     "torch.ops.aten._log_softmax.default",
     "torch.ops.aten._softmax_backward_data.default",
@@ -367,6 +369,25 @@ def test_fsdp2(tmp_path):
             model(torch.ones(1, 4)).sum().backward()
     finally:
         distributed.destroy_process_group()
+
+
+def test_ranks_that_are_not_there():
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from fastft.compat.sharding_private import forget_fsdp, has_shards, imagined_group, local_part
+
+    model = nn.Linear(4, 6)
+    before, cls = dict(model.__dict__), type(model)
+    with imagined_group(3):
+        holds("fake_pg", distributed.get_world_size() == 3 and distributed.get_rank() == 0)
+        fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
+        holds("DTensor._local_tensor", local_part(model.weight).shape == (2, 4) and has_shards([type(model.weight.data)]))
+        model.__dict__, model.__class__ = before, cls
+        forget_fsdp(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (3,)))  # raises where it is remembered
+    holds("fake_pg", not distributed.is_initialized())
 
 
 @pytest.mark.zero

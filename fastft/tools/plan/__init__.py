@@ -11,4 +11,5 @@ workspace   memory that operators allocate inside
 optimizers  the states of each optimizer
 search      the largest batch and the longest row that fit
 gpus        the memory of known cards
+ranks       several GPUs: what one rank of a strategy holds and sends
 """

@@ -35,17 +35,22 @@ REAL_ELEMENTS = 1 << 28  # a larger tensor of integers is fake after all
 
 
 def build(
-    config: PretrainedConfig, dtype: torch.dtype, *, four_bit: bool = False, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    four_bit: bool = False,
+    storage: torch.dtype = torch.uint8,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`; without
-    adapters."""
+    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`, stored as
+    `storage`; without adapters."""
     model = on_meta(config, trust_remote_code, dtype)
     if four_bit:
-        _quantise(model, dtype)
+        _quantise(model, dtype, storage)
     return model
 
 
-def _quantise(model: Any, dtype: torch.dtype) -> None:
+def _quantise(model: Any, dtype: torch.dtype, storage: torch.dtype) -> None:
     """As transformers' loader does it: every linear layer but the head."""
     try:
         from transformers import BitsAndBytesConfig
@@ -54,7 +59,11 @@ def _quantise(model: Any, dtype: torch.dtype) -> None:
     except ImportError as e:
         raise QuantizationError(f"a plan for 4-bit needs bitsandbytes: {e}") from e
     how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
     replace_with_bnb_linear(model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=how)
     model.is_loaded_in_4bit = model.is_quantized = True
@@ -110,13 +119,15 @@ def _packed(weight: Any, owner: Any) -> torch.Tensor:
         offset=torch.empty(()),
         state2=nested,
     )
-    packed: Any = nn.Parameter(torch.empty(((n + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    storage = getattr(weight, "quant_storage", torch.uint8)
+    stored = -(-((n + 1) // 2) // storage.itemsize)
+    packed: Any = nn.Parameter(torch.empty((stored, 1), dtype=storage), requires_grad=False)
     packed.__dict__.update(
         quant_state=state,
         blocksize=BLOCK,
         compress_statistics=True,
         quant_type=weight.quant_type,
-        quant_storage=torch.uint8,
+        quant_storage=storage,
         bnb_quantized=True,
         module=owner,
     )

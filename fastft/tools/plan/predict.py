@@ -61,6 +61,11 @@ class TrainingSetup:
         return 3 if self.is_wrapped else 2
 
     @property
+    def storage(self) -> torch.dtype:
+        """What 4-bit values are stored as: FSDP2 shards floating-point weights alone."""
+        return self.dtype if self.ranks is not None and self.ranks.strategy == "fsdp2" else torch.uint8
+
+    @property
     def is_wrapped(self) -> bool:
         """Does the strategy change the modules, so that what is swapped is found out once it has?"""
         return self.ranks is not None and self.ranks.wraps
@@ -162,7 +167,8 @@ class PlannedModel:
         p, before = self.period, 0
         if p is None:
             return layers
-        least, one = [], max(self.setting.fewest, p) if self.setting.patched and layers[0] or self.setting.is_wrapped else p
+        alike = not self.setting.is_wrapped and not (self.setting.patched and layers[0])
+        least, one = [], p if alike else max(self.setting.fewest, p)
         for count in layers:
             fewest = one + max(0, self.apart - before)
             before += count
@@ -308,7 +314,13 @@ def subject(
     """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors. on_run: is
     told in words what comes next, for a progress line."""
     on_run("building the model")
-    model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
+    model = plan_fake.build(
+        config,
+        setting.dtype,
+        four_bit=setting.four_bit,
+        storage=setting.storage,
+        trust_remote_code=trust_remote_code,
+    )
     pool, container, period, apart = _repeating(model)
     depth = len(pool)
     if period is not None:

@@ -41,7 +41,7 @@ class Ranks:
 
 def notes(ranks: Ranks, dtype: torch.dtype, four_bit: bool, full: bool, accumulate: int) -> list[str]:
     """What is to be known of a strategy's plan. Raises PlanError for what is not planned."""
-    found = [f"bytes are those of each rank, with {ranks.count} processes under {ranks.strategy}; batch is a rank's rows"]
+    found = [f"bytes are a rank's, of {ranks.count} processes under {ranks.strategy}; batch is the rows of each"]
     if ranks.strategy == "fsdp2":
         if accumulate > 1:
             raise PlanError(
@@ -51,8 +51,10 @@ def notes(ranks: Ranks, dtype: torch.dtype, four_bit: bool, full: bool, accumula
         if full and dtype != torch.float32:
             found.append("accelerate keeps what trains in float32 under fsdp2's mixed precision")
         if four_bit:
-            found.append("4-bit weights are sharded where they are stored in a floating dtype: "
-                         f"bnb_4bit_quant_storage={str(dtype).removeprefix('torch.')}")
+            found.append(
+                "4-bit weights are sharded where they are stored in a floating dtype: "
+                f"bnb_4bit_quant_storage={str(dtype).removeprefix('torch.')}"
+            )
     return found
 
 

@@ -1,0 +1,179 @@
+"""What each of the processes does: load, compare, wrap, train, save, load what was saved, go on.
+
+The first process holds the truth: a stock copy of the model in one process on the whole batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastft.api import patch, report, unpatch
+from fastft.errors import FastftError
+from fastft.tools.verify.ranks import checks, saving
+from fastft.tools.verify.ranks.checks import Check
+from fastft.tools.verify.ranks.strategies import STRATEGIES
+from fastft.tools.verify.ranks.training import Recipe, Run, one_process, planned, trained, without_dropout
+
+WAIT = timedelta(hours=1)  # for the first process, which computes the truth
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is verified. rows: of each process. folder: where all of them may write."""
+
+    model: str
+    strategy: str
+    dtype: str
+    four_bit: bool
+    lora: bool
+    rows: int
+    seq: int
+    steps: int
+    folder: str
+
+
+def main(job: Job) -> dict[str, Any]:
+    """One process. Returns {"lines": [...], "notes": [...], "model", "dtype"}; {"error": ...} for a mistake of the
+    user's."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT)
+    try:
+        return verified(job)
+    except FastftError as e:
+        return {"error": e}
+    finally:
+        dist.destroy_process_group()
+
+
+def load(job: Job, name: str) -> Any:
+    """The model as FastModel loads it, stock again. B of a new adapter is drawn: at its initial zero no gradient would
+    reach A."""
+    from fastft.loading.fast_model import FastModel
+
+    how: dict[str, Any] = {} if job.lora else {"peft_config": None}
+    if job.four_bit:
+        how |= STRATEGIES[job.strategy].quantised(job.dtype)
+    with contextlib.redirect_stdout(None):
+        torch.manual_seed(0)  # the adapter is drawn alike on every process
+        model = FastModel.from_pretrained(name, dtype=job.dtype, **how)
+    generator = torch.Generator().manual_seed(0)
+    for n, p in trained(model).items():
+        if "lora_B" in n and not p.any():
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    return unpatch(model) or model
+
+
+def verified(job: Job) -> dict[str, Any]:
+    """Every check, in the order in which things happen; the lines of the first process are the result."""
+    kind, folder, first = STRATEGIES[job.strategy], Path(job.folder), dist.get_rank() == 0
+    size = dist.get_world_size()
+    model = load(job, job.model)
+    name, lines = type(model).__name__, []
+    dtype = next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
+    begin = saving.loaded(model)
+    lines.append(checks.equal_on_all("loaded on all ranks", begin, "begins with"))
+    recipe, truth, runs = _truth(job, model, kind.is_split and size or 1)
+
+    with without_dropout(model):
+        patch(model)
+        strategy = kind(model, recipe)
+        lines.append(_sharded(begin, strategy.weights()))
+        results = {}
+        for step in range(recipe.steps - 1):
+            results |= strategy.step(step)
+        halfway = strategy.weights()
+        saving.save(strategy, folder)
+        strategy.save_optimizer(folder)
+        results |= strategy.step(recipe.steps - 1)
+        after = strategy.weights()
+        summaries = checks.exchanged(_summary(model))
+    lines.append(checks.same_swaps(summaries))
+    if truth is not None:
+        lines += [checks.judged(k, results, truth.results, [r.results for r in runs], k) for k in ("loss", "gradients")]
+        lines.append(checks.judged("weights", after, truth.weights, [r.weights for r in runs], "weights"))
+    lines.append(checks.equal_on_all("trained on all ranks", after, "ends with"))
+    wanted = saving.as_saved(model, halfway)
+    del strategy, model
+    lines += _resumed(job, recipe, folder, wanted, halfway, truth, runs)
+    return {
+        "model": name,
+        "dtype": dtype,
+        "lines": [asdict(x) for x in lines] if first else [],
+        "notes": _notes(summaries[0]),
+    }
+
+
+def _truth(job: Job, model: Any, shares: int) -> tuple[Recipe, Run | None, list[Run]]:
+    """(the recipe, on every process; the truth and stock's runs, on the first)."""
+    recipe = Recipe(job.steps, job.rows * dist.get_world_size(), job.seq)
+    truth, runs = None, []
+    if dist.get_rank() == 0:
+        with without_dropout(model):
+            recipe = planned(model, recipe)
+            truth, runs = one_process(model, recipe, shares)
+    shared: list[Any] = [recipe]
+    dist.broadcast_object_list(shared, 0)
+    return shared[0], truth, runs
+
+
+def _sharded(begin: dict[str, torch.Tensor], wrapped: dict[str, torch.Tensor]) -> Check:
+    odd = saving.difference(begin, wrapped, "the wrapped model")
+    found = [x for x in checks.exchanged(odd) if x]
+    return Check("wrapped as loaded", not found, found[0] if found else f"{len(begin)} tensors")
+
+
+def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Run | None, runs: list[Run]) -> list[Check]:
+    """What was saved is read, by its file and by loading it; then the last step is run again from there."""
+    odd = saving.difference(wanted, saving.file_of(folder), "its file") if wanted else ""
+    model, last = None, recipe.steps - 1
+    try:
+        model = load(job, str(folder))
+        odd = odd or saving.difference(halfway, saving.loaded(model), "what it loads as")
+    except Exception as e:  # a file that cannot be loaded is what is looked for; no process waits for another in there
+        odd = odd or f"it cannot be loaded: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    failed = [x for x in checks.exchanged(odd) if x]
+    lines = [Check("saved as trained", not failed, failed[0] if failed else f"{len(halfway)} tensors")]
+    if not all(checks.exchanged(model is not None)):
+        return [*lines, Check("resumed", False, "what was saved cannot be loaded")]
+    with without_dropout(model):  # type: ignore[arg-type]
+        patch(model)  # type: ignore[arg-type]
+        strategy = STRATEGIES[job.strategy](model, recipe)
+        strategy.load_optimizer(folder)
+        again = strategy.step(last)
+        after = strategy.weights()
+    if truth is None:
+        return lines
+    of_last = lambda r: {k: v for k, v in r.items() if k.startswith(f"{last}:")}
+    found = [
+        checks.judged("resumed", again, of_last(truth.results), [of_last(r.results) for r in runs], k)
+        for k in ("loss", "gradients")
+    ]
+    found.append(checks.judged("resumed", after, truth.weights, [r.weights for r in runs], "weights"))
+    return [*lines, min(found, key=lambda c: (c.ok, -c.error))]
+
+
+def _summary(model: Any) -> dict[str, Any]:
+    """What of the report the table shows."""
+    found = report(model)
+    swapped: dict[str, int] = {}
+    for row in found.swapped:
+        swapped[row.kind] = swapped.get(row.kind, 0) + row.count
+    stock = [f"stock: {r.kind}, {r.count} of {r.group}: {r.reason}" for r in found.stock]
+    return {"swapped": swapped, "stock": stock, "fallbacks": dict(found.fallbacks)}
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    return [*summary["stock"], *(f"{n} calls went the stock way: {why}" for why, n in summary["fallbacks"].items())]

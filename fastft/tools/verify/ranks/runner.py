@@ -12,9 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from fastft.tables import as_text, table
-from fastft.tools.verify.ranks.checks import Check
+from fastft.tools.verify.ranks.job import Job, Line, main
 from fastft.tools.verify.ranks.launch import launched
-from fastft.tools.verify.ranks.worker import Job, main
 
 STEPS = 3  # two, what they save, and one more that a resumed run repeats
 
@@ -27,14 +26,14 @@ class RankVerification:
     dtype: str
     strategy: str
     nproc: int
-    lines: tuple[Check, ...]
+    lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.lines) and all(line.ok for line in self.lines)
 
     @property
-    def failed(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[Line, ...]:
         """The lines that did not pass."""
         return tuple(line for line in self.lines if not line.ok)
 
@@ -103,5 +102,7 @@ def verify_ranks(
     for rank in found:
         if "error" in rank:
             raise rank["error"]
-    lines = tuple(Check(**x) for x in found[0]["lines"])
-    return RankVerification(found[0]["model"], found[0]["dtype"], strategy, nproc, lines, tuple(found[0]["notes"]))
+    first = found[0]
+    return RankVerification(
+        first["model"], first["dtype"], strategy, nproc, tuple(first["lines"]), tuple(first["notes"])
+    )

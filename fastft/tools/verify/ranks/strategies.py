@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastft.compat.sharding_private import fsdp_module
 from fastft.parsing import parse_dtype
 from fastft.patching.patcher import innermost
 from fastft.tools.verify.layers import decoder_layers
@@ -90,6 +91,10 @@ class Strategy:
         """Every parameter that trains, whole, as this process has it."""
         return {plain(n): gathered(p) for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
+    def units(self) -> list[nn.Module]:
+        """The modules in whose forward their parameters are whole."""
+        return [self.wrapped]
+
     def state(self) -> dict[str, torch.Tensor] | None:
         """What the first process passes to `save_pretrained`; None where the model holds its weights itself."""
         return None
@@ -141,6 +146,10 @@ class FSDP2(Strategy):
         for layer in decoder_layers(innermost(model))[1]:
             fully_shard(layer, reshard_after_forward=True)
         return fully_shard(model, reshard_after_forward=True)
+
+    def units(self) -> list[nn.Module]:
+        """What was wrapped."""
+        return [m for m in self.wrapped.modules() if isinstance(m, fsdp_module())]
 
     def state(self) -> dict[str, torch.Tensor] | None:
         """Gathered on the first process; the others get nothing, and write nothing."""

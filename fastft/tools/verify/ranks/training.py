@@ -78,23 +78,30 @@ def train(model: nn.Module, recipe: Recipe, parts: int = 1, exact: bool = False)
     return Run(results, {n: p.detach().clone() for n, p in trained(model).items()})
 
 
-def planned(model: nn.Module, recipe: Recipe) -> Recipe:
-    """The recipe with what the model itself decides: whether its loss takes `num_items_in_batch`, whether each
-    parameter that trains gets a gradient, and a learning rate at which a step is seen and yet small: to first order the
-    loss falls by 2%, or the weights change by a tenth."""
-    base, copied = innermost(model), in_float64(model)
-    batch = draw(base, recipe.rows, recipe.seq, 0)
-    tokens = tokens_of(batch)
-    counts = _counts(model, batch, tokens)
-    with float64_reference():
-        loss = loss_of(copied, batch, tokens, counts)
-        loss.backward()
-    parameters = trained(copied).values()
-    gradients = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
-    weights = sum(float(p.detach().square().sum()) for p in parameters)
-    rate = min(0.1 * (weights / gradients) ** 0.5, 0.02 * float(loss.detach()) / gradients) if gradients else 0.0
-    unused = any(p.grad is None for p in parameters)
-    return Recipe(recipe.steps, recipe.rows, recipe.seq, rate, counts, unused)
+def planned(model: nn.Module, recipe: Recipe, shares: int) -> tuple[Recipe, list[Results]]:
+    """(the recipe with what the model itself decides; in float64 the first step's gradients of each share of the rows).
+
+    Decided are: whether its loss takes `num_items_in_batch`, whether each parameter that trains gets a gradient, and a
+    learning rate at which a step is seen and yet small: to first order the loss falls by 2%, or the weights change by a
+    tenth."""
+    copied, parameters = in_float64(model), {}
+    batch = draw(innermost(model), recipe.rows, recipe.seq, 0)
+    counts = _counts(model, batch, tokens_of(batch))
+    losses, parts = 0.0, []
+    for i in range(shares):
+        with float64_reference():
+            loss = loss_of(copied, part(batch, i, shares), tokens_of(batch), counts)
+            loss.backward()
+        parameters = trained(copied)
+        losses += float(loss.detach())
+        parts.append({n: p.grad for n, p in parameters.items() if p.grad is not None})
+        copied.zero_grad(set_to_none=True)
+    whole = {n: torch.stack([p[n] for p in parts if n in p]).sum(0) for n in {n for p in parts for n in p}}
+    gradients = sum(float(g.square().sum()) for g in whole.values())
+    weights = sum(float(p.detach().square().sum()) for p in parameters.values())
+    rate = min(0.1 * (weights / gradients) ** 0.5, 0.02 * losses / gradients) if gradients else 0.0
+    unused = set(whole) != set(parameters)
+    return Recipe(recipe.steps, recipe.rows, recipe.seq, rate, counts, unused), parts
 
 
 def _counts(model: nn.Module, batch: Batch, tokens: int) -> bool:
@@ -122,7 +129,7 @@ def one_process(model: nn.Module, recipe: Recipe, shares: int) -> tuple[Run, lis
 def _moved(model: nn.Module) -> nn.Module:
     moved, g = clone(model), torch.Generator().manual_seed(1)
     for p in moved.parameters():
-        if p.dtype == torch.float32:
+        if p.dtype == torch.float32 and getattr(p, "quant_state", None) is None:  # nor bytes that are kept as floats
             noise = (torch.rand(p.shape, generator=g) - 0.5).to(p.device) * torch.finfo(p.dtype).eps
             p.data = (p.data.double() * (1 + noise.double())).float()
     return moved

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,13 @@ import torch.distributed as dist
 from fastft.api import patch, report, unpatch
 from fastft.errors import FastftError
 from fastft.tools.verify.ranks import checks, saving
-from fastft.tools.verify.ranks.checks import Check
-from fastft.tools.verify.ranks.strategies import STRATEGIES
-from fastft.tools.verify.ranks.training import Recipe, Run, one_process, planned, trained, without_dropout
+from fastft.tools.verify.ranks.batches import tokens_of
+from fastft.tools.verify.ranks.diagnosis import named, of_average, stale_weights
+from fastft.tools.verify.ranks.job import Job, Line
+from fastft.tools.verify.ranks.strategies import STRATEGIES, Strategy
+from fastft.tools.verify.ranks.training import Recipe, Results, Run, one_process, planned, trained, without_dropout
 
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is verified. rows: of each process. folder: where all of them may write."""
-
-    model: str
-    strategy: str
-    dtype: str
-    four_bit: bool
-    lora: bool
-    rows: int
-    seq: int
-    steps: int
-    folder: str
 
 
 def main(job: Job) -> dict[str, Any]:
@@ -85,7 +72,8 @@ def verified(job: Job) -> dict[str, Any]:
     dtype = next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
     begin = saving.loaded(model)
     lines.append(checks.equal_on_all("loaded on all ranks", begin, "begins with"))
-    recipe, truth, runs = _truth(job, model, kind.is_split and size or 1)
+    truth = _truth(job, model, size if kind.is_split else 1)
+    recipe = truth.recipe
 
     with without_dropout(model):
         patch(model)
@@ -100,42 +88,68 @@ def verified(job: Job) -> dict[str, Any]:
         results |= strategy.step(recipe.steps - 1)
         after = strategy.weights()
         summaries = checks.exchanged(_summary(model))
-    lines.append(checks.same_swaps(summaries))
-    if truth is not None:
-        lines += [checks.judged(k, results, truth.results, [r.results for r in runs], k) for k in ("loss", "gradients")]
-        lines.append(checks.judged("weights", after, truth.weights, [r.weights for r in runs], "weights"))
+        lines.append(checks.same_swaps(summaries))
+        lines += _steps(strategy, truth, results)
+    if truth.run is not None:
+        lines.append(checks.judged("weights", after, truth.run.weights, [r.weights for r in truth.stock], "weights"))
     lines.append(checks.equal_on_all("trained on all ranks", after, "ends with"))
     wanted = saving.as_saved(model, halfway)
     del strategy, model
-    lines += _resumed(job, recipe, folder, wanted, halfway, truth, runs)
+    lines += _resumed(job, recipe, folder, wanted, halfway, truth)
     return {
         "model": name,
         "dtype": dtype,
-        "lines": [asdict(x) for x in lines] if first else [],
+        "lines": lines if first else [],
         "notes": _notes(summaries[0]),
     }
 
 
-def _truth(job: Job, model: Any, shares: int) -> tuple[Recipe, Run | None, list[Run]]:
-    """(the recipe, on every process; the truth and stock's runs, on the first)."""
-    recipe = Recipe(job.steps, job.rows * dist.get_world_size(), job.seq)
-    truth, runs = None, []
+@dataclass(frozen=True)
+class Truth:
+    """What the first process knows, and the recipe, which all know. run: in float64; stock: stock's; parts: in float64,
+    the first step's gradients of the rows of each process."""
+
+    recipe: Recipe
+    run: Run | None = None
+    stock: tuple[Run, ...] = ()
+    parts: tuple[Results, ...] = ()
+
+
+def _truth(job: Job, model: Any, shares: int) -> Truth:
+    found = None
     if dist.get_rank() == 0:
         with without_dropout(model):
-            recipe = planned(model, recipe)
-            truth, runs = one_process(model, recipe, shares)
-    shared: list[Any] = [recipe]
+            recipe, parts = planned(model, Recipe(job.steps, job.rows * dist.get_world_size(), job.seq), shares)
+            run, stock = one_process(model, recipe, shares)
+        found = Truth(recipe, run, tuple(stock), tuple(parts))
+    shared: list[Any] = [found and found.recipe]
     dist.broadcast_object_list(shared, 0)
-    return shared[0], truth, runs
+    return found or Truth(shared[0])
 
 
-def _sharded(begin: dict[str, torch.Tensor], wrapped: dict[str, torch.Tensor]) -> Check:
+def _steps(strategy: Strategy, truth: Truth, results: Results) -> list[Line]:
+    """Loss and gradients by the judge; where they fail, what is known of why."""
+    lines, why = [], ""
+    if truth.run is not None:
+        stock = [r.results for r in truth.stock]
+        lines = [checks.judged(k, results, truth.run.results, stock, k) for k in ("loss", "gradients")]
+    tokens = checks.exchanged(tokens_of(strategy.rows(0)[0]))
+    if all(checks.exchanged([x.ok for x in lines])[0]):
+        return lines
+    stale = checks.exchanged(stale_weights(strategy))
+    if truth.run is not None:
+        first = {k.partition(":")[2]: v for k, v in results.items() if k.startswith("0:") and k != "0:loss"}
+        why = of_average(first, truth.parts, tokens) or named(stale)
+    return [x if x.ok else checks.worse(x, why) for x in lines]
+
+
+def _sharded(begin: dict[str, torch.Tensor], wrapped: dict[str, torch.Tensor]) -> Line:
     odd = saving.difference(begin, wrapped, "the wrapped model")
     found = [x for x in checks.exchanged(odd) if x]
-    return Check("wrapped as loaded", not found, found[0] if found else f"{len(begin)} tensors")
+    return Line("wrapped as loaded", not found, found[0] if found else f"{len(begin)} tensors")
 
 
-def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Run | None, runs: list[Run]) -> list[Check]:
+def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Truth) -> list[Line]:
     """What was saved is read, by its file and by loading it; then the last step is run again from there."""
     odd = saving.difference(wanted, saving.file_of(folder), "its file") if wanted else ""
     model, last = None, recipe.steps - 1
@@ -145,23 +159,21 @@ def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Run
     except Exception as e:  # a file that cannot be loaded is what is looked for; no process waits for another in there
         odd = odd or f"it cannot be loaded: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
     failed = [x for x in checks.exchanged(odd) if x]
-    lines = [Check("saved as trained", not failed, failed[0] if failed else f"{len(halfway)} tensors")]
+    lines = [Line("saved as trained", not failed, failed[0] if failed else f"{len(halfway)} tensors")]
     if not all(checks.exchanged(model is not None)):
-        return [*lines, Check("resumed", False, "what was saved cannot be loaded")]
+        return [*lines, Line("resumed", False, "what was saved cannot be loaded")]
     with without_dropout(model):  # type: ignore[arg-type]
         patch(model)  # type: ignore[arg-type]
         strategy = STRATEGIES[job.strategy](model, recipe)
         strategy.load_optimizer(folder)
         again = strategy.step(last)
         after = strategy.weights()
-    if truth is None:
+    if truth.run is None:
         return lines
     of_last = lambda r: {k: v for k, v in r.items() if k.startswith(f"{last}:")}
-    found = [
-        checks.judged("resumed", again, of_last(truth.results), [of_last(r.results) for r in runs], k)
-        for k in ("loss", "gradients")
-    ]
-    found.append(checks.judged("resumed", after, truth.weights, [r.weights for r in runs], "weights"))
+    stock = [of_last(r.results) for r in truth.stock]
+    found = [checks.judged("resumed", again, of_last(truth.run.results), stock, k) for k in ("loss", "gradients")]
+    found.append(checks.judged("resumed", after, truth.run.weights, [r.weights for r in truth.stock], "weights"))
     return [*lines, min(found, key=lambda c: (c.ok, -c.error))]
 
 

@@ -79,6 +79,26 @@ def stale():
 
 
 @contextlib.contextmanager
+def copy_kept():
+    """A layer computes with its weight as it was at its first call, and the parameter itself is right."""
+    wrap = strategies.FSDP2.wrap
+
+    def wrapped(self, model):
+        fsdp, kept = wrap(self, model), []
+
+        def instead(layer, args, output):
+            down, up = layer.lora_A["default"], layer.lora_B["default"].weight.detach()
+            kept.append(up.clone())
+            return output + layer.scaling["default"] * down(args[0]) @ (kept[0] - up).T
+
+        decoder_layers(innermost(model))[1][0].mlp.down_proj.register_forward_hook(instead)
+        return fsdp
+
+    with patch.object(strategies.FSDP2, "wrap", wrapped):
+        yield
+
+
+@contextlib.contextmanager
 def unscaled():
     """Each process's loss is the mean of its own tokens, and the average is of these."""
     mean = lambda model, batch, tokens, counts: model(**batch).loss / dist.get_world_size()
@@ -86,4 +106,10 @@ def unscaled():
         yield
 
 
-PLANTS = {f.__name__: f for f in (another_seed, another_seed_later, slice_saved, stale, unscaled)}
+PLANTS = {f.__name__: f for f in (another_seed, another_seed_later, slice_saved, stale, copy_kept, unscaled)}
+
+
+def unscaled_process(job):
+    """What a process of the command is started with."""
+    with unscaled():
+        return worker.main(job)

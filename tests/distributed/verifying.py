@@ -1,5 +1,5 @@
-"""`fastft verify --nproc 2` on a tiny model, in processes that are there already; and the same with a fault planted into
-what the processes do.
+"""`fastft verify --nproc 2` on a tiny model, in processes that are there already; and the same with a fault planted
+into what the processes do.
 
 "STRATEGY" is as it should be, "STRATEGY+PLANT" is not."""
 

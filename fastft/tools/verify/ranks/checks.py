@@ -51,6 +51,14 @@ def equal_on_all(name: str, tensors: Results, where: str) -> Line:
     return Line(name, bool(tensors), f"{len(tensors)} tensors" if tensors else "nothing trains")
 
 
+def on_all(name: str, odd: str, holds: str) -> Line:
+    """odd: what this process finds wrong, empty where nothing is; holds: what holds where no process does."""
+    for rank, found in enumerate(exchanged(odd)):
+        if found:
+            return Line(name, False, f"rank {rank}: {found}")
+    return Line(name, True, holds)
+
+
 def same_swaps(summaries: list[dict[str, Any]]) -> Line:
     """Do all processes run the same modules the fast way?"""
     first = summaries[0]["swapped"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+NAMES = ("ddp", "fsdp2")  # of strategies
+
 
 @dataclass(frozen=True)
 class Job:

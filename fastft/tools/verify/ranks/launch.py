@@ -17,6 +17,7 @@ from fastft.errors import FastftError
 
 LAST_LINES = 3
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing.spawn", "torchelastic-events-null")
 _KEY = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
@@ -60,14 +61,14 @@ def launched(function: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
 
 
 def _said(failure: Any, logs: Path) -> str:
-    """The exception's last line, else the last lines that the process wrote."""
-    message = failure.message
-    text = message if isinstance(message, str) else str(message)
-    lines = [x for x in text.splitlines() if x.strip()]
-    trouble = next((x for x in reversed(lines) if not x.startswith(" ")), "")
-    written = [p.read_text(errors="replace").splitlines() for p in logs.glob(f"**/{failure.local_rank}/stderr.log")]
-    tail = " / ".join(x.strip() for x in (written[0] if written else [])[-LAST_LINES:] if x.strip())
-    return trouble if trouble and "Signal" not in trouble else f"exit code {failure.exitcode}: {tail or trouble}"
+    """The exception's first line, else the last lines that the process wrote."""
+    written = failure.error_file_data.get("message", "") if isinstance(failure.error_file_data, dict) else ""
+    message = written.get("message", "") if isinstance(written, dict) else ""
+    if message.strip():
+        return message.strip().splitlines()[0]
+    found = [p.read_text(errors="replace").splitlines() for p in logs.glob(f"**/{failure.local_rank}/stderr.log")]
+    tail = " / ".join(x.strip() for x in (found[0] if found else [])[-LAST_LINES:] if x.strip())
+    return f"exit code {failure.exitcode}: {tail or 'it wrote nothing'}"
 
 
 @contextlib.contextmanager
@@ -76,13 +77,15 @@ def _as_it_was() -> Iterator[None]:
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread the launcher sets none
         before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in _SIGNALS if hasattr(signal, n)}
-    variable, logger = os.environ.get(_KEY), logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    variable, loggers = os.environ.get(_KEY), [logging.getLogger(name) for name in _LOGGERS]
+    levels = [x.level for x in loggers]
+    for x in loggers:
+        x.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for x, level in zip(loggers, levels):
+            x.setLevel(level)
         for number, handler in before.items():
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(number, handler)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from fastft.errors import ProcessesError
 from fastft.tables import as_text, table
-from fastft.tools.verify.ranks.job import Job, Line, main
+from fastft.tools.verify.ranks.job import NAMES, Job, Line, main
 from fastft.tools.verify.ranks.launch import launched
 
 STEPS = 3  # two, what they save, and one more that a resumed run repeats
@@ -78,27 +78,27 @@ def verify_ranks(
     lora: bool = True,
     rows: int = 2,
     seq: int = 64,
-    worker: Callable[[Job], dict[str, Any]] = main,
 ) -> RankVerification:
     """Train a patched checkpoint some steps in several processes, and compare with one process on the whole batch.
 
     Args:
         model: a model's or adapter's name or folder.
         nproc: processes, each with a device of its own where there are GPUs (NCCL), else on the CPU (gloo).
-        strategy: one of STRATEGIES.
+        strategy: one of NAMES.
         dtype, four_bit, lora: as `fastft verify` loads it.
         rows, seq: of each process's part of the batch.
-        worker: what each process runs.
 
     Returns:
         A line for each comparison.
 
     Raises:
+        ProcessesError: no such strategy, or fewer GPUs than processes.
         FastftError: the model cannot be loaded, or a process ended with an exception.
     """
+    _check(nproc, strategy)
     with tempfile.TemporaryDirectory(prefix="fastft-verify-") as folder:
         job = Job(model, strategy, dtype, four_bit, lora, rows, seq, STEPS, folder)
-        found = launched(worker, nproc, job)
+        found = launched(main, nproc, job)
     for rank in found:
         if "error" in rank:
             raise rank["error"]
@@ -106,3 +106,13 @@ def verify_ranks(
     return RankVerification(
         first["model"], first["dtype"], strategy, nproc, tuple(first["lines"]), tuple(first["notes"])
     )
+
+
+def _check(nproc: int, strategy: str) -> None:
+    import torch
+
+    if strategy not in NAMES:
+        raise ProcessesError(f"verify: --strategy {strategy}: want one of {', '.join(NAMES)}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else nproc
+    if gpus < nproc:
+        raise ProcessesError(f"verify: --nproc {nproc} wants as many GPUs, this machine has {gpus}: --nproc {gpus}")

@@ -155,7 +155,9 @@ class FSDP2(Strategy):
         """Gathered on the first process; the others get nothing, and write nothing."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: Any = get_model_state_dict(self.model, options=options)
+        return state
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2}
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2}  # as in job.py: NAMES

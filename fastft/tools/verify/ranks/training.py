@@ -1,7 +1,8 @@
 """The steps of a run, in one process: in float64 the truth, in the training dtype how far off stock is.
 
-A step's loss is the sum over the batch's tokens divided by their number, as trainers scale it. The optimizer is SGD with
-momentum: it has a state to resume, and unlike Adam it does not blow up the rounding of a gradient that is nearly zero."""
+A step's loss is the sum over the batch's tokens divided by their number, as trainers scale it. The optimizer is SGD
+with momentum: it has a state to resume, and unlike Adam it does not blow up the rounding of a gradient that is nearly
+zero."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,7 @@ def _steps(strategy: Strategy, truth: Truth, results: Results) -> list[Line]:
     """Loss and gradients by the judge; where they fail, what is known of why."""
     lines, why = [], ""
     if truth.run is not None:
-        stock = [r.results for r in truth.stock]
-        lines = [checks.judged(k, results, truth.run.results, stock, k) for k in ("loss", "gradients")]
+        lines = [_judged(results, truth, k) for k in ("loss", "gradients")]
     tokens = checks.exchanged(tokens_of(strategy.rows(0)[0]))
     if all(checks.exchanged([x.ok for x in lines])[0]):
         return lines
@@ -140,13 +139,21 @@ def _steps(strategy: Strategy, truth: Truth, results: Results) -> list[Line]:
     if truth.run is not None:
         first = {k.partition(":")[2]: v for k, v in results.items() if k.startswith("0:") and k != "0:loss"}
         why = of_average(first, truth.parts, tokens) or named(stale)
+        if not why and all(_judged(results, truth, k, 0).ok for k in ("loss", "gradients")):
+            why = "right in the first step, wrong after it: something computes with what it kept of a weight"
     return [x if x.ok else checks.worse(x, why) for x in lines]
+
+
+def _judged(results: Results, truth: Truth, kind: str, step: int | None = None) -> Line:
+    """Of one step, or of all."""
+    of = lambda r: {k: v for k, v in r.items() if step is None or k.startswith(f"{step}:")}
+    assert truth.run is not None
+    return checks.judged(kind, of(results), of(truth.run.results), [of(r.results) for r in truth.stock], kind)
 
 
 def _sharded(begin: dict[str, torch.Tensor], wrapped: dict[str, torch.Tensor]) -> Line:
     odd = saving.difference(begin, wrapped, "the wrapped model")
-    found = [x for x in checks.exchanged(odd) if x]
-    return Line("wrapped as loaded", not found, found[0] if found else f"{len(begin)} tensors")
+    return checks.on_all("wrapped as loaded", odd, f"{len(begin)} tensors")
 
 
 def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Truth) -> list[Line]:
@@ -158,8 +165,7 @@ def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Tru
         odd = odd or saving.difference(halfway, saving.loaded(model), "what it loads as")
     except Exception as e:  # a file that cannot be loaded is what is looked for; no process waits for another in there
         odd = odd or f"it cannot be loaded: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-    failed = [x for x in checks.exchanged(odd) if x]
-    lines = [Line("saved as trained", not failed, failed[0] if failed else f"{len(halfway)} tensors")]
+    lines = [checks.on_all("saved as trained", odd, f"{len(halfway)} tensors")]
     if not all(checks.exchanged(model is not None)):
         return [*lines, Line("resumed", False, "what was saved cannot be loaded")]
     with without_dropout(model):  # type: ignore[arg-type]
@@ -170,11 +176,10 @@ def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Tru
         after = strategy.weights()
     if truth.run is None:
         return lines
-    of_last = lambda r: {k: v for k, v in r.items() if k.startswith(f"{last}:")}
-    stock = [of_last(r.results) for r in truth.stock]
-    found = [checks.judged("resumed", again, of_last(truth.run.results), stock, k) for k in ("loss", "gradients")]
-    found.append(checks.judged("resumed", after, truth.run.weights, [r.weights for r in truth.stock], "weights"))
-    return [*lines, min(found, key=lambda c: (c.ok, -c.error))]
+    found = [_judged(again, truth, k, last) for k in ("loss", "gradients")]
+    found.append(checks.judged("weights", after, truth.run.weights, [r.weights for r in truth.stock], "weights"))
+    worst = min(found, key=lambda x: (x.ok, -x.error))
+    return [*lines, replace(worst, name="resumed", detail=f"{worst.name}: {worst.detail}" if worst.detail else "")]
 
 
 def _summary(model: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tests.tools import processes
 def test_a_process_that_fails_is_named(capfd):
     """Each is given its rank as torchrun gives it; the launcher's signal handlers, variables and words go with it."""
     before, handlers = dict(os.environ), [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(ProcessFailedError, match="rank 1 of 2 ended with ValueError: planted in 1 of 2$") as e:
+    with pytest.raises(ProcessFailedError, match=r"rank 1 of 2 ended with ValueError: planted in 1 of 2$") as e:
         launched(processes.second_raises, 2)
     assert e.value.exit_code == 1
     assert dict(os.environ) == before

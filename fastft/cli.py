@@ -145,19 +145,19 @@ def verify(
     """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes
     against one. Exit code 1 when anything fails."""
     with _quiet(as_json):
-        if nproc is not None:
+        result: Any
+        if nproc is None:
+            from fastft.tools.verify.runner import verify_checkpoint
+
+            result = verify_checkpoint(
+                model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers
+            )
+        else:
             from fastft.tools.verify.ranks.runner import verify_ranks
 
-            ranks = verify_ranks(
+            result = verify_ranks(
                 model, nproc=nproc, strategy=strategy, dtype=dtype, four_bit=four_bit, lora=lora, rows=batch, seq=seq
             )
-    if nproc is not None:
-        _show(ranks, as_json)
-        raise typer.Exit(0 if ranks else 1)
-    with _quiet(as_json):
-        from fastft.tools.verify.runner import verify_checkpoint
-
-        result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
     _show(result, as_json)
     raise typer.Exit(0 if result else 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastft.tools.verify.ranks.job import Job
+from fastft.tools.verify.ranks.job import RankJob
 from fastft.tools.verify.ranks.worker import verified
 from tests.distributed.models import make
 from tests.distributed.plants import PLANTS
@@ -27,7 +27,7 @@ def verify_case(strategy: str, case: str) -> dict[str, Any]:
             make(f"{family}-full").save_pretrained(folder / "base")
         dist.barrier()
         base, out = str(folder / "base"), str(folder / "out")
-        job = Job(base, kind, "float32", weights == "nf4", weights != "full", rows=2, seq=16, steps=3, folder=out)
+        job = RankJob(base, kind, "float32", weights == "nf4", weights != "full", rows=2, seq=16, steps=3, folder=out)
         with PLANTS[plant]() if plant else contextlib.nullcontext():
             return verified(job)
 

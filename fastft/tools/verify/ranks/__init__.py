@@ -2,10 +2,13 @@
 
 runner      the command: starts the processes, and the table
 launch      N processes by torch's own elastic launcher, and what they return
-worker      what each process does
+process     what a new process is started with
+worker      what it does
+job         what is verified, and a line of what is found
 batches     the rows of a step, and those of each process
 training    the steps in one process: the truth in float64, and how far off stock is
 strategies  how a model is wrapped, trained, gathered and resumed: DDP, FSDP2
 saving      the saved adapter (or model), and what of it differs from what was trained
-checks      a line of the table; comparisons between processes
+checks      comparisons by the judge, and between processes
+diagnosis   what is wrong where losses or gradients differ
 """

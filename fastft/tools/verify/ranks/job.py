@@ -1,15 +1,14 @@
-"""What is verified, and what each process is started with: nothing that takes long to import."""
+"""What is verified, and a line of what is found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 NAMES = ("ddp", "fsdp2")  # of strategies
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """rows: of each process. folder: where all of them may write."""
 
     model: str
@@ -33,10 +32,3 @@ class Line:
     detail: str = ""
     error: float = float("nan")
     stock_error: float = float("nan")
-
-
-def main(job: Job) -> dict[str, Any]:
-    """One process: its lines and notes."""
-    from fastft.tools.verify.ranks.worker import main as run
-
-    return run(job)

@@ -77,7 +77,7 @@ def _as_it_was() -> Iterator[None]:
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread the launcher sets none
         before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in _SIGNALS if hasattr(signal, n)}
-    variable, loggers = os.environ.get(_KEY), [logging.getLogger(name) for name in _LOGGERS]
+    variable, loggers = {k: v for k, v in os.environ.items() if k == _KEY}, [logging.getLogger(name) for name in _LOGGERS]
     levels = [x.level for x in loggers]
     for x in loggers:
         x.setLevel(logging.CRITICAL)
@@ -89,7 +89,5 @@ def _as_it_was() -> Iterator[None]:
         for number, handler in before.items():
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(number, handler)
-        if variable is None:
-            os.environ.pop(_KEY, None)
-        else:
-            os.environ[_KEY] = variable
+        os.environ.pop(_KEY, None)
+        os.environ.update(variable)

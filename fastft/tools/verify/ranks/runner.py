@@ -12,8 +12,9 @@ from rich.text import Text
 
 from fastft.errors import ProcessesError
 from fastft.tables import as_text, table
-from fastft.tools.verify.ranks.job import NAMES, Job, Line, main
+from fastft.tools.verify.ranks.job import NAMES, Line, RankJob
 from fastft.tools.verify.ranks.launch import launched
+from fastft.tools.verify.ranks.process import main
 
 STEPS = 3  # two, what they save, and one more that a resumed run repeats
 
@@ -97,7 +98,7 @@ def verify_ranks(
     """
     _check(nproc, strategy)
     with tempfile.TemporaryDirectory(prefix="fastft-verify-") as folder:
-        job = Job(model, strategy, dtype, four_bit, lora, rows, seq, STEPS, folder)
+        job = RankJob(model, strategy, dtype, four_bit, lora, rows, seq, STEPS, folder)
         found = launched(main, nproc, job)
     for rank in found:
         if "error" in rank:

@@ -20,22 +20,29 @@ from fastft.errors import FastftError
 from fastft.tools.verify.ranks import checks, saving
 from fastft.tools.verify.ranks.batches import tokens_of
 from fastft.tools.verify.ranks.diagnosis import named, of_average, stale_weights
-from fastft.tools.verify.ranks.job import Job, Line
+from fastft.tools.verify.ranks.job import Line, RankJob
 from fastft.tools.verify.ranks.strategies import STRATEGIES, Strategy
-from fastft.tools.verify.ranks.training import Recipe, Results, Run, one_process, planned, trained, without_dropout
+from fastft.tools.verify.ranks.training import (
+    Recipe,
+    Results,
+    TrainingRun,
+    one_process,
+    planned,
+    trained,
+    without_dropout,
+)
 
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth
 
 
-def main(job: Job) -> dict[str, Any]:
+def main(job: RankJob) -> dict[str, Any]:
     """One process. Returns {"lines": [...], "notes": [...], "model", "dtype"}; {"error": ...} for a mistake of the
     user's."""
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT)
     try:
         return verified(job)
@@ -45,7 +52,7 @@ def main(job: Job) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-def load(job: Job, name: str) -> Any:
+def load(job: RankJob, name: str) -> Any:
     """The model as FastModel loads it, stock again. B of a new adapter is drawn: at its initial zero no gradient would
     reach A."""
     from fastft.loading.fast_model import FastModel
@@ -63,7 +70,7 @@ def load(job: Job, name: str) -> Any:
     return unpatch(model) or model
 
 
-def verified(job: Job) -> dict[str, Any]:
+def verified(job: RankJob) -> dict[str, Any]:
     """Every check, in the order in which things happen; the lines of the first process are the result."""
     kind, folder, first = STRATEGIES[job.strategy], Path(job.folder), dist.get_rank() == 0
     size = dist.get_world_size()
@@ -110,12 +117,12 @@ class Truth:
     the first step's gradients of the rows of each process."""
 
     recipe: Recipe
-    run: Run | None = None
-    stock: tuple[Run, ...] = ()
+    run: TrainingRun | None = None
+    stock: tuple[TrainingRun, ...] = ()
     parts: tuple[Results, ...] = ()
 
 
-def _truth(job: Job, model: Any, shares: int) -> Truth:
+def _truth(job: RankJob, model: Any, shares: int) -> Truth:
     found = None
     if dist.get_rank() == 0:
         with without_dropout(model):
@@ -156,7 +163,7 @@ def _sharded(begin: dict[str, torch.Tensor], wrapped: dict[str, torch.Tensor]) -
     return checks.on_all("wrapped as loaded", odd, f"{len(begin)} tensors")
 
 
-def _resumed(job: Job, recipe: Recipe, folder: Path, wanted, halfway, truth: Truth) -> list[Line]:
+def _resumed(job: RankJob, recipe: Recipe, folder: Path, wanted, halfway, truth: Truth) -> list[Line]:
     """What was saved is read, by its file and by loading it; then the last step is run again from there."""
     odd = saving.difference(wanted, saving.file_of(folder), "its file") if wanted else ""
     model, last = None, recipe.steps - 1

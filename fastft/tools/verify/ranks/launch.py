@@ -77,7 +77,8 @@ def _as_it_was() -> Iterator[None]:
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread the launcher sets none
         before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in _SIGNALS if hasattr(signal, n)}
-    variable, loggers = {k: v for k, v in os.environ.items() if k == _KEY}, [logging.getLogger(name) for name in _LOGGERS]
+    variable = {k: v for k, v in os.environ.items() if k == _KEY}
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [x.level for x in loggers]
     for x in loggers:
         x.setLevel(logging.CRITICAL)

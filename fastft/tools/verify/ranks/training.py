@@ -37,7 +37,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class WholeRun:
     """results: losses and gradients; weights: the parameters that train, after the last step."""
 
     results: Results
@@ -61,7 +61,7 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained(model).values(), lr=rate, momentum=MOMENTUM)
 
 
-def train(model: nn.Module, recipe: Recipe, parts: int = 1, exact: bool = False) -> TrainingRun:
+def train(model: nn.Module, recipe: Recipe, parts: int = 1, exact: bool = False) -> WholeRun:
     """One process takes the whole batch, in as many parts, one after another. exact: the model is in float64."""
     optimizer, results = optimizer_of(model, recipe.rate), {}
     for step in range(recipe.steps):
@@ -76,7 +76,7 @@ def train(model: nn.Module, recipe: Recipe, parts: int = 1, exact: bool = False)
         results |= {f"{step}:{n}": p.grad.clone() for n, p in trained(model).items() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
-    return TrainingRun(results, {n: p.detach().clone() for n, p in trained(model).items()})
+    return WholeRun(results, {n: p.detach().clone() for n, p in trained(model).items()})
 
 
 def planned(model: nn.Module, recipe: Recipe, shares: int) -> tuple[Recipe, list[Results]]:
@@ -115,7 +115,7 @@ def _counts(model: nn.Module, batch: Batch, tokens: int) -> bool:
     return abs(two - one / 2) < 0.01 * abs(one)
 
 
-def one_process(model: nn.Module, recipe: Recipe, shares: int) -> tuple[TrainingRun, list[TrainingRun]]:
+def one_process(model: nn.Module, recipe: Recipe, shares: int) -> tuple[WholeRun, list[WholeRun]]:
     """(the truth, stock's runs) of a stock model, which stays as it was.
 
     Stock runs the whole batch at once, and in as many parts as there are processes; in float32 a third time with its

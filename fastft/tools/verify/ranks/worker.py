@@ -25,7 +25,7 @@ from fastft.tools.verify.ranks.strategies import STRATEGIES, Strategy
 from fastft.tools.verify.ranks.training import (
     Recipe,
     Results,
-    TrainingRun,
+    WholeRun,
     one_process,
     planned,
     trained,
@@ -117,8 +117,8 @@ class Truth:
     the first step's gradients of the rows of each process."""
 
     recipe: Recipe
-    run: TrainingRun | None = None
-    stock: tuple[TrainingRun, ...] = ()
+    run: WholeRun | None = None
+    stock: tuple[WholeRun, ...] = ()
     parts: tuple[Results, ...] = ()
 
 

@@ -26,7 +26,7 @@ def _seed():
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported_modules_are_no_garbage():
-    """Half a million objects of torch and transformers are walked by no later collection: a sixth of the suite's time."""
+    """No later collection walks the half million objects of torch and transformers: a sixth of the suite's time."""
     gc.collect()
     gc.freeze()
 

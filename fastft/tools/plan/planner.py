@@ -254,6 +254,8 @@ def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu
         return None if gpu is None else find(gpu), None
     if gpu is not None:
         raise PlanError(f"gpu={gpu!r} and gpus={gpus!r} were both given: leave one out")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise PlanError(f"gpus={gpus!r}: a process group is there already; plan in a process that no launcher started")
     count, card = several(gpus)
     return card, Ranks(strategy or "fsdp2", count)
 

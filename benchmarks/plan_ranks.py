@@ -38,6 +38,7 @@ from fastft.tools.plan.step import finish, forward
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
+SPANS = tuple(f"plan:{p}" for p in PHASES)
 SETTLING = 0.02  # seconds
 CPU = torch.device("cpu")
 CHOSEN = {
@@ -127,7 +128,6 @@ class Settled(TorchDispatchMode):
 def measured(case: Case, model: Any) -> dict[str, float]:
     """The third of three real steps of this process, by phase. model: `real_model`, not wrapped yet."""
     batch = plan_fake.batch(case.config, case.rows, case.tokens)
-    _anew(model)  # what was read from a file is gone before: the profile would see that alone of it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Settled():
         _anew(model)
         batch = {k: v.clone() for k, v in batch.items()}
@@ -155,14 +155,25 @@ def _step(case: Case, model: nn.Module, optimizer: Any, batch: dict, around: Cal
 
 
 def by_spans(profiler: Any) -> dict[str, float]:
-    """The most that lived in each phase, of all that was allocated since the profile began."""
-    events = profiler.profiler.kineto_results.events()
-    spans = {e.name().removeprefix("plan:"): (e.start_ns(), e.end_ns()) for e in events if e.name().startswith("plan:")}
+    """The most that lived in each phase, of all that was allocated since the profile began (and by no earlier one, whose
+    tensors may be freed in this)."""
+    events, left = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while left:
+        events.append(left.pop())
+        left += events[-1].children
+    spans = {e.name.removeprefix("plan:"): (e.start_time_ns, e.end_time_ns) for e in events if e.name in SPANS}
+    allocations = [e for e in events if e.name == "[memory]"]
+    alive: dict[int, int] = {}
     now, found = 0, dict.fromkeys(PHASES, 0.0)
-    for at, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+    for e in sorted(allocations, key=lambda e: e.start_time_ns):
+        at, size, change = e.extra_fields.ptr, e.extra_fields.alloc_size, 0
+        if size > 0:
+            change = alive[at] = size
+        else:
+            change = -alive.pop(at, 0)
         now += change
         for name, (start, end) in spans.items():
-            if start <= at <= end:
+            if start <= e.start_time_ns <= end:
                 found[name] = max(found[name], float(now))
     return found
 

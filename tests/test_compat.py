@@ -395,11 +395,12 @@ def test_ranks_that_are_not_there():
     from fastft.compat.sharding_private import forget_fsdp, has_shards, imagined_group, local_part
 
     model = nn.Linear(4, 6)
-    before, cls = dict(model.__dict__), type(model)
+    before, cls = {**model.__dict__, "_parameters": dict(model._parameters)}, type(model)
     with imagined_group(3):
         holds("fake_pg", distributed.get_world_size() == 3 and distributed.get_rank() == 0)
         fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
-        holds("DTensor._local_tensor", local_part(model.weight).shape == (2, 4) and has_shards([type(model.weight.data)]))
+        holds("DTensor._local_tensor", local_part(model.weight).shape == (2, 4))
+        holds("DTensor", has_shards([type(model.weight.data)]) and not has_shards([torch.Tensor]))
         model.__dict__, model.__class__ = before, cls
         forget_fsdp(model)
         fully_shard(model, mesh=init_device_mesh("cpu", (3,)))  # raises where it is remembered

@@ -247,7 +247,9 @@ class _Work:
 def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu | None, Ranks | None]:
     """The card that is planned for, and who shares the work."""
     if strategy is not None and strategy not in STRATEGIES:
-        raise PlanError(f"strategy={strategy!r}: want one of {', '.join(STRATEGIES)} (DeepSpeed's stages are not planned)")
+        raise PlanError(
+            f"strategy={strategy!r}: want one of {', '.join(STRATEGIES)} (DeepSpeed's stages are not planned)"
+        )
     if gpus is None:
         if strategy is not None:
             raise PlanError(f"strategy={strategy!r} is for several GPUs: pass gpus='4x24GiB', or leave it out")

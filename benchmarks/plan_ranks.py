@@ -155,8 +155,8 @@ def _step(case: Case, model: nn.Module, optimizer: Any, batch: dict, around: Cal
 
 
 def by_spans(profiler: Any) -> dict[str, float]:
-    """The most that lived in each phase, of all that was allocated since the profile began (and by no earlier one, whose
-    tensors may be freed in this)."""
+    """The most that lived in each phase, of all that was allocated since the profile began. (What an earlier one saw
+    made may be freed in this.)"""
     events, left = [], list(profiler.profiler.kineto_results.experimental_event_tree())
     while left:
         events.append(left.pop())

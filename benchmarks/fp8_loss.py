@@ -266,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.show is not None:
         print(table(json.loads(given.show.read_text())))
         return 0
+    if given.steps < 1:
+        parser.error(f"--steps {given.steps}: want at least 1")
     if given.out is None:
         parser.error("--out FILE or --show FILE is wanted")
     experiment = Experiment(steps=given.steps, learning_rate=given.learning_rate, seeds=tuple(given.seeds))

@@ -139,15 +139,30 @@ def verify(
             help="Layer by layer, or all at once; by default by the model's size and the free memory.",
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train in so many processes instead, and compare with one on the whole batch."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="Of these processes: ddp or fsdp2.")] = "ddp",
     as_json: AsJson = False,
 ) -> None:
-    """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything
-    fails."""
+    """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes
+    against one. Exit code 1 when anything fails."""
     with _quiet(as_json):
-        from fastft.tools.verify.checkpoint import verify_checkpoint
+        result: Any
+        if nproc is None:
+            from fastft.tools.verify.checkpoint import verify_checkpoint
 
-        how = {"four_bit": four_bit, "fp8": fp8, "lora": lora, "layers": layers}
-        result = verify_checkpoint(model, dtype=dtype, seq=seq, size=batch, **how)
+            how = {"four_bit": four_bit, "fp8": fp8, "lora": lora, "layers": layers}
+            result = verify_checkpoint(model, dtype=dtype, seq=seq, size=batch, **how)
+        else:
+            from fastft.tools.verify.ranks.runner import verify_ranks
+
+            if fp8:
+                raise typer.BadParameter("--fp8 and --nproc were both given: choose one")
+            result = verify_ranks(
+                model, nproc=nproc, strategy=strategy, dtype=dtype, four_bit=four_bit, lora=lora, rows=batch, seq=seq
+            )
     _show(result, as_json)
     raise typer.Exit(0 if result else 1)
 

@@ -40,7 +40,8 @@ LONGEST_PERIOD, MOST_APART = 8, 4
 @dataclass(frozen=True)
 class TrainingSetup:
     """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains
-    everything. ranks: who shares the work; None: one process."""
+    everything. four_bit, fp8: how its frozen linear layers are stored. ranks: who shares the work; None: one
+    process."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -52,6 +53,7 @@ class TrainingSetup:
     loss: str
     for_cuda: bool
     patched: bool = True
+    fp8: bool = False
     ranks: Ranks | None = None
 
     @property
@@ -319,6 +321,7 @@ def subject(
         setting.dtype,
         four_bit=setting.four_bit,
         storage=setting.storage,
+        fp8=setting.fp8,
         trust_remote_code=trust_remote_code,
     )
     pool, container, period, apart = _repeating(model)

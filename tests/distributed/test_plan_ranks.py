@@ -14,8 +14,8 @@ def found():
 
 @pytest.mark.parametrize("name", list(plan_ranks.rank_cases()))
 def test_within_5_percent_of_the_allocators_events(found, name):
-    """Of the step's peak. (Stock's forward alone, under checkpointing and FSDP2, takes 8% more than is predicted for it,
-    below that peak.)"""
+    """Of the step's peak. (Stock's forward alone, under checkpointing and FSDP2, takes 8% more than is predicted for
+    it, below that peak.)"""
     outcome = found[name]
     assert abs(outcome.error) < 0.05
     for phase in ("backward", "optimizer"):

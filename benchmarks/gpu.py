@@ -2,12 +2,14 @@
 [--out FOLDER]
 
 roof         what this device does: bf16 products and copies
-tests        tests/kernels on this device, in float32, float16 and bfloat16
+tests        tests/kernels on this device, in float32, float16 and bfloat16, and the tests of CUDA graphs
 kernels      each kernel at an 8B decoder's widths: time with cold caches, percent of the roof, error against eager's
 lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k,
              1x32k
 preference   DPO and GRPO log-probability steps of the same
-host         a 0.6B shape at 2x512: the host's time and launches
+experts      LoRA steps of four layers of a 30B-A3B shape, adapters on every expert
+profile      eight layers of the 8B shape: where the time of a step goes, by kind of work
+host         a 0.6B shape at 2x512: the host's time and launches, in a plain loop and through SFTTrainer
 determinism  two runs, the same bits; where not, the first operation that does not repeat, and whose it is
 planner      predicted against measured memory
 
@@ -57,7 +59,9 @@ SECTIONS = {
     "lora": Section(110),
     "nf4": Section(80),
     "preference": Section(50),
-    "host": Section(30),
+    "experts": Section(40),
+    "profile": Section(40),
+    "host": Section(40),
     "determinism": Section(40),
     "planner": Section(60),
 }

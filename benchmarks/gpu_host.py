@@ -18,6 +18,7 @@ from benchmarks.fake import counting
 from benchmarks.gpu_models import Batch, batch, build, config_small
 from benchmarks.gpu_repeat import culprits, owner
 from benchmarks.gpu_steps import STACKS, _autocast, figures, fitting, sft_loss, tuned
+from benchmarks.gpu_trainer import trainer_step
 from benchmarks.sheet import Figures, Red, Row, Sheet
 from fastft.tools.bench.limits import ModelShape
 from fastft.tools.bench.timing import Roof, synchronize
@@ -85,6 +86,13 @@ def host_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
             lambda stack=stack: measure(stack),
             least=0.0 if tiny else 5.0,
         )
+    made.clear()
+    for stack in ("stock", "fastft"):
+        sheet.run(
+            f"0.6B shape, bf16, {len(lengths)}x{lengths[0]}, SFTTrainer: {stack}",
+            lambda stack=stack: trainer_step(stack, tiny, device, lengths, *((9,) if tiny else ())),
+            least=0.0 if tiny else 8.0,
+        )
 
 
 def attentions(device: torch.device) -> dict[str, Callable]:
@@ -99,9 +107,9 @@ def attentions(device: torch.device) -> dict[str, Callable]:
 
 
 def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
-    """Three steps, twice, each with a fresh patch; torch is told to be deterministic where it can. Where two runs
-    differ, one step is run twice more with every operator watched: what is ours must repeat, else the row is red; else
-    it names the first operation that does not, and whose it is."""
+    """Three steps, twice, each with a fresh patch; torch is told to be deterministic. Where two runs differ, one step
+    is run twice more with every operator watched: what is ours must repeat, else the row is red; else it names the
+    first operation that does not, and whose it is."""
     config, lengths = config_small(tiny, layers=2 if tiny else 4), ([16, 9] if tiny else [512, 300])
 
     def trained(attention: Callable, steps: int) -> list[torch.Tensor]:
@@ -117,7 +125,7 @@ def determinism_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Ro
 
     def measure(attention: Callable) -> Figures:
         before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only flash attention's backward stays as it is
         try:
             first, second = trained(attention, 3), trained(attention, 3)
             odd = sum(not torch.equal(a, b) for a, b in zip(first, second))
@@ -164,7 +172,10 @@ def planner_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) 
     def measure(case) -> Figures:
         found = outcome(case, device)
         predicted, measured = (max(d.values()) / 2**20 for d in (found.predicted, found.measured))
-        return {"predicted MiB": predicted, "measured MiB": measured, "error %": 100 * found.error}
+        figures: Figures = {"predicted MiB": predicted, "measured MiB": measured, "error %": 100 * found.error}
+        for phase, bytes in found.predicted.items():
+            figures[f"{phase}, predicted - measured MiB"] = (bytes - found.measured[phase]) / 2**20
+        return figures
 
     for case in cases(device, tiny)[: 3 if tiny else None]:
         sheet.run(case.name, lambda case=case: measure(case), least=0.0 if tiny else 6.0)

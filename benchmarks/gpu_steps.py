@@ -305,7 +305,8 @@ def preference_cells(tiny: bool) -> dict[str, tuple[Loss, list[int]]]:
 def section(
     sheet: Sheet, tiny: bool, device: torch.device, roof: Roof, *, four_bit: bool = False, preference: bool = False
 ) -> None:
-    """Rows "stack, cell"; the longest lengths come last."""
+    """Rows "stack, cell"; the longest lengths come last. The first row is the time of a patch, in a process that has
+    proven nothing yet, and once more."""
     made: dict[str, object] = {}
 
     def once(name: str, make: Callable):
@@ -321,7 +322,21 @@ def section(
         step = fitting(model, stack, loss, b, device, seconds=0.0 if tiny else 3.0)
         return {"head": "TRL's" if HAS_TRL else "the model's", **figures(step, lengths, shape, roof, loss, four_bit)}
 
+    def patch() -> Figures:
+        model = once("model", lambda: build(config_8b(tiny), device, four_bit=four_bit))
+        found: Figures = {}
+        for which in ("first", "second"):
+            synchronize(device)
+            begun = time.perf_counter()
+            fastft.patch(model)
+            synchronize(device)
+            found[f"{which} patch s"] = time.perf_counter() - begun
+            fastft.unpatch(model)
+        return found
+
     base = "NF4" if four_bit else "bf16"
+    if not preference:
+        sheet.run(f"8B shape, {base}: patch", patch)
     for cell, (loss, lengths) in (preference_cells(tiny) if preference else cells(tiny)).items():
         for stack in STACKS:
             least = 0.0 if tiny else 20.0 if max(lengths) > 10_000 else 6.0

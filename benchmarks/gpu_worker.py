@@ -40,9 +40,9 @@ def roof_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> 
 
 
 def tests_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
-    """tests/kernels, a minute on 12 workers; then what has more than 2^31 elements, alone and one at a time, with what
-    time is left. Each failure is printed with its error when it happens, and read from pytest's own lines as they come:
-    what ends it loses what was not run."""
+    """tests/kernels, a minute on 12 workers; the tests of CUDA graphs; then what has more than 2^31 elements, alone and
+    one at a time, with what time is left. Each failure is printed with its error when it happens, and read from
+    pytest's own lines as they come: what ends it loses what was not run."""
     files = (
         TINY_TESTS
         if tiny
@@ -50,6 +50,10 @@ def tests_section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) ->
     )
     sheet.run("tests/kernels", lambda: run_tests(files, "not slow", min(sheet.left - 2, TESTS_SECONDS)))
     if not tiny:
+        graphs = ("tests/graphs/test_cuda.py",)
+        sheet.run(
+            "tests/graphs/test_cuda.py", lambda: run_tests(graphs, "not slow", min(sheet.left - 2, TESTS_SECONDS))
+        )
         sheet.run("tests/kernels, more than 2^31 elements", lambda: run_tests(files, "slow", sheet.left - 2), least=10)
 
 
@@ -141,6 +145,8 @@ SECTIONS: dict[str, tuple[str, str, dict]] = {  # module, function, what it is g
     "lora": ("gpu_steps", "section", {}),
     "nf4": ("gpu_steps", "section", {"four_bit": True}),
     "preference": ("gpu_steps", "section", {"preference": True}),
+    "experts": ("gpu_experts", "section", {}),
+    "profile": ("gpu_profile", "section", {}),
     "host": ("gpu_host", "host_section", {}),
     "planner": ("gpu_host", "planner_section", {}),
     "determinism": ("gpu_host", "determinism_section", {}),

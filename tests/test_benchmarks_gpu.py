@@ -1,6 +1,7 @@
 """The GPU benchmark, on small shapes on a CPU: it runs to the end, what is wrong prints no speed, and what dies costs
 one row."""
 
+import functools
 import io
 import json
 import subprocess
@@ -12,7 +13,17 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_host, gpu_kernels, gpu_models, gpu_repeat, gpu_steps, gpu_worker
+from benchmarks import (
+    gpu,
+    gpu_experts,
+    gpu_host,
+    gpu_kernels,
+    gpu_models,
+    gpu_profile,
+    gpu_repeat,
+    gpu_steps,
+    gpu_worker,
+)
 from benchmarks.sheet import Missing, Red, Row, Sheet, markdown, read
 from fastft.tools.bench.timing import Roof
 
@@ -68,7 +79,8 @@ def test_steps_of_all_stacks(sheet, monkeypatch, trl):
     )
     gpu_steps.section(sheet, True, CPU, ROOF)
     gpu_steps.section(sheet, True, CPU, ROOF, preference=True)
-    rows = read(sheet.path)[0]
+    patch, *rows = read(sheet.path)[0]
+    assert patch.state == "ok" and patch.figures["first patch s"] > 0
     assert [(r.name, r.state, r.note) for r in rows if r.state != "ok"] == []
     assert len(rows) == 9 and all(
         r.figures["tokens/s"] > 0 and r.figures["head"] == ("TRL's" if trl else "the model's") for r in rows
@@ -77,6 +89,48 @@ def test_steps_of_all_stacks(sheet, monkeypatch, trl):
     assert stock["checkpointing"] and not best["checkpointing"] and fast["checkpointing"]
     assert "policy auto" in fast["policy"] and "policy" not in stock
     assert stock["first loss"] == pytest.approx(fast["first loss"], rel=1e-2)
+
+
+def test_experts_are_judged_and_timed(sheet, monkeypatch):
+    monkeypatch.setattr(gpu_experts, "config_experts", functools.partial(gpu_experts.config_experts, layers=1))
+    gpu_experts.section(sheet, True, CPU, ROOF)
+    rows = read(sheet.path)[0]
+    assert [(r.state, r.note) for r in rows] == [("ok", "")] * 3 and rows[2].figures["times stock"] > 0
+    sheet.path.unlink()
+    monkeypatch.setattr(gpu_experts.Gate, "__init__", lambda self, *a: setattr(self, "verdict", ""))
+    gpu_experts.section(sheet, True, CPU, ROOF)
+    assert [r.state for r in read(sheet.path)[0]] == ["ok", "ok", "red"]
+
+
+def _event(name="", shapes=(), kernels=(), device=torch.autograd.DeviceType.CPU, us=0.0):
+    kernels = [types.SimpleNamespace(name=n, duration=d) for n, d in kernels]
+    return types.SimpleNamespace(
+        name=name, input_shapes=shapes, kernels=kernels, device_type=device, device_time=us, cpu_time=us
+    )
+
+
+def test_kernels_are_sorted_by_the_work_that_they_do():
+    on_device = functools.partial(_event, device=torch.autograd.DeviceType.CUDA)
+    events = [
+        _event("aten::mm", [[8192, 4096], [4096, 4096]], [("gemm", 300.0)]),
+        _event("aten::addmm", [[4096], [8192, 16], [16, 4096]], [("gemm", 50.0)]),
+        _event("aten::_scaled_dot_product_cudnn_attention", [[4, 8, 2048, 128]], [("cudnn_sdpa", 90.0)]),
+        on_device("gemm", us=300.0),
+        on_device("gemm", us=50.0),
+        on_device("cudnn_sdpa", us=90.0),
+        on_device("_glu_fwd_kernel", us=20.0),
+        on_device("void at::native::vectorized_elementwise_kernel<4>", us=7.0),
+    ]
+    work = gpu_profile.work_of(events)
+    assert work.ms == {
+        "large products": 0.3,
+        "small products": 0.05,
+        "attention": 0.09,
+        "Triton": 0.02,
+        "other": 0.007,
+    }
+    replayed = gpu_profile.work_of([on_device("gemm", us=400.0)], work)
+    assert replayed.ms["large products"] == 0.4 and replayed.launches["large products"] == 1
 
 
 def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
@@ -89,7 +143,7 @@ def test_a_stack_that_is_off_prints_no_speed(sheet, monkeypatch):
     monkeypatch.setattr("fastft.proving.proof_cache.CACHE", _Believed())
     monkeypatch.setattr(gpu_steps, "cells", lambda tiny: {"rows": (gpu_steps.sft_loss, [10, 6])})
     gpu_steps.section(sheet, True, CPU, ROOF)
-    states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0]}
+    states = {r.name.rsplit(": ", 1)[1]: r for r in read(sheet.path)[0] if r.name.count(": ") == 1}
     assert [states[s].state for s in ("stock", "best", "fastft")] == ["ok", "ok", "red"]
     assert not SPEEDS & set(states["fastft"].figures)
 
@@ -220,7 +274,9 @@ def test_checksums_see_places_and_bits():
 def test_the_planner_is_measured_or_said_to_be_missing(sheet, monkeypatch):
     Outcome = types.SimpleNamespace
     found = Outcome(
-        predicted={"forward": 2.0**20, "backward": 3 * 2.0**20}, measured={"forward": 2 * 2.0**20}, error=0.5
+        predicted={"forward": 2.0**20, "backward": 3 * 2.0**20},
+        measured={"forward": 2 * 2.0**20, "backward": 2.0**20},
+        error=0.5,
     )
     module = types.SimpleNamespace(
         cases=lambda device, tiny: [types.SimpleNamespace(name=n) for n in "abcd"], outcome=lambda case, device: found
@@ -234,6 +290,8 @@ def test_the_planner_is_measured_or_said_to_be_missing(sheet, monkeypatch):
         "predicted MiB": 3.0,
         "measured MiB": 2.0,
         "error %": 50.0,
+        "forward, predicted - measured MiB": -1.0,
+        "backward, predicted - measured MiB": 2.0,
     }
     assert last.state == "missing" and "plan_error" in last.note
 
@@ -375,8 +433,8 @@ def test_a_failure_is_told_when_it_happens(tmp_path, monkeypatch, capfd, workers
         monkeypatch.setattr(gpu_worker, "WORKERS", workers)
     begun = time.time()
     with pytest.raises(Red, match=r"'failed': 1.*'all ran': False.*test_bad \[call.*the two numbers differ"):
-        gpu_worker.run_tests((str(path),), "not slow", 12.0)
-    assert time.time() - begun < 30
+        gpu_worker.run_tests((str(path),), "not slow", 20.0 if workers else 12.0)  # two more processes import
+    assert time.time() - begun < 40
     assert "FAILED NOW" in capfd.readouterr().err
 
 

@@ -147,7 +147,7 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     add = g.compute if kept.xA is None else wider(g.compute, g.lora)  # the dtype in which an adapter's output joins y
     ys, done, joined = [], 0, None if kept.xA is None else kept.xA.to(add)
     for p in g.projections:
-        y, late = _base(g, p, t, xc, add)
+        y, late = base(g, p, t, xc, add)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):
             add_product(y, joined[:, a.column : a.column + a.rank], B.t(), add, a.scaling)
         for a in late:
@@ -157,7 +157,7 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     return ys
 
 
-def _base(g: GroupTensors, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: torch.Tensor, add: torch.dtype):
+def base(g: GroupTensors, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: torch.Tensor, add: torch.dtype):
     """(x W^T + biases in the dtype `add`, the adapters whose bias is still to be added)."""
     W = expand(p.layout, t[p.weight : p.weight + p.n_weight], g.compute).t()
     bias = t[p.bias] if p.bias >= 0 else None

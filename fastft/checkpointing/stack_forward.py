@@ -131,7 +131,9 @@ class Forward:
         return split
 
     def _is_longer(self, index: int, x: torch.Tensor) -> bool:
-        found = self.stack.measured.get(self.kinds[index]) if self.mode == "auto" else None
+        """Is x longer than the rows on which this kind of layer was measured? Not where the split is one that was
+        decided for this very shape: then no kinds were asked for."""
+        found = self.stack.measured.get(self.kinds[index]) if self.mode == "auto" and self.kinds else None
         return found is not None and x.shape[-2] > found[1]
 
     def _measured(self, index: int, function, args: tuple):

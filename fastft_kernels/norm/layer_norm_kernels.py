@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastft_kernels.runtime.aot import AotCase
 from fastft_kernels.runtime.language import tl, triton
-from fastft_kernels.runtime.precise import column_sum, quotient, row_mean, row_mean_of_product, row_rstd
+from fastft_kernels.runtime.precise import column_sum, product, quotient, row_mean, row_mean_of_product, row_rstd
 from fastft_kernels.runtime.rows import (
     BWD_TILES,
     FWD_TILES,
@@ -162,7 +162,7 @@ def bwd_kernel(
         if dx_ptr is not None:
             g = dy
             if w_ptr is not None:
-                g = dy * w[None, :]
+                g = product(dy, w[None, :])
             mean_g = row_mean(g, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
             mean_gn = row_mean_of_product(g, n, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
             dx = r * (g - mean_g - n * mean_gn)
@@ -212,7 +212,7 @@ def bwd_wide_kernel(
                 col = start + tl.arange(0, BLOCK_N)[None, :]
                 g = tl.load(dy_at + col, mask=col < N, other=0.0).to(tl.float32)
                 if w_ptr is not None:
-                    g *= tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+                    g = product(g, tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32))
                 sums += g
                 products += g * ((tl.load(x_at + col, mask=col < N, other=0.0).to(tl.float32) - mean) * r)
             mean_g = row_mean(sums, N, x_ptr.dtype.element_ty == tl.float32)[:, None]
@@ -230,7 +230,7 @@ def bwd_wide_kernel(
                 tl.store(db_ptr + line + col, so_far + dy, mask=col < N)
             if dx_ptr is not None:
                 if w_ptr is not None:
-                    dy *= tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+                    dy = product(dy, tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32))
                 tl.store(dx_at + col, (r * (dy - mean_g - n * mean_gn)).to(dx_ptr.dtype.element_ty), mask=col < N)
         if dw_ptr is not None or db_ptr is not None:
             tl.debug_barrier()  # the next row reads these lines again

@@ -59,6 +59,14 @@ def exp_normal(x):
 
 
 @triton.jit
+def product(x, y):
+    """x y, rounded: a bare `*` may be fused into an addition that follows, and then what should cancel exactly (a row
+    of one element less its mean) leaves the rounding that the fused one spares."""
+    x, y = tl.broadcast(x, y)
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def quotient(x, d, inverse):
     """x / d where inverse = 1 / d is known: a division without its branches. The remainder of x inverse is exact when
     fused."""

@@ -33,6 +33,20 @@ def test_every_step(base, policy):
     assert replays(model) == (STEPS - 2) * N and not eager(model)
 
 
+def test_a_policy_that_is_chosen_at_each_forward():
+    """As on a GPU by default, where a trainer checkpoints: the split of a shape is decided, and then remembered."""
+
+    def under(graphs):
+        model = patched(graphs, policy="999GiB")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    model = under(True)
+    assert not differing(train(under(False), steps=6), train(model, steps=6))
+    assert replays(model) >= 2 * N, graphs_of(model).stack.eager
+    assert any("3 kept" in n for n in fastft.report(model).notes), fastft.report(model).notes
+
+
 @pytest.mark.parametrize("policy", [None, "lean"])
 def test_where_the_captured_code_runs_again(policy):
     plain, model = patched(False, policy=policy), with_graphs(patched(False, policy=policy), RerunRecorder())

@@ -235,12 +235,12 @@ def quantised_4bit(
 
 
 def quantised_8bit(linear: nn.Linear) -> nn.Module:
-    """A bitsandbytes Linear8bitLt of a linear."""
+    """A bitsandbytes Linear8bitLt of a linear. It quantises where a weight is moved, and only from the CPU."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear8bitLt(
         linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
     )
-    weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
     return layer

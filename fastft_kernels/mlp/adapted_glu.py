@@ -423,10 +423,8 @@ def AOT_CASES(arch: str) -> tuple[AotCase, ...]:
         return ()
     sums = {"parts_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32", "size": "i32"}
     return (
-        *(
-            _case(backward, *use, (arch,))
-            for backward in (False, True)
-            for use in (("bf16", "silu", False, 16), ("fp16", "gelu_tanh", False, 32), ("bf16", "silu", True, 16))
-        ),
+        _case(False, "bf16", "silu", False, 16, (arch,)),
+        _case(True, "bf16", "silu", False, 16, (arch,)),
+        _case(True, "fp16", "gelu_tanh", True, 32, (arch,)),
         AotCase(_sums_kernel, sums, {"BLOCK": SUM_BLOCK}, note="r 16", unaligned=("parts",)),
     )

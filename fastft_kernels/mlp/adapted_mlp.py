@@ -131,7 +131,7 @@ class _AdaptedMLP(torch.autograd.Function):
         return _gradients(ctx, dy, 0)
 
 
-class _Keep(torch.autograd.Function):
+class _KeepMlp(torch.autograd.Function):
     """The first half: saves the same tensors in the same order and leaves out the last product. Returns a stand-in of
     the output's shape, without memory. started: an empty list that receives what the last product needs."""
 
@@ -228,7 +228,7 @@ def run(m: MlpTensors, t: Sequence[torch.Tensor], x: torch.Tensor, recomputation
     if not REPLAY.depth:
         return _apply(m, source, x, *t)
     started: list = []
-    stand_in = _Keep.apply(m, source, x, started, *t)
+    stand_in = _KeepMlp.apply(m, source, x, started, *t)
     with torch.no_grad(), exact_dtypes(x):
         y = _finished(m, t, *started)
     return deliver(stand_in, y)

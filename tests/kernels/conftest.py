@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from fastft_kernels.runtime.dispatch import INTERPRETED
+from tests.kernels.interpreter import quicken
 
+if INTERPRETED:
+    quicken()
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
 

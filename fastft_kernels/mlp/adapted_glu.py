@@ -50,7 +50,7 @@ FWD = AdaptedGluLaunch(32, 128, 8)
 BWD_WIDE = {16: AdaptedGluLaunch(16, 128, 8, 2), 32: AdaptedGluLaunch(16, 64, 4, 2)}
 BWD = {16: AdaptedGluLaunch(16, 32, 4), 32: AdaptedGluLaunch(16, 32, 4)}
 SUM_BLOCK = 1024
-ROWS = 1024  # that one program of the backward walks
+ROWS = 2048  # that one program of the backward walks
 
 
 def bwd_launch(rank: int, major: int) -> AdaptedGluLaunch:

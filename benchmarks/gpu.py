@@ -8,6 +8,7 @@ mlp          an adapted MLP in one function and in three, and its passes between
 lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k,
              1x32k
 preference   DPO and GRPO log-probability steps of the same
+fp8          an FP8 base: products of the 8B shapes beside bf16's, then the 4x2048 step beside our bf16 one
 experts      LoRA steps of four layers of a 30B-A3B shape, adapters on every expert
 profile      eight layers of the 8B shape: where the time of a step goes, by kind of work
 host         a 0.6B shape at 2x512: the host's time and launches, in a plain loop and through SFTTrainer
@@ -58,9 +59,10 @@ SECTIONS = {
     "tests": Section(110, 1),
     "kernels": Section(80),
     "mlp": Section(45),
-    "lora": Section(110),
+    "lora": Section(90),
     "nf4": Section(80),
     "preference": Section(50),
+    "fp8": Section(60),
     "experts": Section(40),
     "profile": Section(40),
     "host": Section(40),

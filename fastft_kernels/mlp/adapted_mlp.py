@@ -51,6 +51,8 @@ def unfit(m: MlpTensors, t: Sequence[torch.Tensor]) -> str:
     slots = (*m.first.projections, *m.last.projections)
     if len(m.first.projections) != 2 or any(len(p.adapters) != 1 for p in slots):
         return "not one adapter on each of gate, up and down"
+    if any(p.layout.kind == "float8" for p in slots):
+        return "an FP8 base, whose products may be of FP8 matrices"
     adapters = (*m.first.adapters, *m.last.adapters)
     if any(a.p > 0 or a.bias >= 0 for a in adapters):
         return "an adapter drops out or has a bias"

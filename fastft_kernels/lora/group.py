@@ -166,7 +166,7 @@ def base(
     t: Sequence[torch.Tensor],
     xc: torch.Tensor,
     add: torch.dtype,
-    rounded: scaled_product.Quantized | None,
+    rounded: scaled_product.Quantized | None = None,
 ):
     """(x W^T + biases in the dtype `add`, the adapters whose bias is still to be added). rounded: x in FP8, where W's
     product is one of FP8 matrices."""

@@ -54,14 +54,32 @@ def _top(
 
 @contextlib.contextmanager
 def _quiet(as_json: bool = False) -> Iterator[None]:
-    """Other libraries' warnings and hints stay out of what the command prints; with `as_json` what is printed inside
-    goes to stderr, so that stdout is JSON alone."""
+    """Other libraries' warnings, hints and bars stay out of what the command prints; with `as_json` what is printed
+    inside goes to stderr, so that stdout is JSON alone."""
     for name in ("bitsandbytes", "transformers", "accelerate", "peft", "trl", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with (
+        _no_bars(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+    ):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(?!fastft)")
         yield
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Inside, transformers draws no bars of the weights that it reads and writes."""
+    from transformers.utils import logging as libraries
+
+    shown = libraries.is_progress_bar_enabled()
+    libraries.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            libraries.enable_progress_bar()
 
 
 def _show(result: Any, as_json: bool, **more: Any) -> None:
@@ -294,7 +312,8 @@ def merge(
     form = parse_dtype(dtype)
     if form is None or form not in (torch.bfloat16, torch.float16):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
-    result = run(adapter, out, base=base, dtype=form, check=check, other_base=other_base)
+    with _quiet():
+        result = run(adapter, out, base=base, dtype=form, check=check, other_base=other_base)
     print(f"{out}: {result or 'not checked'}")
 
 

@@ -7,6 +7,7 @@ kernels      each kernel at an 8B decoder's widths: time with cold caches, perce
 lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k,
              1x32k
 preference   DPO and GRPO log-probability steps of the same
+fp8          an FP8 base: products of the 8B shapes beside bf16's, then the 4x2048 step beside our bf16 one
 experts      LoRA steps of four layers of a 30B-A3B shape, adapters on every expert
 profile      eight layers of the 8B shape: where the time of a step goes, by kind of work
 host         a 0.6B shape at 2x512: the host's time and launches, in a plain loop and through SFTTrainer
@@ -59,6 +60,7 @@ SECTIONS = {
     "lora": Section(110),
     "nf4": Section(80),
     "preference": Section(50),
+    "fp8": Section(60),
     "experts": Section(40),
     "profile": Section(40),
     "host": Section(40),

@@ -317,7 +317,7 @@ def section(
     def measure(stack: str, loss: Loss, lengths: list[int]) -> Figures:
         once("gate", lambda: Gate(tiny, device, four_bit)).check(stack, loss)
         model = once("model", lambda: build(config_8b(tiny), device, four_bit=four_bit))
-        shape = once("shape", lambda: _shape(tiny))
+        shape = once("shape", lambda: shape_of(tiny))
         b = batch(lengths, model.config.vocab_size, device)
         step = fitting(model, stack, loss, b, device, seconds=0.0 if tiny else 3.0)
         return {"head": "TRL's" if HAS_TRL else "the model's", **figures(step, lengths, shape, roof, loss, four_bit)}
@@ -347,7 +347,7 @@ def section(
             )
 
 
-def _shape(tiny: bool) -> ModelShape:
+def shape_of(tiny: bool) -> ModelShape:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

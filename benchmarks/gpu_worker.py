@@ -145,6 +145,7 @@ SECTIONS: dict[str, tuple[str, str, dict]] = {  # module, function, what it is g
     "lora": ("gpu_steps", "section", {}),
     "nf4": ("gpu_steps", "section", {"four_bit": True}),
     "preference": ("gpu_steps", "section", {"preference": True}),
+    "fp8": ("gpu_fp8", "section", {}),
     "experts": ("gpu_experts", "section", {}),
     "profile": ("gpu_profile", "section", {}),
     "host": ("gpu_host", "host_section", {}),

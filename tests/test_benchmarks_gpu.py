@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     gpu,
     gpu_experts,
+    gpu_fp8,
     gpu_host,
     gpu_kernels,
     gpu_models,
@@ -25,7 +26,9 @@ from benchmarks import (
     gpu_worker,
 )
 from benchmarks.sheet import Missing, Red, Row, Sheet, markdown, read
-from fastft.tools.bench.timing import Roof
+from fastft.linear.float8_linear import float8_layers
+from fastft.tools.bench.timing import ColdTimer, Roof
+from fastft_kernels.quant import scaled_product
 
 CPU = torch.device("cpu")
 ROOF = Roof(1e10, 1e10, "bfloat16")
@@ -443,3 +446,34 @@ def test_large_tensors_are_kept_apart():
     assert "-n" not in gpu_worker.tests_command(("x",), "slow")
     command = gpu_worker.tests_command(("x",), "not slow")
     assert command[command.index("-m", 4) + 1] == "not slow"
+
+
+def test_fp8_products_are_judged_and_timed(sheet, monkeypatch):
+    monkeypatch.setattr(gpu_fp8, "step", lambda model, *rest: {"layers": float(len(float8_layers(model)))})
+    gpu_fp8.section(sheet, True, CPU, ROOF)
+    rows = read(sheet.path)[0]
+    assert [(r.name, r.state, r.note) for r in rows if r.state != "ok"] == []
+    assert len(rows) == 7 and all(r.figures["fwd us"] > 0 and r.figures["bwd speedup"] > 0 for r in rows[:4])
+    assert [r.figures["layers"] for r in rows[4:]] == [0, 14, 14]
+
+
+@pytest.mark.parametrize("what", ["transpose_8bit", "quantize_e4m3_rows"])
+def test_an_fp8_product_that_is_off_prints_no_time(sheet, monkeypatch, what):
+    real = getattr(scaled_product, what)
+    wrong = {
+        "transpose_8bit": lambda q, out=None: real(q, out).roll(1, 0),
+        "quantize_e4m3_rows": lambda x, columns=None: real(x),
+    }[what]
+    monkeypatch.setattr(scaled_product, what, wrong)
+    row = sheet.run("x", lambda: gpu_fp8.rows_of_fp8(32, 64, 24, CPU, ROOF, ColdTimer(CPU, 0.01, 1)))
+    assert row.state == "red" and "FAIL" in row.note and not row.figures
+
+
+def test_an_fp8_step_says_what_it_weighs(sheet):
+    model = gpu_models.build(gpu_models.config_8b(True, layers=1), CPU)
+    before = sum(p.nbytes for p in model.parameters())
+    gpu_fp8.quantise(model, "both")
+    row = sheet.run("x", lambda: gpu_fp8.step(model, [12] * 2, True, CPU, ROOF))
+    assert row.state == "ok" and row.figures["tokens/s"] > 0, row.note
+    assert row.figures["weights GiB"] * 2**30 < before
+    assert {m.products for m in float8_layers(model)} == {"both"}

@@ -325,6 +325,22 @@ def test_what_stands_on_a_module():
     holds(f"FSDP 1's {SHARDED[1]}", flattened == SHARDED[1])
 
 
+def test_a_modules_casts_and_moves():
+    from fastft.compat.torch_private import KeepsDtypes
+
+    class Keeping(KeepsDtypes, nn.Linear):
+        kept, heard = frozenset({"weight"}), None
+
+        def _cast_to(self, dtype):
+            self.heard = dtype
+
+    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)):
+        module = Keeping(2, 2)
+        cast(module)
+        holds("nn.Module._apply", module.weight.dtype == torch.float32 != module.bias.dtype == module.heard)
+    holds("nn.Module._apply", Keeping(2, 2).to("meta").weight.is_meta)
+
+
 def test_distributed_training():
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
     from torch.nn.parallel import distributed

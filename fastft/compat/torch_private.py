@@ -36,6 +36,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "KeepsDtypes",
     "TorchDispatchMode",
     "call_hooks",
     "current_backward",
@@ -160,6 +161,31 @@ HOOK_TABLES = (
 COMPILED_CALL = "_compiled_call_impl"  # what `module.compile()` leaves: called in the place of hooks and forward
 COMPILED_MODULE = "_orig_mod"  # the child of what `torch.compile(module)` returns
 REPLICA = "_is_replica"  # set on DataParallel's copies
+
+
+class KeepsDtypes:
+    """Mixin of an nn.Module: of the parameters named in `kept`, `.to()`, `.half()`, `.bfloat16()` and so on change the
+    device alone, as their values would be others in another dtype. `_cast_to` hears of the dtype of each floating
+    tensor that was cast."""
+
+    kept: frozenset[str] = frozenset()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        module: Any = self
+        kept = {id(module._parameters[n]) for n in self.kept}
+
+        def without_cast(t: torch.Tensor) -> torch.Tensor:
+            new = fn(t)
+            if new.dtype == t.dtype:
+                return new
+            self._cast_to(new.dtype)
+            return t.to(new.device) if id(t) in kept else new
+
+        base: Any = super()
+        return base._apply(without_cast, recurse)
+
+    def _cast_to(self, dtype: torch.dtype) -> None:
+        raise NotImplementedError
 
 
 # Distributed training

@@ -25,6 +25,7 @@ from fastft.linear.projection import (
     compute_dtype_4bit,
     describe,
     is_dense,
+    is_float8,
     never_repacked,
     trains,
     would_repack,
@@ -257,7 +258,7 @@ def dtypes(module: Layer, x: torch.Tensor, own: Projection) -> dict[str, torch.d
     ):
         # stock's error is the answer
         raise Inexpressible(f"a {base.weight.dtype} base weight or its bias and a {x.dtype} input")
-    if dense or x.dtype == torch.float64:
+    if dense or is_float8(base) or x.dtype == torch.float64:
         return {"compute_dtype": autocast if x.dtype != torch.float64 else None, "out_dtype": None}
     compute = compute_dtype_4bit(base, x)
     found: dict[str, torch.dtype | None] = {"compute_dtype": autocast or compute, "out_dtype": x.dtype}

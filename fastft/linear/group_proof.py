@@ -4,6 +4,7 @@ function.
 What a 4-bit weight stands for is asked of the stock layer: the identity through its forward, and through its backward,
 are the matrix of the reference. Where these two or fastft's own reading of the weight differ by more than rounding the
 proof fails and says so.
+An FP8 layer is held to its specification in plain torch: as it rounds its operands, so must ours.
 Beside the dtypes of the parameters the group runs as mixed precision will run it: under autocast where parameters are
 float32, on a float32 input where a 4-bit layer casts it. Adapters that drop out do so once more in every one of these:
 with the masks that stock drew."""
@@ -16,12 +17,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastft.linear.projection import Layer, base_of, base_weight, is_dense
+from fastft.linear.float8_linear import Float8Linear, float8_weight
+from fastft.linear.projection import Layer, base_of, base_weight, is_dense, is_float8
 from fastft.linear.small_layers import Siblings, device_of, group_key, small_layers
 from fastft.proving.clone import clone
 from fastft.proving.prove import Proof, agree, cast_parameters, formula_is_enough, outputs_and_gradients, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft_kernels.numerics import compare
+from fastft_kernels.quant.scaled_product import why_dense
 
 __all__ = ["dense_in_float64", "group_key", "prove_group", "stock_matrices"]
 
@@ -41,14 +44,17 @@ def prove_group(members: Sequence[Layer], group_swap) -> Proof:
 
 def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
     bases = [base_of(m) for m in stock.layers]
-    quantised = [b for b in bases if not is_dense(b)]
+    quantised = [b for b in bases if not is_dense(b) and not is_float8(b)]
+    float8 = [b for b in bases if is_float8(b)]
     dense = list(dict.fromkeys(t.dtype for b in bases if is_dense(b) for t in (b.weight, b.bias) if t is not None))
     if quantised and len(dense) > 1:
         return Proof(
             False, reason=f"quantised weights beside others of several dtypes: {', '.join(sorted(map(str, dense)))}"
         )
-    dtype = (dense or [quantised[0].compute_dtype or torch.float32])[0]
-    width = next(b.in_features for b in quantised) if quantised else _width(bases[0])
+    if quantised and float8:
+        return Proof(False, reason="4-bit weights beside FP8 weights")
+    dtype = (dense or [(quantised or float8)[0].compute_dtype or torch.float32])[0]
+    width = _width(([*quantised, *float8] or bases)[0])
     inputs = lambda g, scale: [torch.randn(*ROWS, width, generator=g, dtype=torch.float64).to(device) * scale]
     if formula_is_enough():
         return prove(stock, swap, inputs, dtype=dtype, cast=dense_in_float64)
@@ -58,14 +64,17 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
         if reason:
             return Proof(False, dtype=str(dtype).removeprefix("torch."), reason=reason)
     cast = lambda module, to: _cast(module, to, stock, matrices)
-    proof = prove(stock, swap, inputs, dtype=dtype) if not quantised else None
+    proof = prove(stock, swap, inputs, dtype=dtype) if not quantised and not float8 else None
+    asked = {b: b.products for b in float8}
     if proof is not None and not proof.ok:
         return proof
     for x_dtype, autocast in _ways(stock, dtype, dense, bool(quantised), device):
         stock.autocast = autocast
-        found = prove(
-            stock, swap, inputs, dtype=x_dtype, dtypes=(x_dtype,), cast=cast, reset=_freeze_bases if autocast else None
-        )
+        for base, products in asked.items():  # float64 stands for what is computed in this dtype, on this device
+            base.products = products
+            base.products = "" if why_dense(float8_weight(base).layout(), autocast or x_dtype, device) else products
+        reset = _freeze_bases if autocast else _freeze_float8
+        found = prove(stock, swap, inputs, dtype=x_dtype, dtypes=(x_dtype,), cast=cast, reset=reset)
         found = found if not found.ok else _with_dropout(stock, swap, inputs, x_dtype, cast, device) or found
         if not found.ok:
             return (
@@ -85,6 +94,15 @@ def _freeze_bases(siblings: Layer) -> None:
     for m in siblings.layers:
         if is_dense(base_of(m)):
             base_of(m).requires_grad_(False)
+    _freeze_float8(siblings)
+
+
+def _freeze_float8(siblings: Layer) -> None:
+    """The weights that never train."""
+    for m in siblings.modules():
+        if isinstance(m, Float8Linear):
+            m.weight.requires_grad_(False)
+            m.weight_scale_inv.requires_grad_(False)
 
 
 def _width(base: Layer) -> int:
@@ -167,7 +185,15 @@ def _cast(module: Layer, dtype: torch.dtype, stock: Layer, matrices: dict[Layer,
         if name in names and _is_quantised_layer(child):
             parent, _, last = name.rpartition(".")
             module.get_submodule(parent)._modules[last] = _dense(child, names[name])
-    return cast_parameters(module, dtype)
+    return _with_float8(cast_parameters(module, dtype), module)
+
+
+def _with_float8(cast: Layer, module: Layer) -> Layer:
+    """`cast`, a copy of `module`, with FP8 weights as they are: they and their scales mean the same in any dtype."""
+    for new, old in zip(cast.modules(), module.modules()):
+        if isinstance(old, Float8Linear):
+            new.weight.data, new.weight_scale_inv.data = old.weight.data, old.weight_scale_inv.data
+    return cast
 
 
 def dense_in_float64(module: Layer, dtype: torch.dtype) -> Layer:
@@ -184,7 +210,7 @@ def dense_in_float64(module: Layer, dtype: torch.dtype) -> Layer:
                 parent._modules[name] = _dense(
                     child, dequantize_4bit(child.weight.data, child.weight.quant_state).double()
                 )
-    return cast_parameters(module, dtype)
+    return _with_float8(cast_parameters(module, dtype), module)
 
 
 def _is_quantised_layer(module: Layer) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft.linear.float8_error import float8_note
 from fastft.linear.group_forward import KIND, FastLinear, HolderCall, LinearGroup
 from fastft.linear.group_proof import group_key, prove_group
 from fastft.linear.projection import is_quantised_otherwise, is_unit, refusal
@@ -196,6 +197,7 @@ class LinearGroups:
 
     def __init__(self):
         self._groups: dict[nn.Module, tuple[nn.Module | None, LinearGroup, tuple[str, ...]]] | None = None
+        self._float8_errors: dict = {}
         self._inner: set[nn.Module] = set()  # what lies inside an adapter layer is that layer's business
 
     def refresh(self, base: nn.Module) -> None:
@@ -239,6 +241,8 @@ class LinearGroups:
         candidate.apply = apply
         if len(group.refs) == 1 and holder is not None and context.sharding.units(module):
             candidate.note = _apart(module, context)
+        fit = [m for m in group.members if is_unit(m) and not refusal(m)]
+        candidate.note = "; ".join(n for n in (candidate.note, float8_note(fit, self._float8_errors)) if n)
         return candidate
 
 

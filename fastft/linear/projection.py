@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastft.compat.torch_private import FakeTensor
+from fastft.linear.float8_linear import SCALE, Float8Linear, float8_weight
 from fastft.swapping.swap import stock_class
 from fastft_kernels.lora.lora_linear import Adapter, Projection
 from fastft_kernels.quant.weights import FrozenWeight, as_weight
@@ -44,7 +45,7 @@ def _bnb_classes() -> dict[str, type]:
 
 _BNB = _bnb_classes()
 DENSE = (nn.Linear, Conv1D)  # a Conv1D is a linear layer whose weight is [in, out]
-BASES = (*DENSE, *(c for n, c in _BNB.items() if "." not in n))
+BASES = (*DENSE, Float8Linear, *(c for n, c in _BNB.items() if "." not in n))
 LORA_LAYERS = (peft_layer.Linear, *(c for n, c in _BNB.items() if "." in n))
 
 
@@ -74,6 +75,11 @@ def base_of(module: Layer) -> Layer:
 def is_dense(module: Layer) -> bool:
     """A base layer whose weight is a matrix of numbers, by its class."""
     return stock_class(module) in DENSE
+
+
+def is_float8(module: Layer) -> bool:
+    """A base layer in FP8, of fastft's own class."""
+    return stock_class(module) is Float8Linear
 
 
 def _is_4bit(module: Layer) -> bool:
@@ -122,9 +128,22 @@ def base_weight(base: Layer) -> FrozenWeight:
         if weight.shape != (base.out_features, base.in_features):
             raise Inexpressible("the base weight is sharded or gathered elsewhere")
         return as_weight(weight)
+    if is_float8(base):
+        return _weight_float8(base, weight)
     if _is_4bit(base):
         return _weight_4bit(base, weight)
     return _weight_8bit(base, weight)
+
+
+def _weight_float8(base: Layer, weight: torch.Tensor) -> FrozenWeight:
+    plain_parameter(weight, "the base weight")
+    plain_parameter(parameter(base, SCALE), "the scales of the base weight")
+    if weight.shape != (base.out_features, base.in_features):
+        raise Inexpressible("the base weight is sharded or gathered elsewhere")
+    try:
+        return float8_weight(base)
+    except RuntimeError as e:
+        raise Inexpressible(str(e)) from e
 
 
 def _weight_4bit(base: Layer, weight) -> FrozenWeight:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastft.compat.peft_private import ACTIVE, DISABLED
+from fastft.linear.float8_linear import SCALE, Float8Linear
 from fastft.linear.projection import BASES, LORA_LAYERS, Layer, bitsandbytes_class
 from fastft.swapping.swap import KEY, Slot
 
@@ -131,6 +132,14 @@ def _read_base(base: Layer, d: dict, cls: type) -> Reading | None:
             return None
         more, tensors = found
         facts += more
+    elif cls is Float8Linear:
+        scale = parameters[SCALE]
+        if weight.__class__ is not _PARAMETER or scale.__class__ is not _PARAMETER:
+            return None
+        if weight.requires_grad or scale.requires_grad:
+            return None
+        facts += (scale.dtype, scale.device, scale.shape, d["block"], d["products"])
+        tensors = (weight, scale)
     elif weight.__class__ is _PARAMETER:
         facts += (d["out_features"], d["in_features"]) if cls is _LINEAR else (d["nx"], d["nf"])
         tensors = (weight if cls is _LINEAR else weight.t(),)

@@ -1,10 +1,11 @@
 """Small layers of the classes and settings of a linear group's members, for its proof: the same adapters, fewer
 outputs.
 
-A dense base is small in both directions, as its products are a library's. A 4-bit one keeps its in_features, on which
-the way depends in which its blocks lie in its rows, and so which code of bitsandbytes runs; its outputs are as many as
-give each kernel more than two tiles, the absmax of a nested one more than one block, and where the width allows it a
-last block and a last tile that are not full."""
+A dense base is small in both directions, as its products are a library's. An FP8 one keeps its in_features, on which
+its launches depend, and whether its outputs are a multiple that FP8 products take; it has several blocks of them. A
+4-bit one keeps its in_features, on which the way depends in which its blocks lie in its rows, and so which code of
+bitsandbytes runs; its outputs are as many as give each kernel more than two tiles, the absmax of a nested one more
+than one block, and where the width allows it a last block and a last tile that are not full."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from torch import nn
 from fastft.compat.accelerate_private import LEFT_BY_HOOKS, execution_device
 from fastft.compat.peft_private import enable_adapters
 from fastft.compat.torch_private import FakeTensor
-from fastft.linear.projection import LORA_LAYERS, Layer, base_of, is_dense
+from fastft.linear.float8_linear import Float8Linear
+from fastft.linear.projection import LORA_LAYERS, Layer, base_of, is_dense, is_float8
 from fastft.swapping.swap import KEY, stock_class
 from fastft_kernels.quant.nf4 import TILE
+from fastft_kernels.quant.scaled_product import MULTIPLE
 
 N_IN, N_OUT = 64, 40  # of dense bases
 MIN_OUT = 24  # of 4-bit ones
@@ -51,7 +54,10 @@ def _member_key(module: Layer) -> Hashable:
     base = base_of(module)
     bias = None if base.bias is None else base.bias.dtype
     key = (stock_class(module), stock_class(base), bias, base.weight.dtype, device_of([module]).type)
-    if not is_dense(base):
+    if is_float8(base):
+        key += (base.block, base.products, base.compute_dtype, base.in_features, base.out_features % MULTIPLE)
+        key += (base.weight_scale_inv.dtype,)
+    elif not is_dense(base):
         names = ("quant_type", "blocksize", "compress_statistics", "quant_storage")
         key += (*(getattr(base.weight, n, None) for n in names), getattr(base, "compute_dtype", None), base.in_features)
         key += _state_key(getattr(base.weight, "quant_state", None))
@@ -115,6 +121,13 @@ def outputs_4bit(base: Layer) -> int:
     return max(range(least, least + 16), key=lambda rows: (*ragged(rows), -rows))
 
 
+def outputs_float8(base: Layer) -> int:
+    """How many outputs the small copy of an FP8 layer has: more than one block of them."""
+    wanted = N_OUT if base.block is None else base.block[0] + 1
+    whole = -(-wanted // MULTIPLE) * MULTIPLE
+    return whole if base.out_features % MULTIPLE == 0 else whole - MULTIPLE // 2
+
+
 def small_layers(members: Sequence[Layer], device: torch.device) -> Siblings:
     """Layers like the members, with random weights, in eval mode. The members stay as they are."""
     generator = torch.Generator().manual_seed(3)
@@ -153,9 +166,14 @@ def _small(module: Layer, width: int, generator: torch.Generator, device: torch.
 
 def _small_base(base: Layer, width: int, generator: torch.Generator, device: torch.device) -> tuple[Layer, int]:
     """(the layer, how many outputs it has)."""
-    outputs = N_OUT if is_dense(base) else outputs_4bit(base)
+    outputs = N_OUT if is_dense(base) else outputs_float8(base) if is_float8(base) else outputs_4bit(base)
     weight = torch.randn(outputs, width, generator=generator) * width**-0.5
-    if not is_dense(base):
+    if is_float8(base):
+        small = nn.Linear(width, outputs, bias=base.bias is not None, dtype=base.compute_dtype, device=device)
+        small.weight.data.copy_(weight)
+        small = Float8Linear.of(small, base.block, base.products)
+        small.is_specification = True
+    elif not is_dense(base):
         small = _small_4bit(base, weight, device)
     elif stock_class(base) is nn.Linear:
         small = nn.Linear(width, outputs, bias=base.bias is not None, dtype=base.weight.dtype, device=device)

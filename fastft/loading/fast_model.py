@@ -25,6 +25,7 @@ from fastft.loading.checkpoint import (
     load_config,
     model_class,
 )
+from fastft.loading.fp8 import float8_request, linears_of, quantise, take_float8
 from fastft.loading.mistakes import as_peft_config, check_keywords, explained
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
 
@@ -44,6 +45,8 @@ class FastModel:
         peft_config: Any = "lora",
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
+        load_in_fp8: bool | str = False,
+        fp8_backward: str = "fp8",
         dtype: torch.dtype | str = "auto",
         max_seq_length: int | None = None,
         attn_implementation: str | None = None,
@@ -68,6 +71,12 @@ class FastModel:
             load_in_8bit: bitsandbytes LLM.int8. For anything else pass `quantization_config`. The model is returned as
                 PEFT makes it: no module is cast. TRL's trainers do the casts of QLoRA themselves; a loop of your own
                 with reentrant gradient checkpointing calls `model.enable_input_require_grads()`, as with stock.
+            load_in_fp8: frozen linear layers but the head in FP8 (e4m3): True or "rows", with a scale for each output
+                row, multiplied in FP8 where the device can (the input and its gradient are rounded too: numbers
+                change, the report says by how much); "blocks", one for each 128 x 128, made dense for their products.
+                A checkpoint in transformers' fine-grained FP8 is trained as it comes. Bare models (peft_config=None)
+                are frozen there.
+            fp8_backward: "fp8", or "bf16": the input's gradient by the weight made dense.
             dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when
                 asked for by name; where it is only what the checkpoint says, float16 is taken and a warning says so.
             max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is
@@ -128,7 +137,18 @@ class FastModel:
             else model_class(config, getattr(adapter, "task_type", None), base_kwargs)
         )
         load = dict(base_kwargs, dtype=dtype)
-        if where is not None:
+        fp8 = float8_request(
+            load_in_fp8,
+            fp8_backward,
+            {
+                "load_in_4bit": load_in_4bit,
+                "load_in_8bit": load_in_8bit,
+                "quantization_config": base_kwargs.get("quantization_config"),
+            },
+            config,
+        )
+        on_host = fp8 is not None and not fp8.is_fp8 and isinstance(where, dict) and set(where) == {""}
+        if where is not None and not on_host:
             load["device_map"] = where
         if attn_implementation is not None:
             load["attn_implementation"] = attn_implementation
@@ -138,6 +158,9 @@ class FastModel:
 
         with explained(base_name, load):
             model = loader.from_pretrained(base_name, **load)
+        linears = []
+        if fp8 is not None and not (fp8.is_fp8 and take_float8(model, fp8.products)):
+            linears = linears_of(model)
         if adapter is not None:
             model = load_adapter(model, name, kwargs, is_trainable)
         elif peft_config is not None:
@@ -145,6 +168,8 @@ class FastModel:
                 model, default_lora_config() if default_lora else peft_config, kwargs.get("revision")
             )
 
+        if fp8 is not None:
+            quantise(model, linears, fp8, device if on_host else None)
         patch(model, activation_policy=policy, cuda_graphs=cuda_graphs)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console

@@ -27,6 +27,7 @@ import torch
 from fastft_kernels.lora import dropout
 from fastft_kernels.lora.layout import AdapterSlot, GroupTensors, ProjectionSlot
 from fastft_kernels.lora.plain_group import add_to, product, product_into, rows
+from fastft_kernels.quant import scaled_product
 from fastft_kernels.quant.weights import expand
 from fastft_kernels.runtime.compat import copy_each, scale_each
 from fastft_kernels.runtime.dispatch import goes_to_cuda, wider
@@ -146,8 +147,10 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     xc, kept, Bs = started
     add = g.compute if kept.xA is None else wider(g.compute, g.lora)  # the dtype in which an adapter's output joins y
     ys, done, joined = [], 0, None if kept.xA is None else kept.xA.to(add)
-    for p in g.projections:
-        y, late = _base(g, p, t, xc, add)
+    in_fp8 = [scaled_product.applies(p.layout, g.compute, xc) for p in g.projections]
+    rounded = scaled_product.quantized(xc) if True in in_fp8 else None
+    for p, fp8 in zip(g.projections, in_fp8):
+        y, late = _base(g, p, t, xc, add, rounded if fp8 else None)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):
             add_product(y, joined[:, a.column : a.column + a.rank], B.t(), add, a.scaling)
         for a in late:
@@ -157,9 +160,17 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     return ys
 
 
-def _base(g: GroupTensors, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: torch.Tensor, add: torch.dtype):
-    """(x W^T + biases in the dtype `add`, the adapters whose bias is still to be added)."""
-    W = expand(p.layout, t[p.weight : p.weight + p.n_weight], g.compute).t()
+def _base(
+    g: GroupTensors,
+    p: ProjectionSlot,
+    t: Sequence[torch.Tensor],
+    xc: torch.Tensor,
+    add: torch.dtype,
+    rounded: scaled_product.Quantized | None,
+):
+    """(x W^T + biases in the dtype `add`, the adapters whose bias is still to be added). rounded: x in FP8, where W's
+    product is one of FP8 matrices."""
+    weight = t[p.weight : p.weight + p.n_weight]
     bias = t[p.bias] if p.bias >= 0 else None
     biased = [a for a in p.adapters if a.bias >= 0]
     late = biased if add != g.compute else []
@@ -169,7 +180,12 @@ def _base(g: GroupTensors, p: ProjectionSlot, t: Sequence[torch.Tensor], xc: tor
         for a in biased:
             total = torch.add(total, t[a.bias], alpha=a.scaling)
         bias = total
-    y = torch.mm(xc, W) if bias is None else torch.addmm(bias.to(g.compute), xc, W)
+    if rounded is not None:
+        y = scaled_product.product(rounded, *weight, g.compute)
+        y = y if bias is None else y.add_(bias.to(g.compute))
+    else:
+        W = expand(p.layout, weight, g.compute).t()
+        y = torch.mm(xc, W) if bias is None else torch.addmm(bias.to(g.compute), xc, W)
     return y.to(add), late
 
 
@@ -243,8 +259,13 @@ class Backward:
         if not want:
             return None
         for i, (p, _) in enumerate(self.live):
-            W = expand(p.layout, t[p.weight : p.weight + p.n_weight], g.compute)
-            dx = add_product(dx, self._dy(i, g.compute), W, total)
+            dy, weight = self._dy(i, g.compute), t[p.weight : p.weight + p.n_weight]
+            if scaled_product.applies(p.layout, g.compute, dy, backward=True):
+                part = scaled_product.input_gradient(dy, *weight, g.compute)
+                dx = part.to(total) if dx is None else dx.add_(part)
+                continue
+            W = expand(p.layout, weight, g.compute)
+            dx = add_product(dx, dy, W, total)
             del W
         if As:
             dxA = self.dxA.to(add)

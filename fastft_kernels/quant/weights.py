@@ -28,7 +28,8 @@ class WeightLayout(NamedTuple):
 
     kind: str  # "dense", "4bit", "int8", "float8"
     shape: tuple[int, int]
-    options: tuple = ()  # 4bit: (blocksize, quant_type, blocksize2 or None); float8: the block or None
+    # 4bit: (blocksize, quant_type, blocksize2 or None); float8: (the block or None, the products in FP8)
+    options: tuple = ()
 
 
 class FrozenWeight:
@@ -119,18 +120,21 @@ class Int8(FrozenWeight):
 
 @dataclass(frozen=True)
 class Float8(FrozenWeight):
-    """float8_e4m3fn [out, in] with scales as `int8.dequantize_e4m3` takes them."""
+    """float8_e4m3fn [out, in] with scales as `int8.dequantize_e4m3` takes them. products: which of a group's products
+    multiply in FP8 where they can (`scaled_product`): none (""), the forward's ("forward"), the input gradient's too
+    ("both")."""
 
     q: torch.Tensor
     scale: torch.Tensor
     block: tuple[int, int] | None = None
+    products: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.q.shape)
 
     def layout(self) -> WeightLayout:
-        return WeightLayout("float8", self.shape, (self.block,))
+        return WeightLayout("float8", self.shape, (self.block, self.products))
 
     def tensors(self) -> Tensors:
         return (self.q, self.scale)

@@ -22,6 +22,7 @@ __all__ = [
     "is_proxy_traced",
     "is_tracing",
     "scale_each",
+    "scaled_mm",
     "transforms_active",
 ]
 
@@ -34,6 +35,8 @@ is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 compiler: Any = torch.compiler  # ._is_exporting_flag: what torch.compiler.is_exporting() answers
 copy_each: Callable = vars(torch)["_foreach_copy_"]  # (targets, sources): one launch for many copies
 scale_each: Callable = vars(torch)["_foreach_mul_"]  # (tensors, factors): one launch for many products, in place
+# (a, b, scale_a=, scale_b=, out_dtype=, use_fast_accum=): the product of two 8-bit matrices, b by columns, times scales
+scaled_mm: Callable = vars(torch)["_scaled_mm"]
 # (a, b, offs=ends): products of groups of rows. Older torch has it under a private name; None where it has neither.
 grouped_mm: Callable | None = getattr(F, "grouped_mm", None) or vars(torch).get("_grouped_mm")
 

@@ -59,6 +59,12 @@ def use_triton(x: torch.Tensor, *dtypes: torch.dtype) -> bool:
     return True
 
 
+def runs_triton(x: torch.Tensor) -> bool:
+    """Does a kernel that reads and writes no floating-point numbers (8-bit values alone) run on this tensor's
+    device?"""
+    return HAS_TRITON and (x.is_cuda or x.is_xpu or (INTERPRETED and x.device.type == "cpu"))
+
+
 def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The narrowest dtype that holds both floating-point dtypes (torch.promote_types, which is an operator, costs a
     dispatch)."""

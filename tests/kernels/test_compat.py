@@ -95,3 +95,13 @@ def test_products_of_groups_of_rows():
     assert torch.equal(got, want)
     assert compat.has_grouped_mm(9)
     assert not compat.has_grouped_mm(7)
+
+
+def test_products_of_8_bit_matrices():
+    """With a scale for each row of the first and each column of the second."""
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(n, 32, generator=g).to(torch.float8_e4m3fn) for n in (16, 48))
+    of_a, of_b = torch.rand(16, 1, generator=g), torch.rand(1, 48, generator=g)
+    y = compat.scaled_mm(a, b.t(), scale_a=of_a, scale_b=of_b, out_dtype=torch.bfloat16, use_fast_accum=False)
+    wanted = (a.double() @ b.double().t()) * of_a * of_b
+    assert y.dtype == torch.bfloat16 and ((y - wanted).abs() <= wanted.abs() * 2**-8 + 1e-6).all()

@@ -1,0 +1,192 @@
+"""FP8 bases in models: the layer is an nn.Linear to everybody, the proof holds groups to the specification, and what is
+asked for by nobody changes nothing."""
+
+import copy
+import io
+
+import pytest
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import nn
+
+import fastft
+from fastft.linear.float8_linear import SCALE, Float8Linear
+from fastft.proving.proof_cache import CACHE
+from fastft_kernels.quant import scaled_product
+from fastft_kernels.quant.int8 import dequantize_e4m3
+from tests.linear.lora_models import adapted, fallbacks, llama, run, same_bits, tokens, train_step
+
+E4M3 = torch.float8_e4m3fn
+
+
+def float8(dtype=torch.float32, block=None, products="both", skip=(), **config):
+    model = llama(dtype, **config)
+    head = model.get_output_embeddings()
+    for name, m in model.named_modules():
+        if type(m) is nn.Linear and m is not head and not name.endswith(tuple(skip) or "-"):
+            Float8Linear.of(m, block, products)
+    return model
+
+
+def rows(model):
+    return [r for r in fastft.report(model) if r.kind == "linear group"]
+
+
+def layer(dtype=torch.float32, block=None, **more):
+    linear = nn.Linear(64, 48, dtype=dtype)
+    return Float8Linear.of(linear, block, **more), linear
+
+
+def test_it_is_a_linear_layer():
+    linear = nn.Linear(64, 48)
+    w, b = linear.weight.data.clone(), linear.bias
+    made = Float8Linear.of(linear)
+    assert made is linear and isinstance(made, nn.Linear) and made.bias is b
+    assert list(made.state_dict()) == ["weight", "bias", SCALE]
+    assert made.weight.dtype == E4M3 and made.weight_scale_inv.shape == (48, 1)
+    assert [n for n, p in made.named_parameters() if p.requires_grad] == ["bias"]
+    error = dequantize_e4m3(made.weight.data, made.weight_scale_inv, torch.float32) - w
+    assert error.abs().max() < w.abs().max() / 16
+    x = torch.randn(5, 64)
+    y = made(x)
+    assert (y - nn.functional.linear(x, w, b)).norm() < 0.08 * y.norm()
+    memory = io.BytesIO()
+    torch.save(made, memory)
+    memory.seek(0)
+    again = torch.load(memory, weights_only=False)
+    empty = Float8Linear.of(nn.Linear(64, 48))
+    empty.load_state_dict(made.state_dict())
+    for other in (copy.deepcopy(made), again, empty):
+        assert torch.equal(other(x), y)
+
+
+def test_casts_leave_its_weight():
+    made, _ = layer()
+    q, scale = made.weight.data.clone(), made.weight_scale_inv.data.clone()
+    for cast, dtype in (
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.float(), torch.float32),
+    ):
+        model = cast(nn.Sequential(made))
+        assert torch.equal(model[0].weight.view(torch.uint8), q.view(torch.uint8))
+        assert model[0].weight_scale_inv.dtype == torch.float32 and torch.equal(made.weight_scale_inv, scale)
+        assert made.bias.dtype == made.compute_dtype == dtype
+        assert made(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+    assert made.to("meta").weight.is_meta
+
+
+def test_what_it_refuses():
+    made, _ = layer()
+    for linear in (made, nn.Identity()):
+        with pytest.raises(TypeError, match=r"want an nn\.Linear that is not patched"):
+            Float8Linear.of(linear)
+    with pytest.raises(ValueError, match="want products in"):
+        Float8Linear.of(nn.Linear(4, 4), None, "backward")
+    made.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="an FP8 weight is frozen"):
+        made(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups(dtype):
+    """PEFT's plain LoRA layers around it, with adapters in float32; all in groups, each proven against the
+    specification; the report says what is lost; the unpatched model is what it was."""
+    model = adapted(float8(dtype))
+    units = [m for m in model.modules() if type(m) is peft_layer.Linear]
+    assert len(units) == 14 and all(type(u.base_layer) is Float8Linear for u in units)
+    assert {a.weight.dtype for u in units for a in (*u.lora_A.values(), *u.lora_B.values())} == {torch.float32}
+    before = run(model, train_step)
+    model.zero_grad(set_to_none=True)
+    fastft.patch(model)
+    assert sum(r.count for r in rows(model) if r.is_swapped) == 14
+    for r in rows(model):
+        assert r.dtype == str(dtype).removeprefix("torch.")
+        assert r.error <= 2 * r.stock_error + torch.finfo(dtype).eps
+        assert "FP8 forward and backward; rms error" in r.reason and "bf16" in r.reason and "NF4" in r.reason
+    results = run(model, train_step)
+    assert results.keys() == before.keys() and not fallbacks(model)
+    assert (results["loss"] - before["loss"]).abs() < (1e-4 if dtype == torch.float32 else 2e-2)
+    model.zero_grad(set_to_none=True)
+    fastft.unpatch(model)
+    same_bits(run(model, train_step), before)
+
+
+def test_the_errors_shown_are_ordered():
+    """bf16 loses the least, NF4 the most; a dense backward loses what bf16 does but for the weight's rounding."""
+    shown = {}
+    for products in ("both", "forward"):
+        model = fastft.patch(adapted(float8(torch.bfloat16, products=products, layers=1)))
+        text = rows(model)[0].reason.rpartition("numbers: ")[2]
+        shown[products] = {part.split()[0]: tuple(map(float, part.split()[1:])) for part in text.split(", ")}
+    both, forward = shown["both"], shown["forward"]
+    for i in range(2):
+        assert both["bf16"][i] < 0.2 * both["FP8"][i] < both["FP8"][i] < both["NF4"][i]
+    assert both["FP8"][0] == forward["FP8"][0] and forward["FP8"][1] < 0.9 * both["FP8"][1]
+    assert 0.02 < both["FP8"][0] < 0.05  # two operands of 3 bits each: 2 ** -4 / sqrt(3) * sqrt(2), and less near 448
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (dict(block=(128, 128)), "its scales are those of blocks of 128 x 128"),
+        (dict(intermediate_size=40), "its shape (40, 32) is no multiple of 16"),
+    ],
+    ids=["blocks", "no multiple of 16"],
+)
+def test_dense_products_say_so(made, why):
+    """As exact as stock's own product with the same matrix."""
+    model = fastft.patch(adapted(float8(torch.float32, **made)))
+    found = rows(model)
+    assert sum(r.count for r in found if r.is_swapped) == 14 and not [r for r in found if not r.is_swapped]
+    assert any(f"made dense for its products ({why})" in r.reason for r in found)
+
+
+def test_a_dense_sibling():
+    model = fastft.patch(adapted(float8(torch.float32, skip=("k_proj",))))
+    assert sum(r.count for r in rows(model) if r.is_swapped) == 14
+    assert [r.count for r in rows(model) if "group of 3" in r.kernel] == [6]
+
+
+DEFECTS = {
+    "the weight's scales are left out of dy": ("quantized", lambda real: lambda x, columns=None: real(x)),
+    "another matrix than the transposed": ("transpose_8bit", lambda real: lambda q, out=None: real(q).flip(0)),
+    "the input is not what was rounded": ("product", lambda real: lambda x, *a: real(x._replace(q=x.q.flip(0)), *a)),
+}
+
+
+@pytest.mark.parametrize("what", DEFECTS)
+def test_a_defect_fails_the_proof(what, monkeypatch):
+    name, wrong = DEFECTS[what]
+    monkeypatch.setattr(scaled_product, name, wrong(getattr(scaled_product, name)))
+    known = {key: CACHE.pop(key) for key in list(CACHE) if key[0] == "linear group"}
+    try:
+        model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))
+    finally:
+        for key in [key for key in CACHE if key[0] == "linear group"]:
+            del CACHE[key]
+        CACHE.update(known)
+    assert not any(r.is_swapped for r in rows(model))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_it_learns(fast):
+    model = adapted(float8(torch.float32))
+    model = fastft.patch(model) if fast else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_weight_that_is_to_learn_goes_the_stock_way():
+    """Its error, which says that it cannot."""
+    model = fastft.patch(adapted(float8(torch.float32, layers=1)))
+    model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="an FP8 weight is frozen"):
+        train_step(model)

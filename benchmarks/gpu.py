@@ -57,7 +57,7 @@ SECTIONS = {
     "roof": Section(15, 1),
     "tests": Section(110, 1),
     "kernels": Section(80),
-    "lora": Section(110),
+    "lora": Section(90),
     "nf4": Section(80),
     "preference": Section(50),
     "fp8": Section(60),

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastft
 from benchmarks.gpu_models import batch, build, config_8b
-from benchmarks.gpu_steps import _autocast, sft_loss, stock, train
+from benchmarks.gpu_steps import WARM, _autocast, sft_loss, stock, train
 from benchmarks.sheet import Figures, Sheet
 from fastft.tools.bench.timing import Roof, synchronize
 
@@ -128,7 +128,7 @@ def section(sheet: Sheet, tiny: bool, device: torch.device, roof: Roof) -> None:
             loss.backward()
 
         with context(model, device):
-            timed = train(model, sft_loss, b, device, checkpointing=False, seconds=0.0 if tiny else 1.0)
+            timed = train(model, sft_loss, b, device, checkpointing=False, seconds=0.0 if tiny else 1.0, warm=WARM)
             for _ in range(3):
                 step()
             begun = time.perf_counter()

@@ -43,6 +43,7 @@ from fastft.tools.gate import gate
 from fastft.tools.verify.runner import in_float64
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
+WARM = 5  # of fastft: the steps that capture and prove CUDA graphs are among them
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -198,10 +199,12 @@ def train(
     *,
     checkpointing: bool,
     seconds: float,
+    warm: int = 1,
     most: int = 8,
     least: int = 3,
 ) -> Step:
-    """Some steps of training on one batch; adapters are as before afterwards."""
+    """Some steps of training on one batch; adapters are as before afterwards. warm: steps that are not timed, after the
+    first."""
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
@@ -223,7 +226,8 @@ def train(
 
     try:
         first = step()
-        step()
+        for _ in range(warm):
+            step()
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -251,11 +255,11 @@ def fitting(model: nn.Module, stack: str, loss: Loss, b: Batch, device: torch.de
     for i, checkpointing in enumerate(ways):
         try:
             with context(model, device):
-                step = train(model, loss, b, device, checkpointing=checkpointing, seconds=seconds)
+                more = {"warm": WARM} if stack == "fastft" else {}
+                step = train(model, loss, b, device, checkpointing=checkpointing, seconds=seconds, **more)
                 if stack == "fastft":
-                    step.policy = "; ".join(
-                        n for n in fastft.report(model).notes if "activation policy" in n or "last forward" in n
-                    )
+                    told = ("activation policy", "last forward", "CUDA graphs")
+                    step.policy = "; ".join(n for n in fastft.report(model).notes if any(t in n for t in told))
                 return step
         except torch.OutOfMemoryError:
             if i == len(ways) - 1:

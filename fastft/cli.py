@@ -153,14 +153,29 @@ def verify(
             help="Layer by layer, or all at once; by default by the model's size and the free memory.",
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train in so many processes instead, and compare with one on the whole batch."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="Of these processes: ddp or fsdp2.")] = "ddp",
     as_json: AsJson = False,
 ) -> None:
-    """Judge stock against patched on this machine, per group of modules and end to end. Exit code 1 when anything
-    fails."""
+    """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes
+    against one. Exit code 1 when anything fails."""
     with _quiet(as_json):
-        from fastft.tools.verify.runner import verify_checkpoint
+        result: Any
+        if nproc is None:
+            from fastft.tools.verify.runner import verify_checkpoint
 
-        result = verify_checkpoint(model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers)
+            result = verify_checkpoint(
+                model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers
+            )
+        else:
+            from fastft.tools.verify.ranks.runner import verify_ranks
+
+            result = verify_ranks(
+                model, nproc=nproc, strategy=strategy, dtype=dtype, four_bit=four_bit, lora=lora, rows=batch, seq=seq
+            )
     _show(result, as_json)
     raise typer.Exit(0 if result else 1)
 

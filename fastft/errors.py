@@ -73,6 +73,10 @@ class ExportError(FastftError):
     """What `export` was asked for cannot be written in that format, with the reason."""
 
 
+class ProcessesError(FastftError):
+    """More processes than GPUs, or a way of training in several that is not there."""
+
+
 class ProofError(FastftError):
     """The result was written, loaded and compared, and is not what was trained: nothing is published."""
 

@@ -166,7 +166,7 @@ class _Believed(dict):
 def test_memory_that_runs_out_falls_back_to_checkpointing_and_then_is_a_row(sheet, monkeypatch):
     tried = []
 
-    def train(model, loss, b, device, *, checkpointing, seconds):
+    def train(model, loss, b, device, *, checkpointing, seconds, **more):
         tried.append(checkpointing)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More")
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from fastft.tools.verify.ranks.batches import part, tokens_of
 from tests.linear.lora_models import SMALL, Results, adapted, quantised
 
 VOCAB = 96
@@ -44,12 +45,7 @@ def whole(draw: int = 0) -> dict[str, torch.Tensor]:
 
 def half(rank: int, draw: int = 0) -> dict[str, torch.Tensor]:
     """This process's rows."""
-    return {k: v[2 * rank : 2 * rank + 2] for k, v in whole(draw).items()}
-
-
-def tokens_of(batch: dict[str, torch.Tensor]) -> int:
-    """As a trainer counts them for `num_items_in_batch`."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+    return part(whole(draw), rank, 2)
 
 
 def step_of(model: nn.Module, draws: int) -> Results:

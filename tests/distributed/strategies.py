@@ -14,26 +14,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import fastft
 from fastft.patching import patcher
 from fastft.proving.prove import Proof
 from fastft.swapping.swap import stock_class
-from tests.distributed.models import half, name_of, tokens_of, whole
+from fastft.tools.verify.ranks.batches import tokens_of
+from fastft.tools.verify.ranks.checks import equal_on_all
+from fastft.tools.verify.ranks.strategies import gathered, mean_of, plain
+from tests.distributed.models import half, name_of, whole
 from tests.linear.lora_models import Results
 
 LEARNING_RATE = 0.1
-
-
-def gathered(t: torch.Tensor) -> torch.Tensor:
-    """A whole tensor of a sharded one."""
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-
-
-def short(name: str) -> str:
-    """A parameter's name without what wrappers add."""
-    return name.removeprefix("module.")
 
 
 @dataclass
@@ -47,10 +39,7 @@ class Trained:
 
     def checks(self) -> dict[str, Any]:
         """Are the weights equal on all ranks? Is what was saved what was trained?"""
-        digest = {n: float(t.double().sum()) for n, t in self.weights.items()}
-        everybody: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, digest)
-        found: dict[str, Any] = {"adapters_equal": all(e == everybody[0] for e in everybody) and bool(digest)}
+        found: dict[str, Any] = {"adapters_equal": equal_on_all("", self.weights, "ends with").ok}
         if self.saved is not None:
             names = {n: n.replace(".default", "") for n in self.weights}
             found["saved_equal"] = set(names.values()) == set(self.saved) and all(
@@ -82,10 +71,10 @@ class Strategy:
             results[name_of("loss", i)] = self.backward(wrapped, i)
             for n, p in wrapped.named_parameters():
                 if p.requires_grad and p.grad is not None:
-                    results[name_of(f"d {short(n)}", i)] = gathered(p.grad)
+                    results[name_of(f"d {plain(n)}", i)] = gathered(p.grad)
         learning = [p for p in wrapped.parameters() if p.requires_grad]
         torch.optim.SGD(learning, lr=LEARNING_RATE).step()
-        weights = {short(n): gathered(p) for n, p in wrapped.named_parameters() if p.requires_grad}
+        weights = {plain(n): gathered(p) for n, p in wrapped.named_parameters() if p.requires_grad}
         return Trained(model, results, weights, self.save(model))
 
     def backward(self, wrapped: nn.Module, draw: int) -> torch.Tensor:
@@ -123,12 +112,6 @@ def bad_norms():
         yield
     finally:
         patcher.proof_of = before
-
-
-def mean_of(loss: torch.Tensor) -> torch.Tensor:
-    loss = loss.detach().clone()
-    dist.all_reduce(loss)
-    return loss / dist.get_world_size()
 
 
 class DDP(Strategy):

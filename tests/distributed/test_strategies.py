@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,26 @@ REST = {
 UNITS = [f"fsdp2-{u} llama-lora" for u in ("head-before", "outside", "linears", "norms")]
 EXTRA = {"fsdp2": [*UNITS, "fsdp2-planted llama-lora"]}
 LAUNCHES = CORE | REST
+VERIFIED = {  # `fastft verify --nproc 2`, and with faults planted, each with the line that fails and what it says
+    "ddp": ["verify-ddp llama-lora", "verify-ddp+unscaled llama-lora"],
+    "verify": [
+        *(f"verify-{s} {c}" for s in ("ddp", "fsdp2") for c in CASES if (s, c) != ("ddp", "llama-lora")),
+        *(f"verify-{x} llama-lora" for x in ("ddp+another_seed", "ddp+another_seed_later")),
+        *(f"verify-{x} llama-lora" for x in ("fsdp2+another_seed", "fsdp2+unscaled", "fsdp2+slice_saved")),
+        *(f"verify-{x} llama-lora" for x in ("fsdp2+stale", "fsdp2+copy_kept")),
+    ],
+}
+NAMED = {
+    "another_seed": [("loaded on all ranks", "rank 1 begins with other values than rank 0: base_model.*lora_A")],
+    "another_seed_later": [
+        ("wrapped as loaded", "rank 1: the wrapped model has other values of .*lora_A"),
+        ("trained on all ranks", "rank 1 ends with other values than rank 0: base_model.*lora_A"),
+    ],
+    "slice_saved": [("saved as trained", r"its file has a slice of .*lora_A.weight: \[8, 64\] instead of \[16, 64\]")],
+    "stale": [(x, "computes with a stale weight, .*0.mlp.down_proj.lora_B") for x in ("loss", "gradients")],
+    "copy_kept": [(x, "right in the first step, wrong after it") for x in ("loss", "gradients")],
+    "unscaled": [(x, "an unscaled average, .*rank 0's rows count 0.86 times") for x in ("loss", "gradients")],
+}
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (.ci/run installs it)"
 )
@@ -53,12 +74,12 @@ SHARDED = "its parameters are sharded: logits that are read would be a second fo
 
 def marks(launch: str) -> list:
     found = [needs_deepspeed, pytest.mark.zero] if launch.startswith("zero") else []
-    return found + ([pytest.mark.slow] if launch in REST else [])
+    return found + ([] if launch in CORE else [pytest.mark.slow])
 
 
 def jobs(launch: str) -> list[str]:
     """What one launch runs: "STRATEGY MODEL-WEIGHTS"."""
-    chosen = [f"{s} {c}" for s in LAUNCHES[launch] for c in CASES if takes(s, c)]
+    chosen = [f"{s} {c}" for s in LAUNCHES.get(launch, []) for c in CASES if takes(s, c)] + VERIFIED.get(launch, [])
     return chosen + EXTRA.get(launch, []) + (["costs llama-lora", "costs llama-nf4"] if launch == "fsdp2" else [])
 
 
@@ -92,7 +113,8 @@ def results(tmp_path_factory):
 
 
 ALL = [pytest.param(launch, job, id=job, marks=marks(launch)) for launch in LAUNCHES for job in jobs(launch)]
-STEPS = [p for p in ALL if not p.id.startswith(("costs", "fsdp2-planted"))]
+STEPS = [p for p in ALL if not p.id.startswith(("costs", "fsdp2-planted", "verify"))]
+VERIFY = [pytest.param(launch, job, id=job, marks=marks(launch)) for launch, found in VERIFIED.items() for job in found]
 
 
 @pytest.mark.parametrize(("launch", "job"), STEPS)
@@ -164,3 +186,17 @@ def test_costs_no_more_than_one_process(results, case):
     for what in ("kept", "launches"):
         one, fsdp2 = found[what]
         assert 0 < fsdp2 <= 1.05 * one, (what, one, fsdp2)
+
+
+@pytest.mark.parametrize(("launch", "job"), VERIFY)
+def test_verify(results, launch, job):
+    """Every comparison holds; a fault that is planted fails the lines that are about it, and these name it."""
+    found = results(launch)[job]
+    assert "raised" not in found, found["raised"]
+    lines, plant = {x["name"]: x for x in found["lines"]}, job.split(" ")[0].partition("+")[2]
+    failed = [x for x in found["lines"] if not x["ok"]]
+    assert len(lines) == 9 and bool(failed) == bool(plant), failed
+    for name, says in NAMED[plant] if plant else ():
+        assert not lines[name]["ok"] and re.search(says, lines[name]["detail"]), lines[name]
+    if plant == "slice_saved":
+        assert {x["name"] for x in failed} == {"saved as trained", "resumed"}

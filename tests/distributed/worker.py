@@ -5,7 +5,7 @@ down how that agrees with a single process that sees the whole batch.
 
 OUT (JSON, written by the first process): for each job {"ok", "error", "stock_error", "worst", "adapters_equal",
 "saved_equal", "ranks": [what the report of each rank says]}, or {"raised": the traceback}. `strategies.py` says how
-each strategy prepares a model; "costs" is none (`costs.py`)."""
+each strategy prepares a model; "costs" is none (`costs.py`), nor is "verify-STRATEGY" (`verifying.py`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import fastft
 from tests.distributed.costs import costs
 from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
+from tests.distributed.verifying import verify_case
 from tests.linear.lora_models import in_float64, judge, run
 
 
@@ -65,6 +67,13 @@ def one_case(name: str, strategy: Any) -> dict[str, Any]:
     return found
 
 
+def job_of(strategy: str, case: str) -> dict[str, Any]:
+    if strategy.startswith("verify-"):
+        found = verify_case(strategy.removeprefix("verify-"), case)
+        return found | {"lines": [asdict(x) for x in found["lines"]]}
+    return costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+
+
 def main(out: str, *jobs: str) -> None:
     """Every job; what one raises, all raise."""
     warnings.simplefilter("ignore")
@@ -74,7 +83,7 @@ def main(out: str, *jobs: str) -> None:
         strategy, case = job.split(" ")
         begin = time.monotonic()
         try:
-            found = costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+            found = job_of(strategy, case)
         except Exception:  # the test shows it
             found = {"raised": traceback.format_exc()[-3000:]}
         results[job] = found | {"seconds": round(time.monotonic() - begin, 1)}

@@ -56,30 +56,18 @@ def _top(
 def _quiet(as_json: bool = False) -> Iterator[None]:
     """Other libraries' warnings, hints and bars stay out of what the command prints; with `as_json` what is printed
     inside goes to stderr, so that stdout is JSON alone."""
+    from transformers.utils import logging as libraries
+
     for name in ("bitsandbytes", "transformers", "accelerate", "peft", "trl", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with (
-        _no_bars(),
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
-    ):
+    said = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with contextlib.ExitStack() as undo, warnings.catch_warnings(), said:
+        if libraries.is_progress_bar_enabled():
+            libraries.disable_progress_bar()
+            undo.callback(libraries.enable_progress_bar)
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(?!fastft)")
         yield
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Inside, transformers draws no bars of the weights that it reads and writes."""
-    from transformers.utils import logging as libraries
-
-    shown = libraries.is_progress_bar_enabled()
-    libraries.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            libraries.enable_progress_bar()
 
 
 def _show(result: Any, as_json: bool, **more: Any) -> None:

@@ -129,6 +129,10 @@ def verify(
     model: Annotated[str, typer.Argument(help="A checkpoint: name or folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "auto",
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4.")] = False,
+    fp8: Annotated[
+        bool,
+        typer.Option("--fp8", help="Load the base in FP8; also loss and gradients beside bf16's and NF4's."),
+    ] = False,
     lora: Annotated[
         bool, typer.Option(help="With a LoRA adapter on all linear layers; --no-lora verifies full fine-tuning.")
     ] = True,
@@ -153,14 +157,15 @@ def verify(
     with _quiet(as_json):
         result: Any
         if nproc is None:
-            from fastft.tools.verify.runner import verify_checkpoint
+            from fastft.tools.verify.checkpoint import verify_checkpoint
 
-            result = verify_checkpoint(
-                model, dtype=dtype, four_bit=four_bit, lora=lora, seq=seq, size=batch, layers=layers
-            )
+            how = {"four_bit": four_bit, "fp8": fp8, "lora": lora, "layers": layers}
+            result = verify_checkpoint(model, dtype=dtype, seq=seq, size=batch, **how)
         else:
             from fastft.tools.verify.ranks.runner import verify_ranks
 
+            if fp8:
+                raise typer.BadParameter("--fp8 and --nproc were both given: choose one")
             result = verify_ranks(
                 model, nproc=nproc, strategy=strategy, dtype=dtype, four_bit=four_bit, lora=lora, rows=batch, seq=seq
             )
@@ -210,6 +215,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Rows on the device.")] = 4,
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA's rank, on all linear layers.")] = 16,
     four_bit: Annotated[bool, typer.Option("--4bit", help="The base in NF4 (QLoRA).")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The base in FP8, and its products.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA.")] = False,
     targets: Annotated[
         str | None, typer.Option(help="LoRA's target_modules instead of all linear layers: q_proj,v_proj,...")
@@ -264,6 +270,7 @@ def plan(
                 peft_config=adapters,
                 adapter_dtype=adapter_dtype,
                 load_in_4bit=four_bit,
+                load_in_fp8=fp8,
                 full=full,
                 optim=optim,
                 dtype=dtype,
@@ -283,6 +290,7 @@ def plan(
 def report(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linears.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The base in FP8, and its error.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model code that the repository brings.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -291,7 +299,7 @@ def report(
     with _quiet(as_json):
         from fastft.tools.report import report_from_config
 
-        result = report_from_config(model, lora=not full, trust_remote_code=trust_remote_code)
+        result = report_from_config(model, lora=not full, fp8=fp8, trust_remote_code=trust_remote_code)
     _show(result, as_json)
 
 
@@ -336,7 +344,7 @@ def export(
     base_precision: Annotated[
         str,
         typer.Option(
-            help="What the adapter is merged onto: trained (in 4 bits where it was trained so), original, nf4 or fp4."
+            help="What the adapter is merged onto: trained (in 4 bits where it was so), original, nf4, fp4 or fp8."
         ),
     ] = "trained",
     other_base: Annotated[

@@ -57,7 +57,7 @@ def _prove(stock: Siblings, swap: Swap, device: torch.device) -> Proof:
     width = _width(([*quantised, *float8] or bases)[0])
     inputs = lambda g, scale: [torch.randn(*ROWS, width, generator=g, dtype=torch.float64).to(device) * scale]
     if formula_is_enough():
-        return prove(stock, swap, inputs, dtype=dtype, cast=dense_in_float64)
+        return prove(stock, swap, inputs, dtype=dtype, cast=dense_in_float64, reset=_freeze_float8)
     matrices: dict[Layer, torch.Tensor] = {}
     for base in quantised:
         matrices[base], reason = _matrix(base, dtype)

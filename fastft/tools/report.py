@@ -13,12 +13,17 @@ import torch
 from fastft.api import patch, report
 from fastft.compat.transformers_private import from_config, knows
 from fastft.errors import ModelNotFoundError
+from fastft.linear.float8_linear import Float8Linear
 from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_name, not_found
+from fastft.loading.fp8 import linears_of
 from fastft.patching.report import PatchReport
 
 
-def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_code: bool = False) -> PatchReport:
-    """The report of the model that `name_or_path`'s configuration describes, with LoRA on all its linears (or without).
+def report_from_config(
+    name_or_path: str, *, lora: bool = True, fp8: bool = False, trust_remote_code: bool = False
+) -> PatchReport:
+    """The report of the model that `name_or_path`'s configuration describes, with LoRA on all its linears (or without);
+    fp8: with these in FP8, as `load_in_fp8=True` has them.
 
     Raises ModelNotFoundError where there is no configuration, or no class for it.
     """
@@ -40,6 +45,8 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelNotFoundError(f"no configuration at {name_or_path!r}: {first}") from e
     model = on_meta(config, trust_remote_code)
+    if fp8:
+        in_fp8(model)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -47,6 +54,14 @@ def report_from_config(name_or_path: str, *, lora: bool = True, trust_remote_cod
             model = get_peft_model(model, adapter or LoraConfig(target_modules="all-linear"))
     found = report(patch(model))
     return replace(found, notes=notes + found.notes)
+
+
+def in_fp8(model: torch.nn.Module) -> None:
+    """A model without adapters, frozen, its linear layers in FP8 with a scale for each row, as FastModel's loader has
+    them."""
+    model.requires_grad_(False)
+    for linear in linears_of(model):
+        Float8Linear.of(linear)
 
 
 def on_meta(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> torch.nn.Module:

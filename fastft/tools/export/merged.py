@@ -15,7 +15,7 @@ from fastft.tools.export.reference import greedy, logits_of
 from fastft.tools.export.source import ExportSource
 from fastft.tools.export.stages import Stages
 from fastft.tools.merge.merge import write_configs, write_merged
-from fastft.tools.merge.precision import four_bit_weights, stored_in_four_bits
+from fastft.tools.merge.precision import quantised_weights, stored_in_four_bits
 from fastft.tools.merge.reference import load_reference
 from fastft.tools.new_folder import check_room
 
@@ -108,15 +108,15 @@ def _precisions(
     if source.adapter is None or source.trained is None or stored_in_four_bits(source.plan):
         return {}
     kind, double = source.trained
-    weights = four_bit_weights(source.base, source.plan)
+    weights = quantised_weights(source.base, source.plan)
     on = {"trained": (weights, kind, double), "original": None}
     logits = {
         name: reference
-        if four_bits == source.plan.four_bits
-        else logits_of(load_reference(source.base, source.adapter, replace(source.plan, four_bits=four_bits)), rows)
-        for name, four_bits in on.items()
+        if rounded == source.plan.rounded
+        else logits_of(load_reference(source.base, source.adapter, replace(source.plan, rounded=rounded)), rows)
+        for name, rounded in on.items()
     }
-    taken = "original" if source.plan.four_bits is None else "trained"
+    taken = "original" if source.plan.rounded is None else "trained"
     found = {}
     for name in on:
         t = merged if name == taken else logits[name]

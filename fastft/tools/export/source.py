@@ -55,8 +55,8 @@ class ExportSource:
     @property
     def precision(self) -> str:
         """What the adapter is merged onto, in words."""
-        if self.plan.four_bits is not None:
-            return f"the base in {self.plan.four_bits[1]}"
+        if self.plan.rounded is not None:
+            return f"the base in {self.plan.rounded[1]}"
         return "the base in 4 bits, expanded" if stored_in_four_bits(self.plan) else "the base as it is stored"
 
     @property

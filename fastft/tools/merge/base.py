@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.tools.merge.adapter_parts import said
+from fastft_kernels.quant.fp8 import quantize_e4m3_rows
+from fastft_kernels.quant.int8 import dequantize_e4m3
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
@@ -127,6 +129,15 @@ def in_four_bits(weight: torch.Tensor, quant_type: str = "nf4", double: bool = T
 
     values, state = quantize_4bit(weight.contiguous(), compress_statistics=double, quant_type=quant_type)
     return dequantize_4bit(values, state)
+
+
+def as_trained(weight: torch.Tensor, kind: str, double: bool) -> torch.Tensor:
+    """A weight [out, in] as training multiplies it: "nf4", "fp4": through bitsandbytes' 4 bits and back, in its own
+    dtype; "fp8": through e4m3 with a scale for each row, float32, as nothing rounds it again before the adapter."""
+    if kind != "fp8":
+        return in_four_bits(weight, kind, double)
+    q, scale = quantize_e4m3_rows(weight)
+    return dequantize_e4m3(q, scale, torch.float32)
 
 
 def differs(trained_on: Path, given: Path) -> str | None:

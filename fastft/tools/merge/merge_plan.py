@@ -14,7 +14,7 @@ from safetensors import safe_open
 from fastft.errors import AdapterError, ModelNotFoundError
 from fastft.tools.merge import expert_parts
 from fastft.tools.merge.adapter_parts import BY_PEFT, AdapterWeights, misfits
-from fastft.tools.merge.base import in_four_bits, packed, read_json, shards, weights
+from fastft.tools.merge.base import as_trained, packed, read_json, shards, weights
 
 
 @dataclass
@@ -24,7 +24,8 @@ class MergePlan:
 
     head: (name of the output's weight, name of the tensor it begins from). drop: the base's own copy of a tied head.
     values: of each tensor, how many. vocab: rows of the embeddings, where the adapter has others than the base.
-    four_bits: (names, type, double quantisation) of the weights that are taken through bitsandbytes' 4 bits first."""
+    rounded: (names, type, double quantisation) of the weights that are taken through bitsandbytes' 4 bits, or FP8,
+    first (`base.as_trained`)."""
 
     adapter: AdapterWeights
     files: list[Path]
@@ -32,7 +33,7 @@ class MergePlan:
     head: tuple[str, str] | None = None
     drop: set[str] = field(default_factory=set)
     vocab: int | None = None
-    four_bits: tuple[frozenset[str], str, bool] | None = None
+    rounded: tuple[frozenset[str], str, bool] | None = None
 
     @property
     def is_untied(self) -> bool:
@@ -61,8 +62,8 @@ class MergePlan:
         for name, t in weights(path):
             if name in self.drop:
                 continue
-            if self.four_bits is not None and name in self.four_bits[0]:
-                t = in_four_bits(t, *self.four_bits[1:])
+            if self.rounded is not None and name in self.rounded[0]:
+                t = as_trained(t, *self.rounded[1:])
             for target in (name, self.head[0]) if self.head is not None and name == self.head[1] else (name,):
                 merged = self.adapter.apply(target, t, dtype)
                 if merged.is_floating_point() and not merged.isfinite().all():

@@ -13,7 +13,7 @@ from fastft.errors import AdapterError
 from fastft.tools.merge.base import found_already, packed, read_json
 from fastft.tools.merge.merge_plan import MergePlan
 
-CHOICES = ("trained", "original", "nf4", "fp4")
+CHOICES = ("trained", "original", "nf4", "fp4", "fp8")
 
 
 def trained_in(adapter: Path, base: str | None, revision: str | None) -> tuple[str, bool] | None:
@@ -35,7 +35,8 @@ def take_precision(plan: MergePlan, base: Path, choice: str, trained: tuple[str,
     """The plan on the base in the precision that `choice` asks for.
 
     Args:
-        choice: "trained": as `trained` says; "original": as the base is stored, in 16 bits; "nf4", "fp4".
+        choice: "trained": as `trained` says; "original": as the base is stored, in 16 bits; "nf4", "fp4";
+            "fp8": as `load_in_fp8=True` quantises it, which nothing in an adapter's folder says.
     Raises:
         AdapterError: no such choice, or a base that is in 4 bits itself."""
     if choice not in CHOICES:
@@ -50,7 +51,7 @@ def take_precision(plan: MergePlan, base: Path, choice: str, trained: tuple[str,
     if choice == "original" or (choice == "trained" and trained is None):
         return plan
     kind, double = (choice, True) if choice != "trained" or trained is None else trained
-    return replace(plan, four_bits=(four_bit_weights(base, plan), kind, double))
+    return replace(plan, rounded=(quantised_weights(base, plan), kind, double))
 
 
 def stored_in_four_bits(plan: MergePlan) -> bool:
@@ -64,8 +65,8 @@ def stored_in_four_bits(plan: MergePlan) -> bool:
     return False
 
 
-def four_bit_weights(base: Path, plan: MergePlan) -> frozenset[str]:
-    """Names of the weights that are in 4 bits in training: those of all linear layers but the head."""
+def quantised_weights(base: Path, plan: MergePlan) -> frozenset[str]:
+    """Names of the weights that are in 4 bits, or in FP8, in training: those of all linear layers but the head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

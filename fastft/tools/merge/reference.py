@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from fastft.tools.merge.base import in_four_bits, read_json, weights
+from fastft.tools.merge.base import as_trained, read_json, weights
 from fastft.tools.merge.merge_plan import MergePlan
 
 
 def load_base(base: Path, plan: MergePlan) -> Any:
-    """The base in float32: its 4-bit weights expanded, or taken through 4 bits where the plan says so, and its
+    """The base in float32: its 4-bit weights expanded, or taken through 4 bits or FP8 where the plan says so, and its
     embeddings of the adapter's size."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     if "quantization_config" in read_json(base / "config.json"):
         model = model.dequantize().float()
-    if plan.four_bits is not None:
-        names, kind, double = plan.four_bits
+    if plan.rounded is not None:
+        names, kind, double = plan.rounded
         for path in plan.files:
             for name, t in weights(path):
                 if name in names:
-                    model.get_parameter(name).data.copy_(in_four_bits(t, kind, double))
+                    model.get_parameter(name).data.copy_(as_trained(t, kind, double))
     if plan.vocab is not None:
         model.resize_token_embeddings(plan.vocab, mean_resizing=False)
     return model

@@ -27,20 +27,27 @@ from fastft.compat.torch_private import (
 from fastft.errors import PlanError, QuantizationError
 from fastft.proving.tensors import tensors_in
 from fastft.tools.plan.fake_ops import FakeOperators
-from fastft.tools.report import on_meta
+from fastft.tools.report import in_fp8, on_meta
 
 BLOCK, BLOCK_OF_BLOCKS = 64, 256  # bitsandbytes: values of one absmax, and absmax values of one absmax of theirs
 REAL_ELEMENTS = 1 << 28  # a larger tensor of integers is fake after all
 
 
 def build(
-    config: PretrainedConfig, dtype: torch.dtype, *, four_bit: bool = False, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    four_bit: bool = False,
+    fp8: bool = False,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`; without
-    adapters."""
+    """The model on the meta device, its linear layers in NF4 with double quantisation where `four_bit`, in FP8 with a
+    scale for each row where `fp8`; without adapters."""
     model = on_meta(config, trust_remote_code, dtype)
     if four_bit:
         _quantise(model, dtype)
+    elif fp8:
+        in_fp8(model)
     return model
 
 

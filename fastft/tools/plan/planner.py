@@ -39,6 +39,7 @@ def plan(
     batch: int = 4,
     r: int = 16,
     load_in_4bit: bool = False,
+    load_in_fp8: bool = False,
     full: bool = False,
     dtype: torch.dtype | str = "auto",
     optim: str = "adamw_torch_fused",
@@ -65,6 +66,8 @@ def plan(
         peft_config: any other PEFT config.
         full: no adapter, everything is trained.
         load_in_4bit: NF4 with double quantisation.
+        load_in_fp8: FP8 with a scale for each row, and its products in FP8. Stock has nothing like it, its lines
+            are those of weights in `dtype`.
         dtype: of the base; "auto" the checkpoint's, float16 on a card without bfloat16. The step runs under autocast to
             that dtype.
         adapter_dtype: None: float32, and bfloat16 on a 4-bit base (both as TRL does it) unless that computes in
@@ -104,8 +107,11 @@ def plan(
             f"batch={batch}, seq={seq}: {seq * batch:,} tokens in one step, want at most {MOST_TOKENS:,}: plan for "
             "fewer, a largest batch that is searched (gpu=...) may still be more"
         )
-    if full and load_in_4bit:
-        raise PlanError("full and load_in_4bit were both given: weights in 4 bits cannot be trained, leave one out")
+    if load_in_4bit and load_in_fp8:
+        raise PlanError("load_in_4bit and load_in_fp8 were both given: choose one")
+    if full and (load_in_4bit or load_in_fp8):
+        flag, kept = ("load_in_4bit", "4 bits") if load_in_4bit else ("load_in_fp8", "FP8")
+        raise PlanError(f"full and {flag} were both given: weights in {kept} cannot be trained, leave one out")
     base = _dtype(dtype, config, card)
     adapters = None if full else peft_config or lora(r)
     # SFTTrainer casts the adapters of a quantised base to bfloat16, of which float16's gradient scaler takes none
@@ -122,17 +128,20 @@ def plan(
         accumulate=accumulate > 1,
         loss=loss,
         for_cuda=device == "cuda",
+        fp8=load_in_fp8,
     )
     ours = subject(config, setting, trust_remote_code, progress)
     work = _Work(ours, batch, seq, card, limits and card is not None)
     lines = work.fastft(policy)
     if stock:
-        work = replace(work, subject=subject(config, replace(setting, patched=False), trust_remote_code, progress))
+        work = replace(
+            work, subject=subject(config, replace(setting, patched=False, fp8=False), trust_remote_code, progress)
+        )
         lines += work.stock()
     name = config.name_or_path if isinstance(model, PretrainedConfig) else os.fspath(model)
     named = lambda d: str(d).removeprefix("torch.")
     trained = "full fine-tuning" if full else f"LoRA r={getattr(adapters, 'r', '?')} in {named(of_adapters)}"
-    what = f"{'NF4' if load_in_4bit else named(base)}, {trained}, {optim}, {loss}'s loss"
+    what = f"{'NF4' if load_in_4bit else 'FP8' if load_in_fp8 else named(base)}, {trained}, {optim}, {loss}'s loss"
     what += f", {accumulate} accumulated" if accumulate > 1 else ""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq > positions:
@@ -140,6 +149,8 @@ def plan(
     if setting.dtype == torch.float16 and dtype == "auto" and card is not None and not card.has_bfloat16:
         notes.append(f"in float16: a {card.name} has no bfloat16")
     notes += [UNMEASURED] if device == "cuda" else []
+    if load_in_fp8 and stock:
+        notes.append(f"stock has no FP8 like it: its lines are those of weights in {named(base)}")
     if load_in_4bit and (left := wide_experts(ours.model)):
         notes.append(left)
     return Plan(name or type(config).__name__, what, batch, seq, ours.depth, card, tuple(lines), tuple(notes))

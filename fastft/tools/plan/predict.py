@@ -38,7 +38,7 @@ LONGEST_PERIOD, MOST_APART = 8, 4
 @dataclass(frozen=True)
 class TrainingSetup:
     """What is trained, and how. dtype: of the base; autocast: None or its dtype. adapters: the LoRA config; None trains
-    everything."""
+    everything. four_bit, fp8: how its frozen linear layers are stored."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -50,6 +50,7 @@ class TrainingSetup:
     loss: str
     for_cuda: bool
     patched: bool = True
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,9 @@ def subject(
     """The model of `config`, cut where its layers repeat, with adapters, patched, and made of fake tensors. on_run: is
     told in words what comes next, for a progress line."""
     on_run("building the model")
-    model = plan_fake.build(config, setting.dtype, four_bit=setting.four_bit, trust_remote_code=trust_remote_code)
+    model = plan_fake.build(
+        config, setting.dtype, four_bit=setting.four_bit, fp8=setting.fp8, trust_remote_code=trust_remote_code
+    )
     pool, container, period, apart = _repeating(model)
     depth = len(pool)
     if period is not None:

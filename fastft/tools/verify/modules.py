@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastft.linear.group_proof import dense_in_float64
+from fastft.linear.projection import is_float8
 from fastft.proving.clone import clone
 from fastft.proving.prove import cast_parameters, outputs_and_gradients
 
@@ -40,9 +41,9 @@ def reference(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.T
 
 
 def in_float64(module: nn.Module) -> nn.Module:
-    """A stock copy in float64 (a quantised weight as the matrix that it stands for), with the same parameters
-    training."""
-    quantised = any(hasattr(getattr(m, "weight", None), "quant_state") for m in module.modules())
+    """A stock copy in float64 (a 4-bit weight as the matrix that it stands for; an FP8 one as it is, which means the
+    same in any dtype), with the same parameters training."""
+    quantised = any(is_float8(m) or hasattr(getattr(m, "weight", None), "quant_state") for m in module.modules())
     copy = dense_in_float64(module, torch.float64) if quantised else cast_parameters(clone(module), torch.float64)
     for (_, p), (_, q) in zip(copy.named_parameters(), module.named_parameters()):
         p.requires_grad_(q.requires_grad and p.is_floating_point())

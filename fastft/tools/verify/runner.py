@@ -9,7 +9,6 @@ Dropout is off meanwhile. The verdict is the judge's; whatever fails is named by
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from fastft.tables import WIDE, as_text, table
 from fastft.tools.gate import gate
 from fastft.tools.verify.layers import Tail, decoder_layers, tail_of
 from fastft.tools.verify.modules import in_float64, reference, results
+from fastft.tools.verify.precisions import PrecisionComparison
 from fastft_kernels.numerics import Verdict, compare
 
 PARTS, IGNORED = 4, -100  # of a batch's labels; the label that no loss counts
@@ -63,9 +63,11 @@ class Verification:
     dtype: str
     lines: tuple[VerificationLine, ...]
     notes: tuple[str, ...] = ()
+    precisions: PrecisionComparison | None = None  # of a base in FP8
 
     def __bool__(self) -> bool:
-        return bool(self.lines) and all(line.ok for line in self.lines)
+        told_apart = self.precisions is None or bool(self.precisions)
+        return bool(self.lines) and all(line.ok for line in self.lines) and told_apart
 
     @property
     def failed(self) -> tuple[VerificationLine, ...]:
@@ -81,6 +83,7 @@ class Verification:
             "ok": bool(self),
             "lines": [clean(asdict(x)) for x in self.lines],
             "notes": list(self.notes),
+            "precisions": None if self.precisions is None else asdict(self.precisions) | {"ok": bool(self.precisions)},
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -99,6 +102,8 @@ class Verification:
             yield Text(f"failed: {x.level} {x.group}, run by {x.kernel}: {x.worst}", style="bold red")
         for note in self.notes:
             yield Text(note)
+        if self.precisions is not None:
+            yield from self.precisions.render(options.max_width)
 
     def __str__(self) -> str:
         return as_text(self, 150)
@@ -131,9 +136,9 @@ def verify(
     """
     was_patched = record_of(model) is not None
     base = innermost(model)
-    batch = dict(batch) if batch is not None else _random_batch(base, size, seq, seed)
+    batch = dict(batch) if batch is not None else random_batch(base, size, seq, seed)
     batch.setdefault("use_cache", False)  # a cache would be filled twice
-    layers = not _whole_fits(base) if layers is None else layers
+    layers = not whole_fits(base) if layers is None else layers
     modes = [(m, m.training) for m in model.modules()]
     drops = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
     random = torch.random.get_rng_state()
@@ -185,7 +190,7 @@ def verify(
         if stock_step is not None:
             lines.append(
                 VerificationLine.of(
-                    "model", "loss and every gradient", "", "all swaps", compare(_step(model, batch), *stock_step)
+                    "model", "loss and every gradient", "", "all swaps", compare(step(model, batch), *stock_step)
                 )
             )
     finally:
@@ -227,7 +232,7 @@ def _stock_tail(base: nn.Module, batch: dict, hidden: torch.Tensor, notes: list[
         return None
 
 
-def _whole_fits(base: nn.Module) -> bool:
+def whole_fits(base: nn.Module) -> bool:
     """Whether the float64 copy with its gradients, and the copies of `stock_steps`, take at most half of what is
     free."""
     need, device = _float64_bytes(base), next(base.parameters()).device
@@ -240,7 +245,8 @@ def _whole_fits(base: nn.Module) -> bool:
     return need <= WHOLE_MODEL_BYTES and 2 * need <= free
 
 
-def _random_batch(base: Any, size: int, seq: int, seed: int) -> dict:
+def random_batch(base: Any, size: int, seq: int, seed: int) -> dict:
+    """Random tokens [size, seq] as input and labels."""
     config = base.config.get_text_config()
     ids = torch.randint(0, config.vocab_size, (size, seq), generator=torch.Generator().manual_seed(seed))
     ids = ids.to(next(base.parameters()).device)
@@ -285,7 +291,7 @@ def _kept(v, copies: WeakIdKeyDictionary):
     return type(v)(_kept(x, copies) for x in v) if type(v) in (tuple, list) else v
 
 
-def _step(model: nn.Module, batch: dict, reference: bool = False) -> dict[str, torch.Tensor]:
+def step(model: nn.Module, batch: dict, reference: bool = False) -> dict[str, torch.Tensor]:
     """Losses, of the batch and of parts of its labels, and the gradient of every trainable parameter."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with float64_reference() if reference else contextlib.nullcontext():
@@ -313,7 +319,7 @@ def _parts(batch: dict) -> list[dict]:
 
 def judge(stock: nn.Module, patched: nn.Module, batch: dict) -> Verdict:
     """Loss and every gradient of two models with the same weights, against a float64 copy of the stock one."""
-    return compare(_step(patched, batch), *stock_steps(stock, batch))
+    return compare(step(patched, batch), *stock_steps(stock, batch))
 
 
 def stock_steps(stock: nn.Module, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -324,39 +330,14 @@ def stock_steps(stock: nn.Module, batch: dict) -> tuple[dict[str, torch.Tensor],
     twice with its float32 weights off by half a unit in the last place (what any implementation's first rounding does),
     and each result is taken from the run that is furthest from the reference. The comparison of single modules knows no
     such allowance."""
-    reference = _step(in_float64(stock), batch, True)
-    runs = [_step(stock, batch)]
+    reference = step(in_float64(stock), batch, True)
+    runs = [step(stock, batch)]
     for seed in (1, 2):
         moved, g = clone(stock), torch.Generator().manual_seed(seed)
         for p in moved.parameters():
             if p.is_floating_point():
                 noise = (torch.rand(p.shape, generator=g) - 0.5).to(p.device) * torch.finfo(p.dtype).eps
                 p.data = (p.data.double() * (1 + noise.double())).to(p.dtype) if p.dtype == torch.float32 else p.data
-        runs.append(_step(moved, batch))
+        runs.append(step(moved, batch))
     error = lambda run, k: float((run[k].double() - reference[k]).abs().max())
     return reference, {k: max(runs, key=lambda r, k=k: error(r, k))[k] for k in reference}
-
-
-def verify_checkpoint(
-    name: str,
-    *,
-    dtype: str = "auto",
-    four_bit: bool = False,
-    lora: bool = True,
-    seq: int = 64,
-    size: int = 2,
-    layers: bool | None = None,
-) -> Verification:
-    """`verify` of a checkpoint, or of an adapter on its base, as FastModel loads it. B of a new adapter is drawn: at
-    its initial zero no gradient would reach A."""
-    from fastft.loading.fast_model import FastModel
-
-    how: dict[str, Any] = {} if lora else {"peft_config": None}
-    with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):  # the table of the verdicts says it all
-        torch.manual_seed(0)  # the adapter is drawn alike each time
-        model = FastModel.from_pretrained(name, load_in_4bit=four_bit, dtype=dtype, **how)
-    generator = torch.Generator().manual_seed(0)
-    for n, p in model.named_parameters():
-        if "lora_B" in n and not p.any():
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    return verify(model, seq=seq, size=size, layers=layers)

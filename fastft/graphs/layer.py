@@ -161,7 +161,7 @@ class LayerGraphs:
         if not findings.ok:
             return
         for name in findings.loose:
-            stack.notes[f"{name} does not repeat itself in two eager runs: within twice that in the replay"] += 1
+            stack.notes[f"{name} does not repeat itself in eager runs: within twice that in the replay"] += 1
         stack.sequence += 1
         stack.captures[signature.input] += 1
         signature.captured, signature.sequence = captured, stack.sequence

@@ -29,7 +29,8 @@ BLOCK = (128, 128)
 
 
 def _cast_ref(v: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = (amax / LARGEST).clamp(min=SMALLEST_SCALE)
+    largest = amax.new_full((), LARGEST)  # on its device: by a number, CUDA multiplies by the reciprocal
+    scale = (amax / largest).clamp(min=SMALLEST_SCALE)
     v = v * (1.0 / scale)
     q = v.nan_to_num(nan=0.0).to(E4M3).view(torch.uint8)  # v is at most 448 and a rounding, or NaN
     return q.masked_fill_(v.isnan(), 0x7F).view(E4M3), scale

@@ -123,6 +123,31 @@ def test_the_proof_catches(plant, monkeypatch):
     assert any("bits" in why or "static memory" in why for why in eager(model)), eager(model)
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_eager_runs_that_agree_by_chance_are_asked_again(repeats, monkeypatch):
+    """A gradient that has other bits in every second replay, and in the third eager run of a capture (or in none)."""
+    eager_run, backward, runs = Captured.eager, Captured.backward, []
+
+    def noisy(found, amount):
+        return [None if g is None else g + amount * (i == 0) for i, g in enumerate(found)]
+
+    def eager_with_noise(self, tensors, upstream):
+        outputs, found = eager_run(self, tensors, upstream)
+        runs.append(self)
+        return outputs, noisy(found, 1e-6 * (not repeats and runs.count(self) == 3))
+
+    monkeypatch.setattr(Captured, "eager", eager_with_noise)
+    monkeypatch.setattr(Captured, "backward", lambda self, upstream: noisy(backward(self, upstream), 1e-6))
+    model = patched()
+    train(model, steps=4)
+    assert bool(replays(model)) is not repeats
+    assert max(runs.count(c) for c in runs) == (proof.MOST_RUNS if repeats else 3)
+    if repeats:
+        assert any("has other bits in the replay" in why for why in eager(model)), eager(model)
+    else:
+        assert any("does not repeat itself" in note for note in fastft.report(model).notes)
+
+
 @pytest.mark.parametrize("plant", [p for p in PLANTED if p is not outputs_alias])
 def test_training_would_show_it(plant, monkeypatch):
     plain = train(patched(False), varied, 5)

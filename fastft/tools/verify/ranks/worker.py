@@ -21,8 +21,7 @@ from fastft.tools.verify.ranks import checks, saving
 from fastft.tools.verify.ranks.batches import tokens_of
 from fastft.tools.verify.ranks.diagnosis import named, of_average, stale_weights
 from fastft.tools.verify.ranks.job import Line, RankJob
-from fastft.tools.verify.ranks.kinds import STRATEGIES
-from fastft.tools.verify.ranks.strategies import Strategy
+from fastft.tools.verify.ranks.strategies import DDP, FSDP2, Strategy
 from fastft.tools.verify.ranks.training import (
     Recipe,
     Results,
@@ -33,6 +32,7 @@ from fastft.tools.verify.ranks.training import (
     without_dropout,
 )
 
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2, "zero2": Zero2, "zero3": Zero3}  # job.py: NAMES
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth
 
 

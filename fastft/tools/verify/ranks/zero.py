@@ -27,6 +27,7 @@ class Zero2(Strategy):
         settings = {
             "train_micro_batch_size_per_gpu": self.recipe.rows // dist.get_world_size(),
             "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # DeepSpeed's default clips
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
         }

@@ -15,6 +15,7 @@ from fastft.checkpointing.policy import Policy, parse
 from fastft.experts.structure import wide_experts
 from fastft.graphs import attach as graphs
 from fastft.kinds import kinds
+from fastft.linear.float8_error import underflow_lines
 from fastft.lm_head import trl_head
 from fastft.lm_head.liger import refuse
 from fastft.packing.hooks import attach, packing_of, teach_again
@@ -173,7 +174,7 @@ def report(model: nn.Module) -> PatchReport:
         found = replace(found, notes=(*found.notes, left))
     if (controller := controller_of(innermost(model))) is not None:
         found = replace(found, notes=(*found.notes, *controller.lines()))
-    found = replace(found, notes=(*found.notes, *graphs.lines(innermost(model))))
+    found = replace(found, notes=(*found.notes, *graphs.lines(innermost(model)), *underflow_lines(innermost(model))))
     if (packing := packing_of(innermost(model))) is not None:
         found = replace(
             found, rows=(*found.swapped, *packing.rows(), *found.stock), notes=(*found.notes, *packing.lines())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fastft.linear.float8_linear import Float8Linear, float8_weight
+from fastft.linear.float8_linear import Float8Linear, float8_layers, float8_weight
 from fastft.linear.projection import Layer, base_of, bitsandbytes_class, is_float8
 from fastft_kernels.quant.scaled_product import why_dense
 
@@ -42,6 +42,19 @@ _PRODUCTS = {
     "forward": "FP8 forward, bf16 backward",
     "both": "FP8 forward and backward",
 }
+
+
+def underflow_lines(model: nn.Module) -> list[str]:
+    """Lines about the gradients that were rounded to zero in the first backwards, once there were any."""
+    meters = {id(m.underflow): m.underflow for m in float8_layers(model) if m.underflow is not None}
+    shares = {shape: share for meter in meters.values() for shape, share in meter.shares().items()}
+    if not shares:
+        return []
+    worst = max(shares, key=lambda shape: shares[shape])
+    return [
+        f"FP8 backward: of the gradients of layers' outputs that were not zero, {min(shares.values()):.2%} to "
+        f"{shares[worst]:.2%} (layers of {worst[1]} to {worst[0]}) were rounded to zero, in the first backwards"
+    ]
 
 
 def _errors(width: int, block: tuple[int, int] | None, products: str) -> dict[str, tuple[float, float]]:

@@ -16,7 +16,7 @@ from fastft.compat.torch_private import KeepsDtypes
 from fastft.swapping.swap import KEY
 from fastft_kernels.lora.lora_linear import Projection, lora_linear
 from fastft_kernels.quant.fp8 import quantize_e4m3_blocks, quantize_e4m3_rows
-from fastft_kernels.quant.scaled_product import PRODUCTS, specified
+from fastft_kernels.quant.scaled_product import PRODUCTS, Underflow, specified
 from fastft_kernels.quant.weights import Float8
 
 SCALE = "weight_scale_inv"
@@ -27,13 +27,15 @@ class Float8Linear(KeepsDtypes, nn.Linear):
 
     block: (rows, columns) of a scale, None for one scale a row. products: which products multiply in FP8 where they can
     ("", "forward", "both", as `Float8`). compute_dtype: of the weight that it was made of, which is what adapters are
-    made in. is_specification: computes in plain torch, for proofs. Casting the model (`.to(dtype)`) casts the bias
-    alone. Differentiable in x and the bias, never in the weight."""
+    made in. is_specification: computes in plain torch, for proofs. underflow: one for a model, looks at the gradients
+    that are rounded. Casting the model (`.to(dtype)`) casts the bias alone. Differentiable in x and the bias, never in
+    the weight."""
 
     block: tuple[int, int] | None
     products: str
     compute_dtype: torch.dtype
     is_specification: bool
+    underflow: Underflow | None
     kept = frozenset(("weight", SCALE))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,13 @@ class Float8Linear(KeepsDtypes, nn.Linear):
         return f"{super().extra_repr()}, e4m3 by {block}"
 
     @classmethod
-    def of(cls, linear: nn.Linear, block: tuple[int, int] | None = None, products: str = "both") -> Float8Linear:
+    def of(
+        cls,
+        linear: nn.Linear,
+        block: tuple[int, int] | None = None,
+        products: str = "both",
+        underflow: Underflow | None = None,
+    ) -> Float8Linear:
         """The same instance, its weight quantised where it lies and frozen; its bias, hooks and mode stay.
 
         Raises TypeError for anything but a plain, unpatched nn.Linear with a weight of its own."""
@@ -66,7 +74,7 @@ class Float8Linear(KeepsDtypes, nn.Linear):
             )
         with torch.no_grad():
             q, scale = quantize_e4m3_rows(weight) if block is None else quantize_e4m3_blocks(weight, block)
-        return cls.taken(linear, q, scale, block, products, weight.dtype)
+        return cls.taken(linear, q, scale, block, products, weight.dtype, underflow)
 
     @classmethod
     def taken(
@@ -77,6 +85,7 @@ class Float8Linear(KeepsDtypes, nn.Linear):
         block: tuple[int, int] | None,
         products: str,
         compute_dtype: torch.dtype,
+        underflow: Underflow | None = None,
     ) -> Float8Linear:
         """The same instance with q [out, in] and its float32 scales as they are, uncopied."""
         if products not in PRODUCTS:
@@ -86,6 +95,7 @@ class Float8Linear(KeepsDtypes, nn.Linear):
         made.weight = nn.Parameter(q, requires_grad=False)
         made.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
         made.block, made.products, made.compute_dtype, made.is_specification = block, products, compute_dtype, False
+        made.underflow = underflow
         return made
 
     def _cast_to(self, dtype: torch.dtype) -> None:
@@ -101,7 +111,7 @@ def float8_weight(layer: Any) -> Float8:
             "Float8Linear: an FP8 weight is frozen, and its requires_grad is True: train adapters on it, or load "
             "without load_in_fp8"
         )
-    return Float8(weight, scale, layer.block, layer.products)
+    return Float8(weight, scale, layer.block, layer.products, layer.underflow)
 
 
 def float8_layers(model: nn.Module) -> list[Float8Linear]:

@@ -138,7 +138,7 @@ def _read_base(base: Layer, d: dict, cls: type) -> Reading | None:
             return None
         if weight.requires_grad or scale.requires_grad:
             return None
-        facts += (scale.dtype, scale.device, scale.shape, d["block"], d["products"])
+        facts += (scale.dtype, scale.device, scale.shape, d["block"], d["products"], d["underflow"])
         tensors = (weight, scale)
     elif weight.__class__ is _PARAMETER:
         facts += (d["out_features"], d["in_features"]) if cls is _LINEAR else (d["nx"], d["nf"])

@@ -155,7 +155,7 @@ class FastModel:
         with explained(base_name, load):
             model = loader.from_pretrained(base_name, **load)
         linears = []
-        if fp8 is not None and not (fp8.is_fp8 and take_float8(model, fp8.products)):
+        if fp8 is not None and not (fp8.is_fp8 and take_float8(model, fp8.products, fp8.underflow)):
             linears = linears_of(model)
         if adapter is not None:
             model = load_adapter(model, name, kwargs, is_trainable)

@@ -7,7 +7,7 @@ that has FP8 units transformers makes them dense; they are quantised again, in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from fastft.errors import QuantizationError
 from fastft.linear.float8_linear import Float8Linear
 from fastft_kernels.quant.fp8 import BLOCK
+from fastft_kernels.quant.scaled_product import Underflow
 
 BACKWARDS = {"fp8": "both", "bf16": "forward"}
 
@@ -28,6 +29,7 @@ class Float8Request:
     block: tuple[int, int] | None
     products: str
     is_fp8: bool = False
+    underflow: Underflow = field(default_factory=Underflow)
 
 
 def float8_request(asked: bool | str, backward: str, others: dict[str, Any], config: Any) -> Float8Request | None:
@@ -65,7 +67,7 @@ def linears_of(model: Any) -> list[nn.Linear]:
     return [m for m in model.modules() if type(m) is nn.Linear and m is not head and id(m.weight) not in tied]
 
 
-def take_float8(model: Any, products: str) -> int:
+def take_float8(model: Any, products: str, underflow: Underflow | None = None) -> int:
     """Layers that transformers loaded in FP8 become Float8Linear, their weights and scales uncopied; how many there
     were."""
     from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -78,7 +80,7 @@ def take_float8(model: Any, products: str) -> int:
         if block is None:
             scale = scale.reshape(1, 1).repeat(layer.out_features, 1)
         sides = None if block is None else (int(block[0]), int(block[1]))
-        Float8Linear.taken(layer, layer.weight.data, scale, sides, products, dtype)
+        Float8Linear.taken(layer, layer.weight.data, scale, sides, products, dtype, underflow)
     return len(found)
 
 
@@ -99,7 +101,7 @@ def quantise(model: nn.Module, linears: list[nn.Linear], request: Float8Request,
             )
         if device is not None:
             linear.to(device)
-        Float8Linear.of(linear, request.block, request.products)
+        Float8Linear.of(linear, request.block, request.products, request.underflow)
         count += 1
     if device is not None:
         model.to(device)

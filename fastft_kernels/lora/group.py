@@ -261,7 +261,7 @@ class Backward:
         for i, (p, _) in enumerate(self.live):
             dy, weight = self._dy(i, g.compute), t[p.weight : p.weight + p.n_weight]
             if scaled_product.applies(p.layout, g.compute, dy, backward=True):
-                part = scaled_product.input_gradient(dy, *weight, g.compute)
+                part = scaled_product.input_gradient(dy, *weight, g.compute, p.layout.options[2])
                 dx = part.to(total) if dx is None else dx.add_(part)
                 continue
             W = expand(p.layout, weight, g.compute)

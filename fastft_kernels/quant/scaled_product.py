@@ -23,7 +23,7 @@ import torch
 from fastft_kernels.quant.fp8 import quantize_e4m3_rows, quantize_rows_ref
 from fastft_kernels.quant.transpose import transpose_8bit
 from fastft_kernels.quant.weights import WeightLayout, expand
-from fastft_kernels.runtime.compat import scaled_mm
+from fastft_kernels.runtime.compat import dispatch_modes, is_dynamo_compiling, scaled_mm
 from fastft_kernels.runtime.dispatch import goes_to_cuda, math_dtype
 
 PRODUCTS = ("", "forward", "both")
@@ -38,10 +38,38 @@ class Quantized(NamedTuple):
     scale: torch.Tensor
 
 
+class Underflow:
+    """How much of the gradients is rounded to zero, by the shape of the weight: looked at in the first backwards, in
+    some of their tokens. What is seen stays on the device until it is asked for."""
+
+    backwards, tokens = 64, 512
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+
+    def look(self, dy: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """dy [T, out] and what became of it."""
+        calls, counts = self.seen.get(shape, (0, None))
+        if calls >= self.backwards or is_dynamo_compiling() or dispatch_modes() or not len(dy):
+            return
+        if dy.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        step = -(-len(dy) // self.tokens)
+        live = dy[::step] != 0
+        lost = live & (q[::step].view(torch.uint8) & 0x7F == 0)
+        now = torch.stack([lost.sum(), live.sum()])
+        self.seen[shape] = (calls + 1, now if counts is None else counts + now)
+
+    def shares(self) -> dict[tuple[int, ...], float]:
+        """{shape of the weight: the share of what was not zero and is now}; waits for the device."""
+        found = {shape: counts.tolist() for shape, (_, counts) in self.seen.items()}
+        return {shape: lost / max(live, 1) for shape, (lost, live) in found.items()}
+
+
 def why_dense(layout: WeightLayout, compute: torch.dtype, device: torch.device, planned: bool = False) -> str:
     """Why a float8 weight is made dense for its products in the dtype `compute`; empty where they are in FP8. planned:
     a CPU that stands for a CUDA device."""
-    block, products = layout.options
+    block, products, _ = layout.options
     if not products:
         return "no FP8 products were asked for"
     if block is not None:
@@ -93,10 +121,19 @@ def product(x: Quantized, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
     return scaled(x, Quantized(q, scale), dtype)
 
 
-def input_gradient(dy: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dx [T, in] in `dtype` of dy [T, out]; q [out, in], scale [out, 1]."""
+def input_gradient(
+    dy: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    underflow: Underflow | None = None,
+) -> torch.Tensor:
+    """dx [T, in] in `dtype` of dy [T, out]; q [out, in], scale [out, 1]. underflow: what looks at the rounded dy."""
+    rounded = quantized(dy, scale)
+    if underflow is not None:
+        underflow.look(dy, rounded.q, tuple(q.shape))
     one = scale.new_ones((q.shape[1], 1))
-    return scaled(quantized(dy, scale), Quantized(transpose_8bit(q), one), dtype)
+    return scaled(rounded, Quantized(transpose_8bit(q), one), dtype)
 
 
 # the specification

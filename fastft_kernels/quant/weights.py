@@ -28,7 +28,7 @@ class WeightLayout(NamedTuple):
 
     kind: str  # "dense", "4bit", "int8", "float8"
     shape: tuple[int, int]
-    # 4bit: (blocksize, quant_type, blocksize2 or None); float8: (the block or None, the products in FP8)
+    # 4bit: (blocksize, quant_type, blocksize2 or None); float8: (the block or None, the products in FP8, who looks on)
     options: tuple = ()
 
 
@@ -122,19 +122,20 @@ class Int8(FrozenWeight):
 class Float8(FrozenWeight):
     """float8_e4m3fn [out, in] with scales as `int8.dequantize_e4m3` takes them. products: which of a group's products
     multiply in FP8 where they can (`scaled_product`): none (""), the forward's ("forward"), the input gradient's too
-    ("both")."""
+    ("both"). underflow: a `scaled_product.Underflow` that looks at the gradients that are rounded, or None."""
 
     q: torch.Tensor
     scale: torch.Tensor
     block: tuple[int, int] | None = None
     products: str = ""
+    underflow: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.q.shape)
 
     def layout(self) -> WeightLayout:
-        return WeightLayout("float8", self.shape, (self.block, self.products))
+        return WeightLayout("float8", self.shape, (self.block, self.products, self.underflow))
 
     def tensors(self) -> Tensors:
         return (self.q, self.scale)

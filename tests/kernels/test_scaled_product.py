@@ -87,7 +87,7 @@ def _left_out(monkeypatch):
 
 
 def _after_the_product(monkeypatch):
-    def wrong(dy, q, scale, dtype):
+    def wrong(dy, q, scale, dtype, underflow=None):
         one = torch.ones_like(scale)
         return real(dy, q, one, dtype) * scale.view(-1).to(dtype)
 
@@ -238,3 +238,20 @@ def test_one_transposed_weight_at_a_time():
                 torch.autograd.grad(ys, x, [torch.empty_like(y) for y in ys])
     assert kept["fp8"] == kept["dense"]
     assert Live.most == 1
+
+
+def test_what_underflows_is_counted(device):
+    """Of what is not zero; in as many backwards and tokens as are looked at; by shape."""
+    meter = scaled_product.Underflow()
+    weight = Float8(*quantize_e4m3_rows(torch.ones(32, 16, device=device)), None, "both", meter)
+    x = torch.randn(4, 16, device=device, dtype=torch.bfloat16).requires_grad_()
+    if why_dense(weight.layout(), x.dtype, torch.device(device)):
+        pytest.skip(DENSE)
+    dy = torch.zeros(4, 32, device=device, dtype=torch.bfloat16)
+    dy[:, 0], dy[:, 1], dy[:, 2] = 448.0, 2.0**-11, 2.0**-9  # what is below half of the smallest number is lost
+    assert meter.shares() == {}
+    for _ in range(meter.backwards + 3):
+        (y,) = lora_linear(x, [Projection(weight)])
+        torch.autograd.grad(y, x, dy)
+    assert meter.shares() == {(32, 16): pytest.approx(1 / 3)}
+    assert meter.seen[32, 16][1].tolist() == [4 * meter.backwards, 12 * meter.backwards]

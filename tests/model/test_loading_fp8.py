@@ -96,8 +96,11 @@ def test_a_dense_checkpoint(folder, asked, block):
     assert type(ours.get_output_embeddings()) is not Float8Linear
     report = [r for r in fastft.report(ours) if r.kind == "linear group"]
     assert sum(r.count for r in report if r.is_swapped) == 14 and all("FP8" in r.reason for r in report)
+    said = lambda: [n for n in fastft.report(ours).notes if "rounded to zero" in n]
+    assert not said()
     losses = trains(ours)
     assert losses[-1] < losses[0]
+    assert len(said()) == (block is None)  # made dense, nothing of a gradient is rounded to FP8
 
 
 @pytest.mark.parametrize("config", [None, LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])])

@@ -31,6 +31,7 @@ from fastft.tools.verify.ranks.training import (
     trained,
     without_dropout,
 )
+from fastft.tools.verify.ranks.zero import Zero2, Zero3
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2, "zero2": Zero2, "zero3": Zero3}  # job.py: NAMES
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth

@@ -22,7 +22,7 @@ class Zero2(Strategy):
 
     def wrap(self, model: Any) -> Any:
         """The engine, which has the optimizer."""
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         settings = {
             "train_micro_batch_size_per_gpu": self.recipe.rows // dist.get_world_size(),
@@ -48,14 +48,14 @@ class Zero2(Strategy):
 
     def gradients(self) -> Results:
         """By DeepSpeed's own function, as no parameter has its gradient."""
-        from deepspeed.utils import safe_get_full_grad
+        from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 
         found = {n: safe_get_full_grad(p) for n, p in trained(self.model).items()}
         return {n: self._whole(n, g) for n, g in found.items() if g is not None}
 
     def weights(self) -> Results:
         """What the optimizer has, in float32."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
         return {n: self._whole(n, safe_get_full_fp32_param(p)) for n, p in trained(self.model).items()}
 
@@ -92,7 +92,7 @@ class Zero3(Zero2):
 
     def state(self) -> dict[str, torch.Tensor] | None:
         """Gathered, a parameter at a time; the first process has it."""
-        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
         first, found = dist.get_rank() == 0, {}
         parameters = dict(self.model.named_parameters())

@@ -2,8 +2,8 @@
 code.
 
 What is counted: floating-point operations (torch's own counter), operators that launch something (views are free; one
-of fastft's registered operators is one launch), and the bytes that autograd keeps for the backward, once per storage,
-parameters left out."""
+of fastft's registered operators is one launch), the bytes that those operators read and write (`Traffic`), and the
+bytes that autograd keeps for the backward, once per storage, parameters left out."""
 
 from __future__ import annotations
 
@@ -99,6 +99,38 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# of their first operand
+_WRITES_ONLY = {"copy_", "_foreach_copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
+
+
+def _bytes(t: torch.Tensor) -> int:
+    """Of the elements that a view shows, each once: an expanded dimension repeats what is there."""
+    return t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride()) if stride or n == 0)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that pass between the chip and its memory if each operator reads each of its operands once and
+    writes each of its results once: what was there before is read by an operator in place, not by one that only
+    overwrites (beta=0, a copy)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
+        if name not in _FREE:
+            read = args[1:] if name in _WRITES_ONLY or (args and kwargs.get("beta") == 0) else args
+            operands = [t for t in tree_leaves((read, kwargs)) if isinstance(t, torch.Tensor)]
+            views = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in operands}
+            written = args[0] if name in _WRITES_ONLY else out
+            results = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
+            self.bytes[name] += sum(map(_bytes, (*views.values(), *results)))
+        return out
+
+
 class Live(TorchDispatchMode):
     """Bytes of the storages made while it is active: those that live now, and the most that lived at once."""
 
@@ -130,18 +162,25 @@ class Live(TorchDispatchMode):
 
 @dataclass
 class Cost:
-    """flops, and by operator; launches: operators that launch something; saved: bytes kept for the backward."""
+    """flops, and by operator; launches: operators that launch something; saved: bytes kept for the backward; traffic:
+    bytes read and written (`Traffic`)."""
 
     flops: float = 0.0
     launches: float = 0.0
     saved: float = 0.0
+    traffic: float = 0.0
     operators: dict[str, int] = field(default_factory=dict)
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.flops - other.flops, self.launches - other.launches, self.saved - other.saved)
+        return Cost(
+            self.flops - other.flops,
+            self.launches - other.launches,
+            self.saved - other.saved,
+            self.traffic - other.traffic,
+        )
 
     def per(self, n: float) -> Cost:
-        return Cost(self.flops / n, self.launches / n, self.saved / n)
+        return Cost(self.flops / n, self.launches / n, self.saved / n, self.traffic / n)
 
 
 @contextlib.contextmanager
@@ -157,18 +196,23 @@ def counting(known: list[torch.Tensor]):
             keep.append(s)  # an address must not be used again while we count
         return t
 
-    flops, launches = FlopCounterMode(display=False, custom_mapping=FORMULAS), _Launches()
-    with flops, launches, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    flops, launches, traffic = FlopCounterMode(display=False, custom_mapping=FORMULAS), _Launches(), Traffic()
+    with flops, launches, traffic, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield cost
     cost.operators = {str(k): n for k, n in flops.get_flop_counts().get("Global", {}).items()}
     cost.flops, cost.launches, cost.saved = flops.get_total_flops(), sum(launches.ops.values()), sum(sizes.values())
+    cost.traffic = sum(traffic.bytes.values())
 
 
-def build(config: PretrainedConfig, lora: LoraConfig, fp32_adapters: bool, attention: str | None = "sdpa") -> nn.Module:
+def build(
+    config: PretrainedConfig, lora: LoraConfig | None, fp32_adapters: bool, attention: str | None = "sdpa"
+) -> nn.Module:
     """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or
-    bfloat16)."""
+    bfloat16). lora None: no adapters, and nothing learns."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    if lora is None:
+        return model.requires_grad_(False).train()
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
     if not fp32_adapters:
         for p in model.parameters():
@@ -196,12 +240,14 @@ def layer_cost(
     rank: int = 16,
 ) -> Cost:
     """What one decoder layer adds to a step (forward and backward): four layers less two, halved.
-    make_config(layers)."""
+    make_config(layers). rank 0: without adapters, the gradient goes through to the layer's input."""
     costs = []
     for layers in (2, 4):
-        lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        lora = None
+        if rank:
+            lora = LoraConfig(
+                r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
         model = build(make_config(layers), lora, fp32_adapters=autocast)
         if patch is not None:
             model = patch(model)
@@ -210,11 +256,12 @@ def layer_cost(
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-            _causal(model.get_base_model().model)
+            base = model.get_base_model() if rank else model
+            _causal(base.model)
             ids = torch.zeros(batch, dtype=torch.long)
             with counting([*model.parameters(), *model.buffers(), ids]) as cost:
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                    hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+                    hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
                 hidden.sum().backward()
         costs.append(cost)
     return (costs[1] - costs[0]).per(2)

@@ -4,6 +4,7 @@
 roof         what this device does: bf16 products and copies
 tests        tests/kernels on this device, in float32, float16 and bfloat16, and the tests of CUDA graphs
 kernels      each kernel at an 8B decoder's widths: time with cold caches, percent of the roof, error against eager's
+mlp          an adapted MLP in one function and in three, and its passes between the products
 lora, nf4    LoRA steps of an 8B shape (random weights, made here), bf16 and NF4: 4x2048, Alpaca-like lengths, 1x8k,
              1x32k
 preference   DPO and GRPO log-probability steps of the same
@@ -57,6 +58,7 @@ SECTIONS = {
     "roof": Section(15, 1),
     "tests": Section(110, 1),
     "kernels": Section(80),
+    "mlp": Section(45),
     "lora": Section(90),
     "nf4": Section(80),
     "preference": Section(50),

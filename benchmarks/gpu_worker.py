@@ -142,6 +142,7 @@ SECTIONS: dict[str, tuple[str, str, dict]] = {  # module, function, what it is g
     "roof": ("gpu_worker", "roof_section", {}),
     "tests": ("gpu_worker", "tests_section", {}),
     "kernels": ("gpu_kernels", "section", {}),
+    "mlp": ("gpu_mlp", "section", {}),
     "lora": ("gpu_steps", "section", {}),
     "nf4": ("gpu_steps", "section", {"four_bit": True}),
     "preference": ("gpu_steps", "section", {"preference": True}),

@@ -54,11 +54,17 @@ def _top(
 
 @contextlib.contextmanager
 def _quiet(as_json: bool = False) -> Iterator[None]:
-    """Other libraries' warnings and hints stay out of what the command prints; with `as_json` what is printed inside
-    goes to stderr, so that stdout is JSON alone."""
+    """Other libraries' warnings, hints and bars stay out of what the command prints; with `as_json` what is printed
+    inside goes to stderr, so that stdout is JSON alone."""
+    from transformers.utils import logging as libraries
+
     for name in ("bitsandbytes", "transformers", "accelerate", "peft", "trl", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    said = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with contextlib.ExitStack() as undo, warnings.catch_warnings(), said:
+        if libraries.is_progress_bar_enabled():
+            libraries.disable_progress_bar()
+            undo.callback(libraries.enable_progress_bar)
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(?!fastft)")
         yield
@@ -143,7 +149,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Train in so many processes instead, and compare with one on the whole batch."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="Of these processes: ddp or fsdp2.")] = "ddp",
+    strategy: Annotated[str, typer.Option(help="Of these processes: ddp, fsdp2, zero2 or zero3.")] = "ddp",
     as_json: AsJson = False,
 ) -> None:
     """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes
@@ -323,7 +329,8 @@ def merge(
     form = parse_dtype(dtype)
     if form is None or form not in (torch.bfloat16, torch.float16):
         raise typer.BadParameter(f"--dtype: want bfloat16 or float16, got {dtype}")
-    result = run(adapter, out, base=base, dtype=form, check=check, other_base=other_base)
+    with _quiet():
+        result = run(adapter, out, base=base, dtype=form, check=check, other_base=other_base)
     print(f"{out}: {result or 'not checked'}")
 
 

@@ -21,7 +21,27 @@ def test_layer_and_head_hold_their_ceilings(tmp_path, capsys):
     launches = figures["fp32 adapters, bf16 autocast: launches"]
     assert launches["stock"] == 224
     assert figures["log-probabilities, frozen head: matrix products"]["stock"] == 3
-    assert path.with_suffix(".md").read_text().count("| layer: ") == 3
+    assert path.with_suffix(".md").read_text().count("| layer: ") == 5
+    adapters = figures["fp32 adapters, bf16 autocast: of it, the adapters' part"]
+    assert 0 < adapters["value"] < adapters["stock"]
+
+
+def test_bytes_read_and_written():
+    x, out = torch.empty(8, 4), torch.empty(8, 6)
+    for what, expected in (
+        (lambda: torch.mm(x, torch.empty(4, 6)), 4 * (32 + 24 + 48)),
+        (lambda: out.addmm_(x, torch.empty(4, 6)), 4 * (48 + 32 + 24 + 48)),  # what was there is read
+        (lambda: out.addmm_(x, torch.empty(4, 6), beta=0), 4 * (32 + 24 + 48)),  # and here it is not
+        (lambda: out[:, :3].copy_(torch.empty(8, 3)), 4 * (24 + 24)),  # of a view, what it shows
+        (lambda: x.mul(x), 4 * (32 + 32)),  # an operand twice is read once
+        (lambda: x.mul(torch.empty(1).expand(8, 4)), 4 * (32 + 1 + 32)),
+        (lambda: out.zero_(), 4 * 48),
+        (lambda: x.view(4, 8).t()[:2], 0),
+        (lambda: torch._foreach_copy_([x, out], [torch.empty(8, 4), torch.empty(8, 6)]), 4 * 2 * (32 + 48)),
+    ):
+        with fake.Traffic() as traffic:
+            what()
+        assert sum(traffic.bytes.values()) == expected
 
 
 def test_a_figure_above_its_ceiling_fails(tmp_path, monkeypatch, capsys):

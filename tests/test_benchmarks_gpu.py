@@ -37,7 +37,7 @@ SPEEDS = {"fwd us", "bwd us", "% of roof", "tokens/s", "step ms", "% of limit"}
 
 @pytest.fixture
 def sheet(tmp_path):
-    return Sheet(tmp_path / "rows.jsonl", "s", time.time() + 60)
+    return Sheet(tmp_path / "rows.jsonl", "s", time.time() + 600)
 
 
 def test_the_command_runs_to_its_end(tmp_path, capsys):

@@ -11,6 +11,7 @@ from fastft.loading.mistakes import faulty_json
 
 # where to look: as good for an adapter as for its base
 HUB_KEYS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
+SECONDS_TO_ANSWER = 5.0  # of the Hub, before it counts as out of reach
 AUTO_OF_TASK = {
     "CAUSAL_LM": None,  # a causal or an image-text model: the checkpoint says which
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -22,6 +23,35 @@ AUTO_OF_TASK = {
 def is_path(name: str) -> bool:
     """Whether the text can only be a path: the Hub's names have at most one slash and begin with a letter or digit."""
     return name.count("/") > 1 or name.startswith((".", "/", "~", "\\"))
+
+
+def check_name(name: str, kwargs: dict) -> None:
+    """ModelNotFoundError at once for what can be found neither here nor on the Hub: a path without a folder, or a name
+    that is not in the local cache while the Hub does not answer (its client would try for most of a minute, several
+    times). Anything else is for transformers to find."""
+    if os.path.exists(name):
+        return
+    if is_path(name):
+        raise ModelNotFoundError(
+            f"there is no folder {name!r}: give a model's or adapter's folder, or a name on the Hub"
+        )
+    from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
+    files = ["config.json", "adapter_config.json", *filter(None, [kwargs.get("gguf_file")])]
+    try:
+        kept = [
+            try_to_load_from_cache(name, "/".join(filter(None, [kwargs.get("subfolder"), f])), **where) for f in files
+        ]
+    except HFValidationError:
+        return
+    if any(isinstance(path, str) for path in kept) or kwargs.get("local_files_only") or is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_ANSWER)
+    except Exception as e:  # no answer at all; a refusal would be one
+        raise not_found(name, OfflineModeIsEnabled(str(e))) from e
 
 
 def adapter_config(name: str, kwargs: dict) -> Any:

@@ -14,10 +14,17 @@ import torch
 
 from fastft.api import patch, report
 from fastft.checkpointing.policy import parse
-from fastft.errors import AdapterError, ModelNotFoundError
+from fastft.errors import AdapterError
 from fastft.graphs.attach import check
 from fastft.loading.adapter import attach_adapter, default_lora_config, load_adapter
-from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_length, is_path, load_config, model_class
+from fastft.loading.checkpoint import (
+    adapter_config,
+    base_of_adapter,
+    check_length,
+    check_name,
+    load_config,
+    model_class,
+)
 from fastft.loading.fp8 import float8_request, linears_of, quantise, take_float8
 from fastft.loading.mistakes import as_peft_config, check_keywords, explained
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
@@ -100,10 +107,7 @@ class FastModel:
         policy = parse(activation_policy)
         check(cuda_graphs)
         name = os.fspath(name_or_path)
-        if is_path(name) and not os.path.exists(name):
-            raise ModelNotFoundError(
-                f"there is no folder {name!r}: give a model's or adapter's folder, or a name on the Hub"
-            )
+        check_name(name, kwargs)
         default_lora = isinstance(peft_config, str)
         if default_lora and peft_config != "lora":
             raise AdapterError(

@@ -12,6 +12,12 @@ from rich.text import Text
 
 from fastft.tables import WIDE, as_text, table
 
+WORDS = {  # in a kernel's name -> what the table's foot says of it
+    "": "error: the largest of the proof, divided by the largest true value; beside it stock's own, in the same dtype.",
+    "(group of": "group of n: the n linear layers of one input run as one function.",
+    "lazy logits": "lazy logits: made only where something reads them; the loss needs none.",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -88,6 +94,10 @@ class PatchReport:
         ]
         styles = ["" if r.is_swapped else "dim" for r in self.rows]
         yield table(title, [*columns, *(["proven at"] if sizes else [])], rows, styles, options.max_width)
+        if self.swapped:
+            yield Text(
+                " ".join(t for word, t in WORDS.items() if any(word in r.kernel for r in self.rows)), style="dim"
+            )
         for r in self.rows:
             if r.reason:
                 what = f"({r.kernel})" if r.is_swapped else "stays stock"

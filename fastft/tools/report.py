@@ -6,6 +6,7 @@ small real tensors on the CPU. Nothing but the configuration is read or download
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,7 @@ from fastft.api import patch, report
 from fastft.compat.transformers_private import from_config, knows
 from fastft.errors import ModelNotFoundError
 from fastft.linear.float8_linear import Float8Linear
-from fastft.loading.checkpoint import adapter_config, base_of_adapter
+from fastft.loading.checkpoint import adapter_config, base_of_adapter, check_name, not_found
 from fastft.loading.fp8 import linears_of
 from fastft.patching.report import PatchReport
 
@@ -28,13 +29,19 @@ def report_from_config(
     """
     from transformers import AutoConfig
 
-    adapter = adapter_config(name_or_path, {}) if os.path.isdir(name_or_path) else None
+    check_name(name_or_path, {})
+    adapter, notes = adapter_config(name_or_path, {}) if os.path.isdir(name_or_path) else None, ()
     if adapter is not None:
         adapter.inference_mode = False  # as saved; here it trains
-        name_or_path = base_of_adapter(adapter, name_or_path, {})[0]
+        base = base_of_adapter(adapter, name_or_path, {})[0]
+        notes = (f"the adapter {name_or_path} on its base {base}",)
+        name_or_path = base
+        check_name(name_or_path, {})
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise not_found(name_or_path, e) from e
+    except ValueError as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelNotFoundError(f"no configuration at {name_or_path!r}: {first}") from e
     model = on_meta(config, trust_remote_code)
@@ -45,7 +52,8 @@ def report_from_config(
 
         with torch.device("meta"):
             model = get_peft_model(model, adapter or LoraConfig(target_modules="all-linear"))
-    return report(patch(model))
+    found = report(patch(model))
+    return replace(found, notes=notes + found.notes)
 
 
 def in_fp8(model: torch.nn.Module) -> None:

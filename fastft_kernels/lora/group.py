@@ -150,7 +150,7 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     in_fp8 = [scaled_product.applies(p.layout, g.compute, xc) for p in g.projections]
     rounded = scaled_product.quantized(xc) if True in in_fp8 else None
     for p, fp8 in zip(g.projections, in_fp8):
-        y, late = _base(g, p, t, xc, add, rounded if fp8 else None)
+        y, late = base(g, p, t, xc, add, rounded if fp8 else None)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):
             add_product(y, joined[:, a.column : a.column + a.rank], B.t(), add, a.scaling)
         for a in late:
@@ -160,13 +160,13 @@ def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> lis
     return ys
 
 
-def _base(
+def base(
     g: GroupTensors,
     p: ProjectionSlot,
     t: Sequence[torch.Tensor],
     xc: torch.Tensor,
     add: torch.dtype,
-    rounded: scaled_product.Quantized | None,
+    rounded: scaled_product.Quantized | None = None,
 ):
     """(x W^T + biases in the dtype `add`, the adapters whose bias is still to be added). rounded: x in FP8, where W's
     product is one of FP8 matrices."""

@@ -301,7 +301,12 @@ def _saved_first(
     stand_ins = _Keep.apply(g, source, x, started, *tensors)
     with torch.no_grad(), group.exact_dtypes(x):
         ys = group.outputs(g, tensors, started[0])
-    return tuple(_Deliver.apply(s, y) if s.requires_grad else y.view(s.shape) for s, y in zip(stand_ins, ys))
+    return tuple(map(deliver, stand_ins, ys))
+
+
+def deliver(stand_in: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y in the place of its stand-in, with the stand-in's graph."""
+    return _Deliver.apply(stand_in, y) if stand_in.requires_grad else y.view(stand_in.shape)
 
 
 def lora_linear(

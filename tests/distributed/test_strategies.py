@@ -55,6 +55,7 @@ VERIFIED = {  # `fastft verify --nproc 2`, and with faults planted, each with th
         *(f"verify-{x} llama-lora" for x in ("fsdp2+stale", "fsdp2+copy_kept")),
     ],
 }
+VERIFIED["zero-verify"] = [f"verify-zero{n} llama-{w}" for n in (2, 3) for w in ("lora", "nf4", "full")]
 NAMED = {
     "another_seed": [("loaded on all ranks", "rank 1 begins with other values than rank 0: base_model.*lora_A")],
     "another_seed_later": [

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastft import FastModel, errors
 from fastft.loading import precision
+from fastft.loading.checkpoint import check_name
 from tests.model.test_loading import one_line
 
 TINY = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, vocab_size=128)
@@ -43,6 +44,34 @@ def test_keywords_that_do_not_exist(folder, given, said):
         FastModel.from_pretrained(folder, **given)
     one_line(e)
     assert isinstance(e.value, TypeError)
+
+
+def test_a_mistyped_name_while_the_hub_is_out_of_reach(folder, monkeypatch):
+    """Answered at once, after one question; a model that is kept here, or a Hub that answers, is transformers' to
+    find."""
+    asked, here = [], []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            if not here:
+                raise ConnectionError("no route to it")
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    for name in ("tinny", "nobody/tinny"):
+        with pytest.raises(errors.ModelNotFoundError, match=f"'{name}' is neither a folder .* was not reached") as e:
+            FastModel.from_pretrained(name)
+        one_line(e)
+    assert len(asked) == 2
+    check_name(str(folder), {})
+    with monkeypatch.context() as kept:
+        kept.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, **where: f"/cache/{name}/{file}")
+        check_name("tinny", {})
+    assert len(asked) == 2
+    here.append(True)
+    check_name("tinny", {})
+    assert len(asked) == 3
 
 
 def test_settings_of_the_model_pass(folder):

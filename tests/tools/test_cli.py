@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import fastft
 from fastft.cli import app
-from fastft.errors import PlanError
+from fastft.errors import ModelNotFoundError, PlanError
+from fastft.tools.report import report_from_config
 
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -71,7 +72,7 @@ def test_json_is_alone_on_stdout(folder, name):
     found = json.loads(run.stdout, parse_constant=no_constant)
     if name == "plan":
         assert found["cpu_seconds"]["imports"] > 0 and found["cpu_seconds"]["plan"] > 0
-    for noise in ("Warning", "pip install kernels"):
+    for noise in ("Warning", "pip install kernels", "Loading weights"):
         assert noise not in run.stderr
 
 
@@ -150,9 +151,19 @@ def test_an_adapter_is_reported_and_verified_with_its_base(folder, tmp_path):
             if "lora_B" in n:
                 p.normal_(std=0.02)
     adapted.save_pretrained(tmp_path)
-    assert "lora_linear(group of 1)" in in_process("report", tmp_path).stdout
+    told = " ".join(in_process("report", tmp_path).stdout.split())
+    assert "lora_linear(group of 1)" in told and "group of n: the n linear layers of one input" in told
+    assert "error: the largest of the proof" in told and "lazy logits: made only where" in told
+    assert f"theadapter{tmp_path}onitsbase{folder}" in told.replace(" ", "")
     run = in_process("verify", tmp_path, "--seq", "8")
     assert "PASS" in run.stdout and "modules swapped" not in run.stdout  # one table
+
+
+def test_a_report_of_what_is_not_there(tmp_path):
+    for name, said in ((tmp_path / "gone", "there is no folder"), ("gone", "'gone' is neither a folder here nor")):
+        with pytest.raises(ModelNotFoundError, match=said) as e:
+            report_from_config(str(name))
+        assert "\n" not in str(e.value)
 
 
 def test_verify_says_the_same_each_time(folder):

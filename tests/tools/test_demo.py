@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from fastft import errors
 from fastft.cli import app, main
+from fastft.patching.report import PatchReport
 from fastft.tools.demo import checks as demo_checks
 from fastft.tools.demo import corpus as demo_corpus
 from fastft.tools.demo import runner as demo_module
@@ -124,6 +125,26 @@ def test_tokens_and_memory_of_both_where_there_is_a_gpu():
     assert rows["tokens/s, padding left out"] == ["800", "4,000"]
     assert rows["peak GPU memory"] == ["3,072.0 MiB", "1,024.0 MiB"]
     assert "peak GPU memory" not in {name for name, *_ in demo_show.rows(3.0, a_run("a", 1, 0), a_run("b", 1, 0))}
+
+
+def test_a_slower_training_of_faster_steps_is_explained():
+    def shown(first):
+        fast = TrainingRun("fastft", [2.0, 1.0], [first, 0.1, 0.1], [300, 500], first + 1, 0, 2**20, 1.5)
+        console, sample = Console(width=200, record=True, file=io.StringIO()), demo_show.Sample("p", "b", "a")
+        demo_show.show(console, 3.0, a_run("stock", 0.5, 0), fast, [], sample, PatchReport("m", ()))
+        return console.export_text()
+
+    assert "8.0 s of fastft's 9.0 s, once a run" in shown(8.0)
+    assert "once a run" not in shown(-0.5)
+
+
+def test_how_long_it_takes_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "_prepare", lambda *a: None)
+    monkeypatch.setattr(demo_module, "_compare", lambda *a: {"checks": []})
+    for steps, first in ((80, "about a minute and a half on 2 cores"), (2, "all of it held; 0 s; figures,")):
+        console = Console(width=200, record=True, file=io.StringIO())
+        assert demo(DemoOptions(out=tmp_path, steps=steps), console) == 0
+        assert console.export_text().startswith(first)
 
 
 def test_labels_fit_the_picture(tmp_path):

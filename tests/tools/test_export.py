@@ -1,5 +1,6 @@
 """fastft export: for each family, adapters of every kind, as llama.cpp and transformers run the result."""
 
+import io
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastft.cli import main
 from fastft.errors import ExportError, ProofError
@@ -55,7 +57,10 @@ def test_merged(trained, prompts, tmp_path, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, adapter = trained(family)
-    found = export(adapter, tmp_path / "out", to="merged", prompts=prompts).figures["proof"]
+    console = Console(width=200, file=io.StringIO())
+    found = export(adapter, tmp_path / "out", to="merged", prompts=prompts, console=console).figures["proof"]
+    told = console.file.getvalue()
+    assert told.index("greedy answers, to be read and not judged") < told.index("served:")
     logits = found["logits"]
     assert "precisions" not in found  # trained in 16 bits or more
     assert logits["largest_error"] <= 1.5 * logits["explained"] and logits["top1_clear"] == 1.0
@@ -275,7 +280,9 @@ MISTAKES = {
     "the folder exists": lambda b, a, t: ([a, "--to", "gguf", "--out", t], "exists; give a new folder"),
     "no such form": lambda b, a, t: ([a, "--to", "onnx", "--out", t / "o"], "--to: want one of merged, gguf"),
     "no such type": lambda b, a, t: ([a, "--to", "gguf", "--quant", "q9", "--out", t / "o"], "--quant: want one of"),
-    "no such adapter": lambda b, a, t: ([t / "none", "--to", "gguf", "--out", t / "o"], "none"),
+    "no such adapter": lambda b, a, t: ([t / "none", "--to", "gguf", "--out", t / "o"], "there is no folder"),
+    "no such name": lambda b, a, t: (["nothere", "--to", "gguf", "--out", t / "o"], "'nothere' is neither a folder"),
+    "a model for vLLM": lambda b, a, t: ([b, "--to", "vllm-lora", "--out", t / "o"], "wants an adapter's folder, got"),
     "a missing base": lambda b, a, t: (
         [changed(a, t / "x", base_model_name_or_path=str(t / "gone")), "--to", "gguf", "--out", t / "o"],
         "gone' is no folder here: give the base's with --base",
@@ -306,7 +313,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(trained, tmp_path, command, name)
     args, said = MISTAKES[name](*trained("wide"), tmp_path)
     before = sorted(tmp_path.rglob("*"))
     code, lines = command("export", *args)
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("fastft: "), lines
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("fastft: export: "), lines
     assert said in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -2,6 +2,7 @@
 scripts run."""
 
 import gc
+import io
 import json
 import subprocess
 import sys
@@ -10,8 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from tqdm import tqdm
 
-from fastft.tools.run.runner import PatchOnFirstStep, ScriptNotFoundError, run_patched, run_program, run_script
+from fastft.tools.run.runner import (
+    Narrator,
+    PatchOnFirstStep,
+    ScriptNotFoundError,
+    run_patched,
+    run_program,
+    run_script,
+)
 from tests.trainers import harness as h
 
 SCRIPT = """
@@ -155,6 +164,18 @@ def test_only_what_trains_is_patched_and_the_hook_goes(folder):
         model(input_ids=ids)
         assert seen == [model] and watch.seen == 1
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_report_begins_a_line_beside_a_bar(folder, monkeypatch):
+    """The trainer's bar stands on the line that is written next: it is wiped first, and drawn again below."""
+    screen = io.StringIO()
+    model = h.load(folder, "fastft")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with tqdm(total=2, file=screen):
+        Narrator().show(model)
+    before, found, after = screen.getvalue().partition("fastft: ")
+    assert found and "0/2" in before and before.endswith("\r") and "0/2" in after
 
 
 def test_what_is_not_there_is_said():

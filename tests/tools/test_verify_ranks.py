@@ -47,7 +47,11 @@ def test_the_command(monkeypatch):
     found["lines"] = [Line("loss", True, "", 1e-7, 2e-7)]
     assert CliRunner().invoke(app, ["verify", "folder", "--nproc", "2"]).exit_code == 0
     run = CliRunner().invoke(app, ["verify", "folder", "--nproc", "2", "--strategy", "pipeline"])
-    assert run.exit_code != 0 and "want one of ddp, fsdp2" in str(run.exception)
+    assert run.exit_code != 0 and "want one of ddp, fsdp2, zero2, zero3" in str(run.exception)
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    run = CliRunner().invoke(app, ["verify", "folder", "--nproc", "2", "--strategy", "zero3"])
+    assert run.exit_code != 0 and str(run.exception).endswith("pip install --no-build-isolation deepspeed")
+    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run = CliRunner().invoke(app, ["verify", "folder", "--nproc", "2"])

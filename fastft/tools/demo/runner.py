@@ -54,6 +54,8 @@ def demo(options: DemoOptions, console: Console | None = None) -> int:
     begun = time.perf_counter()
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
+    if options.model is None and options.steps == DemoOptions.steps:
+        console.print("about a minute and a half on 2 cores", highlight=False)
     with quiet():
         job = _prepare(options, console)
         figures = _compare(job, options, console)

@@ -121,6 +121,12 @@ def show(
     for row in rows(before, stock, fast):
         table.add_row(*row)
     console.print(table)
+    if fast.seconds > stock.seconds and fast.median_step < stock.median_step:
+        console.print(
+            f"training counts the first step, in which what joins the training is proven: {fast.step_seconds[0]:.1f} s "
+            f"of fastft's {fast.seconds:.1f} s, once a run",
+            highlight=False,
+        )
     for reason, n in final.fallbacks.items():
         console.print(f"went the stock way in {n} calls: {reason}", markup=False)
     for note in final.notes:

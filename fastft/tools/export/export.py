@@ -3,18 +3,21 @@ only then given its name."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastft.errors import ExportError, FolderExistsError
-from fastft.tools.export.gguf_file import export_gguf
+from fastft.errors import ExportError, FastftError, FolderExistsError, ModelNotFoundError
+from fastft.loading.checkpoint import check_name
+from fastft.tools.export.gguf_file import QUANTS, export_gguf
 from fastft.tools.export.hub import check_repository, upload, write_card
-from fastft.tools.export.merged import export_merged
+from fastft.tools.export.merged import DTYPES, export_merged
 from fastft.tools.export.ollama import add_modelfile
-from fastft.tools.export.source import find_source, write_json
+from fastft.tools.export.source import find_source, is_adapter, write_json
 from fastft.tools.export.stages import Stages
 from fastft.tools.export.vllm_lora import export_vllm_lora
 from fastft.tools.new_folder import new_folder
@@ -73,14 +76,47 @@ def export(
         FolderExistsError, WriteError: `out` is there, or cannot be written.
     After any error nothing is left at `out`."""
     out, stages = Path(out), Stages(console)
+    _check_arguments(source, out, to, quant)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    with _said_by_export():
+        return _export(source, out, to, quant, base, base_precision, other_base, prompts, push_to_hub, private, stages)
+
+
+def _check_arguments(source: str | Path, out: Path, to: str, quant: str | None) -> None:
+    """What can be refused before anything is read."""
     if to not in FORMS:
         raise ExportError(f"export: --to: want one of {', '.join(FORMS)}, got {to!r}")
     if os.path.lexists(out):
         raise FolderExistsError(f"export: {str(out)!r} exists; give a new folder")
     if to == "vllm-lora" and quant is not None:
         raise ExportError(f"export: --to vllm-lora stores the adapter as it is: leave --quant {quant} out")
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
+    types = DTYPES if to == "merged" else QUANTS
+    if quant is not None and quant not in types:
+        raise ExportError(f"export: --quant: want one of {', '.join(types)} for --to {to}, got {quant!r}")
+    try:
+        check_name(str(source), {})
+    except ModelNotFoundError as e:
+        raise ModelNotFoundError(f"export: {e}") from e
+    if to == "vllm-lora" and not is_adapter(Path(source)):
+        raise ExportError("export: --to vllm-lora wants an adapter's folder, got a model: vLLM serves it as it is")
+
+
+@contextlib.contextmanager
+def _said_by_export() -> Iterator[None]:
+    """The parts that are the merge's name this command in their errors."""
+    try:
+        yield
+    except FastftError as e:
+        if not str(e).startswith("merge: "):
+            raise
+        raise type(e)("export: " + str(e).removeprefix("merge: ")) from e
+
+
+def _export(
+    source: str | Path, out: Path, to: str, quant: str | None, base: str | None, base_precision: str,
+    other_base: bool, prompts: Path | None, push_to_hub: str | None, private: bool, stages: Stages,
+) -> ExportResult:  # fmt: skip
     kind = quant or FORMS[to]
     with stages.stage("reading base and adapter"):
         found = find_source(source, base, other_base, base_precision)
@@ -105,7 +141,12 @@ def export(
         write_json(folder / "export.json", figures)
         if push_to_hub is not None:
             write_card(folder, figures)
-    for answer in figures["proof"].get("answers", ()):
+    answers = figures["proof"].get("answers", ())
+    if answers:
+        stages.say(
+            "greedy answers, to be read and not judged (one near-tie turns the rest round); judged is what is above"
+        )
+    for answer in answers:
         stages.say("\n".join(f"{k + ':':<16}{v!r}" for k, v in answer.items()))
     stages.say(f"{out}: written and proven" if "none" not in figures["proof"] else f"{out}: written, not proven")
     if push_to_hub is not None:

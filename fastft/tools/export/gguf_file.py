@@ -41,8 +41,6 @@ def export_gguf(
     Raises:
         ExportError: it cannot be written, with the reason.
         ProofError: it was written and is not base + adapter."""
-    if quant not in QUANTS:
-        raise ExportError(f"export: --quant: want one of {', '.join(QUANTS)}, got {quant!r}")
     _need("gguf", "the gguf package is not installed (pip install 'fastft[gguf]')")
     if quant in K_QUANTS and not llama_cpp.is_installed():
         raise ExportError(f"export: {quant} is written by llama.cpp, and {MISSING}")

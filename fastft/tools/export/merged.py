@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastft.errors import ExportError, ProofError
+from fastft.errors import ProofError
 from fastft.tools.export import prompts, proof
 from fastft.tools.export.reference import greedy, logits_of
 from fastft.tools.export.source import ExportSource
@@ -36,10 +36,7 @@ def export_merged(
     Returns:
         figures for export.json.
     Raises:
-        ExportError: no such type.
         ProofError: it was written and is not base + adapter."""
-    if quant not in DTYPES:
-        raise ExportError(f"export: --quant: want one of {', '.join(DTYPES)} for --to merged, got {quant!r}")
     dtype, tokenizer = DTYPES[quant], source.tokenizer()
     size = source.plan.bytes_in(dtype)
     check_room(out, size, "export")

@@ -122,6 +122,11 @@ class ExportSource:
                 del t
 
 
+def is_adapter(path: Path) -> bool:
+    """Is it an adapter's folder (else a model's, or a name)?"""
+    return (path.is_dir() and not (path / "config.json").is_file()) or (path / "adapter_config.json").is_file()
+
+
 def find_source(
     source: str | Path, base: str | None = None, other_base: bool = False, precision: str = "trained"
 ) -> ExportSource:
@@ -131,7 +136,7 @@ def find_source(
     from peft import LoraConfig
 
     path = Path(source)
-    if (path.is_dir() and not (path / "config.json").is_file()) or (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         parts = read_adapter(path)
         where = base_folder(base or parts.config.base_model_name_or_path, parts.config.revision)
         plan = make_plan(where, parts)

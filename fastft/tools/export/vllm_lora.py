@@ -30,8 +30,7 @@ def export_vllm_lora(source: ExportSource, folder: Path, given: Path | None, sta
     Raises:
         ExportError: an adapter that vLLM would not serve as it was trained.
         ProofError: it was written and is not the adapter."""
-    if source.adapter is None:
-        raise ExportError("export: --to vllm-lora wants an adapter's folder, got a model: vLLM serves it as it is")
+    assert source.adapter is not None
     parts = source.parts
     if (reason := next(_unserved(source, parts), None)) is not None:
         raise ExportError(f"export: {reason}: {INSTEAD}")

@@ -38,6 +38,7 @@ class Narrator:
 
     def show(self, model: nn.Module) -> None:
         from rich.console import Console
+        from tqdm import tqdm
 
         from fastft.api import report
         from fastft.patching.patcher import fallbacks_of, innermost
@@ -46,7 +47,8 @@ class Narrator:
         self._fallbacks = [(ref, calls) for ref, calls in self._fallbacks if ref() is not base]
         self._fallbacks.append((weakref.ref(base), fallbacks_of(model)))
         if _is_first_process():
-            Console().print(report(model))
+            with tqdm.external_write_mode():  # the trainer's bar gives up its line, and is drawn again below
+                Console().print(report(model))
 
     def conclude(self, left: list[UnpatchedModel]) -> None:
         if not _is_first_process():

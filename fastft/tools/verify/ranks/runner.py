@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 from dataclasses import asdict, dataclass
@@ -114,6 +115,9 @@ def _check(nproc: int, strategy: str) -> None:
 
     if strategy not in NAMES:
         raise ProcessesError(f"verify: --strategy {strategy}: want one of {', '.join(NAMES)}")
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        how = "pip install wheel setuptools && pip install --no-build-isolation deepspeed"
+        raise ProcessesError(f"verify: --strategy {strategy} needs DeepSpeed, which is not installed: {how}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else nproc
     if gpus < nproc:
         raise ProcessesError(f"verify: --nproc {nproc} wants as many GPUs, this machine has {gpus}: --nproc {gpus}")

@@ -45,7 +45,7 @@ class Strategy:
     def __init__(self, model: Any, recipe: Recipe):
         self.model, self.recipe = model, recipe
         self.wrapped: Any = self.wrap(model)
-        self.optimizer: Any = optimizer_of(self.wrapped, recipe.rate)
+        self.optimizer: Any = self.made_optimizer()
 
     @classmethod
     def quantised(cls, dtype: str) -> dict[str, Any]:
@@ -55,6 +55,13 @@ class Strategy:
     def wrap(self, model: Any) -> Any:
         """The model as this strategy calls it; shards it in place where it does."""
         raise NotImplementedError
+
+    def made_optimizer(self) -> Any:
+        """Of the wrapped model."""
+        return optimizer_of(self.wrapped, self.recipe.rate)
+
+    def close(self) -> None:
+        """The model is not trained further."""
 
     def rows(self, step: int) -> tuple[Batch, int]:
         """(this process's rows of a step, the tokens of all processes together)."""
@@ -158,6 +165,3 @@ class FSDP2(Strategy):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: Any = get_model_state_dict(self.model, options=options)
         return state
-
-
-STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2}  # as in job.py: NAMES

@@ -21,7 +21,7 @@ from fastft.tools.verify.ranks import checks, saving
 from fastft.tools.verify.ranks.batches import tokens_of
 from fastft.tools.verify.ranks.diagnosis import named, of_average, stale_weights
 from fastft.tools.verify.ranks.job import Line, RankJob
-from fastft.tools.verify.ranks.strategies import STRATEGIES, Strategy
+from fastft.tools.verify.ranks.strategies import DDP, FSDP2, Strategy
 from fastft.tools.verify.ranks.training import (
     Recipe,
     Results,
@@ -31,7 +31,9 @@ from fastft.tools.verify.ranks.training import (
     trained,
     without_dropout,
 )
+from fastft.tools.verify.ranks.zero import Zero2, Zero3
 
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2, "zero2": Zero2, "zero3": Zero3}  # job.py: NAMES
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth
 
 
@@ -101,6 +103,7 @@ def verified(job: RankJob) -> dict[str, Any]:
         lines.append(checks.judged("weights", after, truth.run.weights, [r.weights for r in truth.stock], "weights"))
     lines.append(checks.equal_on_all("trained on all ranks", after, "ends with"))
     wanted = saving.as_saved(model, halfway)
+    strategy.close()
     del strategy, model
     lines += _resumed(job, recipe, folder, wanted, halfway, truth)
     return {
@@ -181,6 +184,7 @@ def _resumed(job: RankJob, recipe: Recipe, folder: Path, wanted, halfway, truth:
         strategy.load_optimizer(folder)
         again = strategy.step(last)
         after = strategy.weights()
+    strategy.close()
     if truth.run is None:
         return lines
     found = [_judged(again, truth, k, last) for k in ("loss", "gradients")]

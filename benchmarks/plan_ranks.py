@@ -33,7 +33,7 @@ from benchmarks.plan_error import BF16, PHASES, Case, Outcome, cases, llama, opt
 from fastft.compat.sharding_private import has_shards
 from fastft.compat.torch_private import TorchDispatchMode
 from fastft.tools.plan import fake as plan_fake
-from fastft.tools.plan.ranks.strategies import STRATEGIES, Ranks
+from fastft.tools.plan.ranks.strategies import STRATEGIES, RankSetup
 from fastft.tools.plan.step import finish, forward
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def rank_cases(strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Case]:
         for case in (c for c in cases(CPU) if c.name in CHOSEN):
             depth = config.num_hidden_layers
             layers = (depth, 0) if case.layers[0] else (0, depth)
-            setting = replace(case.setting, ranks=Ranks(strategy, RANKS))
+            setting = replace(case.setting, ranks=RankSetup(strategy, RANKS))
             name = f"{strategy}: {CHOSEN[case.name]}"
             found[name] = Case(name, config, setting, 1, 64, layers)
     return found

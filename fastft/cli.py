@@ -208,12 +208,8 @@ def bench(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A checkpoint or configuration: a name or a folder.")],
-    gpu: Annotated[
-        str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this` machine's.")
-    ] = None,
-    gpus: Annotated[
-        str | None, typer.Option(help="Several of one kind, each with its own process: 4x24GiB, 8xH100.")
-    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card (T4, 4090, H100), a size (16GiB), or `this`.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Several, with a process each: 4x24GiB, 8xH100.")] = None,
     strategy: Annotated[str | None, typer.Option(help="With --gpus: fsdp2 (the default) or ddp.")] = None,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Rows on the device, on each of several.")] = 4,
@@ -267,9 +263,7 @@ def plan(
         with Console(stderr=True).status("fastft plan") as status:
             result = run(
                 model,
-                gpu=gpu,
-                gpus=gpus,
-                strategy=strategy,
+                **{"gpu": gpu, "gpus": gpus, "strategy": strategy},
                 seq=seq,
                 batch=batch,
                 r=r,

@@ -16,14 +16,14 @@ from fastft.errors import ModelNotFoundError, PlanError
 from fastft.tools.plan.gpus import GIB, several
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
 from fastft.tools.plan.ranks.needed import gpus_needed, sent
-from fastft.tools.plan.ranks.strategies import Ranks
+from fastft.tools.plan.ranks.strategies import RankSetup
 
 F32 = torch.float32
 WAY = (0, 6)  # nothing recomputed
 SHAPE = (1, 32)
 
 
-def planned(ranks: Ranks | None) -> PlannedModel:
+def planned(ranks: RankSetup | None) -> PlannedModel:
     """Full fine-tuning of six layers."""
     config = llama(6, hidden_size=64, intermediate_size=128, vocab_size=128)
     setting = TrainingSetup(F32, None, None, F32, False, "adamw_torch", False, "model", False, ranks=ranks)
@@ -32,7 +32,7 @@ def planned(ranks: Ranks | None) -> PlannedModel:
 
 @pytest.fixture(scope="module")
 def fsdp2():
-    return planned(Ranks("fsdp2", 2))
+    return planned(RankSetup("fsdp2", 2))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def alone():
 def test_what_is_sharded_is_divided_and_the_model_is_as_before(fsdp2, alone):
     parameters = sum(p.numel() * 4 for p in alone.model.parameters())
     for count in (2, 4):
-        peaks = fsdp2.on(Ranks("fsdp2", count)).peaks(WAY, *SHAPE)
+        peaks = fsdp2.on(RankSetup("fsdp2", count)).peaks(WAY, *SHAPE)
         last = peaks[-1].parts
         assert last["weights"] == parameters / count and last["gradients"] == parameters / count
         assert last["optimizer"] == pytest.approx(2 * parameters / count, rel=0.01)
@@ -71,7 +71,7 @@ def test_what_the_collectives_move(fsdp2, alone):
     assert moved["reduce-scatter"] == parameters
     assert parameters + layers <= moved["all-gather"] <= 2 * parameters
     assert moved["all-reduce"] < 1024  # the norm of the gradients
-    ddp = alone.on(Ranks("ddp", 2)).whole(WAY, *SHAPE)
+    ddp = alone.on(RankSetup("ddp", 2)).whole(WAY, *SHAPE)
     assert ddp.moved == {"all-reduce": parameters} and ddp.static["communication"] == parameters
 
 
@@ -82,12 +82,12 @@ def test_bytes_in_a_ring():
 
 def test_the_gpus_that_are_needed(fsdp2, alone):
     """Between what 2 and 4 take, 3 do; one takes all of it, and some of it nobody shares."""
-    peak = lambda n: fsdp2.on(Ranks("fsdp2", n)).peak(WAY, *SHAPE).total
+    peak = lambda n: fsdp2.on(RankSetup("fsdp2", n)).peak(WAY, *SHAPE).total
     needed = lambda room: gpus_needed(fsdp2, WAY, *SHAPE, 0, room)
     assert needed(alone.peak(WAY, *SHAPE).total) == 1
     assert peak(4) < peak(2) and needed((peak(2) + peak(4)) // 2) == 3 and needed(peak(2)) == 2
     assert needed(100_000) is None
-    assert gpus_needed(alone.on(Ranks("ddp", 2)), WAY, *SHAPE, 0, peak(2)) is None
+    assert gpus_needed(alone.on(RankSetup("ddp", 2)), WAY, *SHAPE, 0, peak(2)) is None
 
 
 def test_a_plan_for_several(tmp_path):

@@ -25,7 +25,7 @@ from fastft.parsing import parse_dtype
 from fastft.tools.plan.gpus import Gpu, find, known, several
 from fastft.tools.plan.predict import PlannedModel, TrainingSetup, subject
 from fastft.tools.plan.ranks.needed import gpus_needed, sent
-from fastft.tools.plan.ranks.strategies import STRATEGIES, Ranks
+from fastft.tools.plan.ranks.strategies import STRATEGIES, RankSetup
 from fastft.tools.plan.ranks.strategies import notes as ranks_notes
 from fastft.tools.plan.result import UNMEASURED, Plan, PlanLine
 from fastft.tools.plan.search import Limits, search
@@ -257,7 +257,7 @@ class _Work:
         return replace(line, moved=sent(moved, s.setting.ranks.count, self.accumulate), gpus_needed=needed)
 
 
-def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu | None, Ranks | None]:
+def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu | None, RankSetup | None]:
     """The card that is planned for, and who shares the work."""
     if strategy is not None and strategy not in STRATEGIES:
         raise PlanError(
@@ -272,7 +272,7 @@ def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise PlanError(f"gpus={gpus!r}: a process group is there already; plan in a process that no launcher started")
     count, card = several(gpus)
-    return card, Ranks(strategy or "fsdp2", count)
+    return card, RankSetup(strategy or "fsdp2", count)
 
 
 def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -29,7 +29,7 @@ from fastft.tools.plan import fake as plan_fake
 from fastft.tools.plan.gpus import BLOCK
 from fastft.tools.plan.measure import TAGS, AllocationLedger, Phase, deeper
 from fastft.tools.plan.optimizers import states
-from fastft.tools.plan.ranks.strategies import Ranks, Share, share_of
+from fastft.tools.plan.ranks.strategies import RankSetup, Share, share_of
 from fastft.tools.plan.step import finish, forward, head_as_on_cuda, trains_through_base, with_trl_head
 
 ACTIVATIONS = TAGS.index("activations")
@@ -54,7 +54,7 @@ class TrainingSetup:
     for_cuda: bool
     patched: bool = True
     fp8: bool = False
-    ranks: Ranks | None = None
+    ranks: RankSetup | None = None
 
     @property
     def fewest(self) -> int:
@@ -111,10 +111,10 @@ class PlannedModel:
     has_squares: bool | None = None  # whether memory grows with the square of a row's length, once `search` has asked
     recomputation: str = "lean"  # or "full": how all layers are recomputed, where all are
     on_run: Callable[[str], None] = lambda what: None  # is told of each run before it
-    others: dict[Ranks | None, PlannedModel] = field(default_factory=dict)  # on other numbers of ranks
+    others: dict[RankSetup | None, PlannedModel] = field(default_factory=dict)  # on other numbers of ranks
     apart: int = 0  # how many layers at the beginning are of another kind, and repeat nowhere
 
-    def on(self, ranks: Ranks | None) -> PlannedModel:
+    def on(self, ranks: RankSetup | None) -> PlannedModel:
         """This model on as many ranks; its runs are remembered too."""
         if ranks == self.setting.ranks:
             return self

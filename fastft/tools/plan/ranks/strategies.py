@@ -22,7 +22,7 @@ STRATEGIES = ("ddp", "fsdp2")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankSetup:
     """count: processes, each with a GPU of its own."""
 
     strategy: str
@@ -39,7 +39,7 @@ class Ranks:
         return 1 if self.strategy == "ddp" else self.count
 
 
-def notes(ranks: Ranks, dtype: torch.dtype, four_bit: bool, full: bool, accumulate: int) -> list[str]:
+def notes(ranks: RankSetup, dtype: torch.dtype, four_bit: bool, full: bool, accumulate: int) -> list[str]:
     """What is to be known of a strategy's plan. Raises PlanError for what is not planned."""
     found = [f"bytes are a rank's, of {ranks.count} processes under {ranks.strategy}; batch is the rows of each"]
     if ranks.strategy == "fsdp2":
@@ -105,7 +105,7 @@ class Fsdp2Share(Share):
 
 @contextlib.contextmanager
 def share_of(
-    model: nn.Module, ranks: Ranks | None, low: torch.dtype | None, fake: Callable[[], AbstractContextManager]
+    model: nn.Module, ranks: RankSetup | None, low: torch.dtype | None, fake: Callable[[], AbstractContextManager]
 ) -> Iterator[Share]:
     """What the first rank has of `model`, whose tensors are fake; where a strategy `wraps`, `model` is afterwards as
     before. low: the dtype of mixed precision. fake: where fake tensors are made."""

@@ -13,6 +13,7 @@ import torch
 from fastft_kernels.lm_head.online_softmax import transform_ref
 from fastft_kernels.lm_head.tiles import HeadTensors, no_autocast
 from fastft_kernels.recompute.recomputation import Recomputation, recomputation_of
+from fastft_kernels.runtime.compat import viewed
 from fastft_kernels.runtime.dispatch import math_dtype
 
 
@@ -21,7 +22,7 @@ def source_of(hidden: torch.Tensor) -> Recomputation | None:
     anyway, or that of the tensor of which it is a view (a slice of the tokens, all of them as rows)."""
     if torch.compiler.is_compiling() or not (hidden.requires_grad and torch.is_grad_enabled()):
         return None
-    recomputation, base = recomputation_of(hidden), hidden._base
+    recomputation, base = recomputation_of(hidden), viewed(hidden)
     if recomputation is not None or base is None or base.dtype != hidden.dtype:
         return recomputation
     recomputation = recomputation_of(base)

@@ -156,7 +156,7 @@ def _remember(ctx, m: MlpTensors, source: Recomputation | None, x: torch.Tensor,
     ctx.recompute, ctx.formula = (None, None) if source is None else (source.recompute, source.differentiable)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*t, *xs, *kept)
-    ctx.m, ctx.n_xs, ctx.x_shape, ctx.x_dtype = m, len(xs), x.shape, x.dtype
+    ctx.m, ctx.n_t, ctx.n_xs, ctx.x_shape, ctx.x_dtype = m, len(t), len(xs), x.shape, x.dtype
 
 
 def _gradients(ctx, dy: torch.Tensor | None, more: int) -> tuple[torch.Tensor | None, ...]:
@@ -164,7 +164,7 @@ def _gradients(ctx, dy: torch.Tensor | None, more: int) -> tuple[torch.Tensor | 
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
     m, saved = ctx.m, ctx.saved_tensors
-    n = len(saved) - ctx.n_xs - len(Kept._fields)
+    n = ctx.n_t
     t, xs, kept = saved[:n], saved[n : n + ctx.n_xs], Kept(*saved[n + ctx.n_xs :])
     want, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3 + more :]
     if higher_order.wanted():

@@ -24,6 +24,7 @@ __all__ = [
     "scale_each",
     "scaled_mm",
     "transforms_active",
+    "viewed",
 ]
 
 _C: Any = torch._C
@@ -45,6 +46,11 @@ def apply_directly(function: type[torch.autograd.Function]):
     """The bound `apply` of an autograd.Function's C base: what `function.apply` calls in the end, outside torch.func
     transforms. It spares the host two Python calls for each argument."""
     return super(torch.autograd.Function, function).apply
+
+
+def viewed(t: torch.Tensor) -> torch.Tensor | None:
+    """The tensor of which autograd knows t as a view; None for what is no view."""
+    return t._base
 
 
 def has_grouped_mm(major: int) -> bool:

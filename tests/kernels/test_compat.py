@@ -99,6 +99,11 @@ def test_products_of_groups_of_rows():
     assert not compat.has_grouped_mm(7)
 
 
+def test_what_a_view_is_of():
+    x = torch.ones(4, 2, requires_grad=True)
+    assert compat.viewed(x[1:].view(-1)) is x and compat.viewed(x) is None and compat.viewed(x * 2) is None
+
+
 def test_products_of_8_bit_matrices(device):
     """With a scale for each row of the first and each column of the second; on a CPU, where we do not call it, older
     torch knows one scale for each matrix."""

@@ -223,9 +223,7 @@ def plan(
     target_parameters: Annotated[
         str | None, typer.Option(help="LoRA's target_parameters: mlp.experts.gate_up_proj,mlp.experts.down_proj")
     ] = None,
-    adapter_dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; as TRL has them if not given.")
-    ] = None,
+    adapter_dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default as TRL has them.")] = None,
     optim: Annotated[
         str,
         typer.Option(help="As in TrainingArguments: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ..."),
@@ -263,7 +261,9 @@ def plan(
         with Console(stderr=True).status("fastft plan") as status:
             result = run(
                 model,
-                **{"gpu": gpu, "gpus": gpus, "strategy": strategy},
+                gpu=gpu,
+                gpus=gpus,
+                strategy=strategy,
                 seq=seq,
                 batch=batch,
                 r=r,

@@ -7,6 +7,7 @@ sharding_private        FSDP2 and DeepSpeed ZeRO: who gathers which parameter, a
 transformers_private    activation checkpointing, attention and experts implementations, collected outputs, the Trainer
 peft_private            which adapters of a layer are on
 trl_private             the fused LM head
+bitsandbytes_private    what rewrites a 4-bit weight
 accelerate_private      what its hooks leave on a module
 llama_cpp_private       the library below llama.cpp
 

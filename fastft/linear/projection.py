@@ -18,6 +18,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.compat.bitsandbytes_private import REPACKS
 from fastft.compat.torch_private import FakeTensor
 from fastft.linear.float8_linear import SCALE, Float8Linear, float8_weight
 from fastft.swapping.swap import stock_class
@@ -275,7 +276,7 @@ def refusal(module: Layer) -> str:
 
 def _repacks(base: Layer) -> bool:
     """May stock's forward rewrite this 4-bit weight for CPU inference? Training after that has no input gradient."""
-    return _is_4bit(base) and bool(getattr(base, "support_avx512bf16_for_cpu", False))
+    return _is_4bit(base) and bool(getattr(base, REPACKS, False))
 
 
 def would_repack(module: Layer, x: torch.Tensor) -> bool:
@@ -290,12 +291,12 @@ def never_repacked(module: Layer) -> Iterator[None]:
     base = base_of(module)
     repacks = _repacks(base)
     if repacks:
-        base.support_avx512bf16_for_cpu = False
+        setattr(base, REPACKS, False)
     try:
         yield
     finally:
         if repacks:
-            base.support_avx512bf16_for_cpu = True
+            setattr(base, REPACKS, True)
 
 
 def trains(p: Projection) -> bool:

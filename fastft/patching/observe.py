@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from fastft.compat.accelerate_private import OLD_FORWARD
+from fastft.compat.bitsandbytes_private import REPACKS
 from fastft.compat.torch_private import COMPILED_CALL, HOOK_TABLES, TorchDispatchMode
 from fastft.patching.observation_inputs import _bytes, text_inputs, tower_inputs
 from fastft.patching.stand_ins import AsFirst, observed_class, stand_in
@@ -118,12 +119,15 @@ def _attributes_kept(model: nn.Module):
             m._parameters.update(parameters)
 
 
-def _without_hooks(model: nn.Module, real: bool) -> None:
+def _without_side_effects(model: nn.Module, real: bool) -> None:
     """Inside `_attributes_kept`: nobody's hooks run, as what they would do is not undone by putting attributes back
     (FSDP2 starts its state in the first forward that it sees, a user's hook counts). Accelerate's hook, which is a
     forward of the instance, stays in a real run: it brings inputs to a module's device. The hook at which other threads
-    wait meanwhile (`Moved`) stays."""
+    wait meanwhile (`Moved`) stays. And bitsandbytes rewrites no 4-bit weight for inference on a CPU, which it cannot
+    train after."""
     for m in modules_of(model):
+        if REPACKS in m.__dict__:
+            m.__dict__[REPACKS] = False
         for name in HOOK_TABLES:
             if table := m.__dict__.get(name):
                 stays = [(k, hook) for k, hook in table.items() if getattr(hook, "stays_while_observed", False)]
@@ -245,7 +249,7 @@ def _attempt(
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(as_stock(model))
         stack.enter_context(_attributes_kept(model))
-        _without_hooks(model, real)
+        _without_side_effects(model, real)
         inside = set() if real else stand_in(model, failing, stack)
         if twins is not None:
             for layer, first in twins.first.items():

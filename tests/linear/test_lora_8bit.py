@@ -9,7 +9,18 @@ from torch import nn
 import fastft
 from fastft_kernels.quant.int8 import dequantize_e4m3, dequantize_int8
 from tests.kernels.lora_cases import quantised_8bit
-from tests.linear.lora_models import adapted, fallbacks, in_float64, judge, llama, run, same_bits, tokens, train_step
+from tests.linear.lora_models import (
+    HIDDEN,
+    adapted,
+    fallbacks,
+    in_float64,
+    judge,
+    llama,
+    run,
+    same_bits,
+    tokens,
+    train_step,
+)
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = (16, 16)
@@ -89,7 +100,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 def layer_step(model):
     layer = model.get_submodule(LAYER)
     x = (
-        torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+        torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3))
         .to(layer.lora_A["default"].weight.dtype)
         .requires_grad_()
     )

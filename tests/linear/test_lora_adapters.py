@@ -14,6 +14,7 @@ from fastft_kernels.numerics import compare
 from tests.linear.lora_models import (
     ALL,
     BASES,
+    HIDDEN,
     adapted,
     both,
     dense,
@@ -502,7 +503,7 @@ def test_a_member_is_exchanged_for_another_module():
     def exchange(model):
         torch.manual_seed(8)
         attention = model.base_model.model.model.layers[0].self_attn
-        attention.k_proj = Twice(32, 16, bias=False).to(next(model.parameters()).dtype)
+        attention.k_proj = Twice(HIDDEN, 32, bias=False).to(next(model.parameters()).dtype)
 
     # fast=None: the foreign module stays stock, and the report says so; its siblings go on
     model = both(lambda: dense(target_modules=["q_proj", "v_proj"]), after=exchange, fast=None)

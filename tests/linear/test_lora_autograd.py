@@ -7,7 +7,19 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastft
-from tests.linear.lora_models import BASES, both, dense, drawn, gradients, in_float64, judge, run, tokens, train_step
+from tests.linear.lora_models import (
+    BASES,
+    HIDDEN,
+    both,
+    dense,
+    drawn,
+    gradients,
+    in_float64,
+    judge,
+    run,
+    tokens,
+    train_step,
+)
 
 
 def capture(model, forward):
@@ -87,11 +99,11 @@ def test_two_forwards_then_the_backwards_in_reverse(dropout, base):
 def test_backward_in_another_thread_outside_autocast(base):
     def step(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=next(model.parameters()).dtype != torch.float64):
-            loss = model(tokens(), labels=tokens()).loss
-        thread = threading.Thread(target=loss.backward)
+            out = model(tokens(), labels=tokens())
+        thread = threading.Thread(target=out.loss.backward)
         thread.start()
         thread.join()
-        return {"loss": loss, **gradients(model)}
+        return {"loss": out.loss.detach(), "logits": out.logits.detach(), **gradients(model)}
 
     both(lambda: BASES[base](dropout=0.2), step)
 
@@ -103,7 +115,7 @@ def test_incoming_gradients_expanded_transposed_and_missing(base):
 
     def step(model):
         outs = capture(model, lambda: model(tokens(2)))
-        w = torch.randn(16, 8, 2, generator=torch.Generator().manual_seed(1)).to(outs["k_proj"].dtype)
+        w = torch.randn(HIDDEN // 2, 16, 2, generator=torch.Generator().manual_seed(1)).to(outs["k_proj"].dtype)
         loss = outs["q_proj"].sum() + (outs["k_proj"].permute(2, 1, 0) * w).sum()
         loss.backward()
         return {"loss": loss, **gradients(model)}
@@ -239,7 +251,7 @@ def test_a_member_called_outside_its_holder():
     def step(model):
         attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
         x = (
-            torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+            torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
             .to(next(model.parameters()).dtype)
             .requires_grad_()
         )
@@ -303,10 +315,11 @@ def test_two_models_train_interleaved():
 
     def step(pair):
         a, b = pair
-        la, lb = a(tokens(), labels=tokens()).loss, b(tokens(seed=1), labels=tokens(seed=1)).loss
-        lb.backward()
-        la.backward()
-        return {"a": la, "b": lb, **gradients(a), **{f"{k} of b": g for k, g in gradients(b).items()}}
+        out_a, out_b = a(tokens(), labels=tokens()), b(tokens(seed=1), labels=tokens(seed=1))
+        found = {"a": out_a.loss, "b": out_b.loss, "logits of a": out_a.logits, "logits of b": out_b.logits}
+        out_b.loss.backward()
+        out_a.loss.backward()
+        return {**found, **gradients(a), **{f"{k} of b": g for k, g in gradients(b).items()}}
 
     make = lambda: (dense(), dense(seed=5))
     fast = tuple(map(fastft.patch, make()))

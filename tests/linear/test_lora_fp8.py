@@ -130,7 +130,7 @@ def test_the_errors_shown_are_ordered():
     ("made", "why"),
     [
         (dict(block=(128, 128)), "its scales are those of blocks of 128 x 128"),
-        (dict(intermediate_size=40), "its shape (40, 32) is no multiple of 16"),
+        (dict(intermediate_size=40), "its shape (40, 64) is no multiple of 16"),
     ],
     ids=["blocks", "no multiple of 16"],
 )

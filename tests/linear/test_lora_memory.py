@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastft
-from tests.linear.lora_models import BASES, LAYERS, dense, groups_of, nf4, tokens, train_step
+from tests.linear.lora_models import BASES, HIDDEN, LAYERS, dense, groups_of, nf4, tokens, train_step
 
 EXPECTED = 4 * LAYERS  # q k v, o, gate up, down in each layer
 
@@ -77,7 +77,7 @@ def test_a_recomputation_that_stops_between_siblings():
     model = fastft.patch(dense())
     watch = Watch(model)
     mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
-    x = torch.randn(2, 4, 32, requires_grad=True)
+    x = torch.randn(2, 4, HIDDEN, requires_grad=True)
     checkpoint(mlp, x, use_reentrant=False).sum().backward()
     del x
     watch.assert_gone()
@@ -132,9 +132,9 @@ def test_generation_loop(training, mode):
 def test_a_member_called_by_itself_leaves_nothing():
     model = fastft.patch(dense())
     watch = Watch(model)
-    x = torch.randn(2, 4, 32)
+    x = torch.randn(2, 4, HIDDEN)
     y = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")(x)
-    assert y.shape == (2, 4, 32) and watch.left == 0
+    assert y.shape == (2, 4, HIDDEN) and watch.left == 0
     watch.assert_gone(alive=(x,))
 
 
@@ -150,7 +150,7 @@ def test_a_sibling_that_is_never_called():
 
     mlp.gate_proj.register_forward_hook(lambda m, a, o: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop):
-        mlp(torch.randn(2, 4, 32))
+        mlp(torch.randn(2, 4, HIDDEN))
     watch.assert_gone()
 
 

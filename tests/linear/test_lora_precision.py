@@ -15,7 +15,8 @@ from fastft_kernels.numerics import compare
 from tests.linear.lora_models import (
     ALL,
     BASES,
-    LOW_DRAWS,
+    DRAWS,
+    HIDDEN,
     adapted,
     both,
     dense,
@@ -52,7 +53,7 @@ def under(name, around=contextlib.nullcontext):
 
     def step(model):
         out = {}
-        for i in range(LOW_DRAWS):
+        for i in range(DRAWS):
             model.zero_grad(set_to_none=True)
             ids = tokens(seed=7 + i)
             with autocast(model, name), around():
@@ -96,7 +97,7 @@ def test_gradient_scaler(name, cast, base):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=not is_reference(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         out = {}
-        for i in range(LOW_DRAWS):
+        for i in range(DRAWS):
             optimizer.zero_grad()
             with autocast(model, cast):
                 loss = model(input_ids=tokens(seed=7 + i), labels=tokens(seed=7 + i)).loss
@@ -248,7 +249,7 @@ def test_the_first_input_settles_the_compute_dtype():
     for model in (nf4(quant={"compute": None}, config=SMALL), fastft.patch(nf4(quant={"compute": None}, config=SMALL))):
         layer = model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj")
         assert layer.base_layer.compute_dtype is None
-        dtypes = [layer(torch.randn(5, 32, dtype=d)).dtype for d in (torch.float32, torch.bfloat16)]
+        dtypes = [layer(torch.randn(5, HIDDEN, dtype=d)).dtype for d in (torch.float32, torch.bfloat16)]
         found.append((dtypes, layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set))
     assert found[0] == found[1] == ([torch.float32, torch.bfloat16], torch.float32, True)
 
@@ -301,8 +302,10 @@ def test_one_layer(name, cast, flag, base):
     under autocast, and with autocast to the other low dtype what PEFT does not cast back, on a GPU, makes the sum
     float32."""
 
-    given = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).to(DTYPES[name])
-    upstream = torch.linspace(-1, 1, 160).view(5, 32).to(torch.bfloat16).to(torch.float16)  # exact in every dtype below
+    given = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3)).to(DTYPES[name])
+    upstream = (
+        torch.linspace(-1, 1, 5 * HIDDEN).view(5, HIDDEN).to(torch.bfloat16).to(torch.float16)
+    )  # exact in every dtype below
 
     def outputs(model):
         x = (given.double() if is_reference(model) else given.clone()).requires_grad_()
@@ -352,6 +355,18 @@ def repacking():
         if isinstance(m, bnb.nn.Linear4bit):
             m.support_avx512bf16_for_cpu = True
     return model
+
+
+def test_observing_a_model_in_eval_mode_repacks_nothing():
+    model = adapted(repacking(), target_modules=[*ALL, "embed_tokens"]).eval()  # (a small model runs for real)
+    was = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
+    fastft.patch(model)
+    for n, p in model.named_parameters():
+        assert p is was[n][0] and p.data_ptr() == was[n][1] and torch.equal(p, was[n][2]), n
+    four_bit = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(four_bit) == 7
+    assert all(m.support_avx512bf16_for_cpu for m in four_bit)  # as it was
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in four_bit)
 
 
 @pytest.mark.parametrize("state", ["adapted", "disabled", "inference mode", "some adapted", "handed back", "bare"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastft
 from fastft.swapping.swap import Fast, slot_of
-from tests.linear.lora_models import ALL, drawn, judge, llama, run, tokens
+from tests.linear.lora_models import ALL, HIDDEN, drawn, judge, llama, run, tokens
 
 N_SEQUENCES, LENGTH = 12, 8
 
@@ -184,7 +184,7 @@ def test_prompt_tuning():
     t = Twins()
     act_patch(t)
     t.each(lambda m: get_peft_model(m, prompt, autocast_adapter_dtype=False))
-    values = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)) * 0.1
+    values = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1
     t.models["reference"].double()
     for m in t.models.values():
         m.prompt_encoder["default"].embedding.weight.data.copy_(values)

@@ -15,6 +15,7 @@ import fastft
 from fastft.linear.group_forward import KIND
 from fastft.swapping.swap import is_fast
 from tests.linear.lora_models import (
+    HIDDEN,
     adapted,
     both,
     dense,
@@ -220,7 +221,7 @@ def test_a_copy_has_groups_of_its_own():
 def test_a_copy_of_a_holder_alone():
     model = fastft.patch(dense())
     mlp = model.get_base_model().model.layers[0].mlp
-    alone, x = copy.deepcopy(mlp), torch.randn(1, 4, 32)
+    alone, x = copy.deepcopy(mlp), torch.randn(1, 4, HIDDEN)
     assert torch.equal(alone(x), mlp(x)) and is_fast(alone.up_proj, KIND)
 
 

@@ -40,14 +40,14 @@ def moe(cls, config_cls, base, **settings):
     torch.manual_seed(0)
     config = config_cls(
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         use_cache=False,
-        head_dim=8,
+        head_dim=16,
         **settings,
     )
     model = cls(config)

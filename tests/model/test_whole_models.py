@@ -10,7 +10,7 @@ import fastft
 from tests.linear.lora_models import (
     ALL,
     BASES,
-    LOW_DRAWS,
+    DRAWS,
     adapted,
     both,
     dense,
@@ -67,7 +67,7 @@ def test_eager_attention_with_dropout():
     """Its dropout is stock's, between q, k, v and o that are not: the same masks, and the random stream stands where
     stock leaves it."""
     make = lambda: dense(config=dict(attn_implementation="eager", attention_dropout=0.3))
-    ours = both(make, stepped(), draws=LOW_DRAWS)
+    ours = both(make, stepped())
     drawn_next = lambda model: {"loss": stepped()(model)["loss"], "after": torch.rand(3)}
     assert torch.equal(run(ours, drawn_next)["after"], run(make(), drawn_next)["after"])
     logits = lambda model: {"logits": model(batch()).logits.detach()}

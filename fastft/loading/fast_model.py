@@ -25,6 +25,7 @@ from fastft.loading.checkpoint import (
     load_config,
     model_class,
 )
+from fastft.loading.float8_saving import see_to_saving
 from fastft.loading.fp8 import float8_request, linears_of, quantise, take_float8
 from fastft.loading.mistakes import as_peft_config, check_keywords, explained
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
@@ -170,6 +171,7 @@ class FastModel:
 
         if fp8 is not None:
             quantise(model, linears, fp8, device if on_host else None)
+            see_to_saving(model.get_base_model() if hasattr(model, "get_base_model") else model)
         patch(model, activation_policy=policy, cuda_graphs=cuda_graphs)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console

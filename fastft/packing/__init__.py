@@ -10,6 +10,7 @@ backends      which attention kernel runs
 interface     attention modules that read a document mask
 layer_proof   proof that a layer treats documents as separate rows
 model_proof   proof that what a whole model returns does not depend on its padding
+split_rows    rows whose parts are on several processes: no mask may be lost
 lengths       modules whose formula depends on a row's length
 padded_rerun  logits and hidden states that are read afterwards, from a second, padded forward
 """

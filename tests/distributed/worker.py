@@ -27,6 +27,7 @@ import fastft
 from fastft.tools.verify.ranks.checks import exchanged
 from tests.distributed.context import lost_masks
 from tests.distributed.costs import costs
+from tests.distributed.loaded import LOADED, adapter_too_late
 from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
 from tests.distributed.verifying import verify_case
@@ -76,7 +77,9 @@ def job_of(strategy: str, case: str) -> dict[str, Any]:
         return found | {"lines": [asdict(x) for x in found["lines"]]}
     if strategy == "lost-masks":
         return {"said": exchanged(lost_masks())}
-    return costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+    if strategy == "late-adapter":
+        return {"notes": adapter_too_late()}
+    return costs(case) if strategy == "costs" else one_case(case, (STRATEGIES | LOADED)[strategy])
 
 
 def main(out: str, *jobs: str) -> None:

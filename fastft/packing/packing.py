@@ -27,14 +27,13 @@ from fastft.checkpointing.foreign_hooks import hooks_on, library_of
 from fastft.compat.sharding_private import is_managed, only_gathers
 from fastft.compat.torch_private import AnyDropout, FakeTensor
 from fastft.compat.transformers_private import attention_implementation
-from fastft.packing.batch import Labels, Unpadded, packed, unpadded
+from fastft.packing.batch import Labels, Unpadded, is_split, packed, refuse_lost_masks, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
 from fastft.packing.interface import KIND
 from fastft.packing.layer_proof import head_of, layer_proof
 from fastft.packing.lengths import Lengths
 from fastft.packing.model_proof import model_proof
-from fastft.packing.split_rows import is_split, refuse_lost_masks
 from fastft.patching.patcher import record_of
 from fastft.patching.report import Row
 from fastft.proving.prove import Proof

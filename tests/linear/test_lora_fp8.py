@@ -11,6 +11,7 @@ from torch import nn
 
 import fastft
 from fastft.linear.float8_linear import SCALE, Float8Linear
+from fastft.mlp import mlp
 from fastft.norm import recogniser
 from fastft.proving.proof_cache import CACHE
 from fastft.swapping.swap import is_fast, state_of
@@ -220,8 +221,8 @@ def test_what_made_the_input_rounds_it(monkeypatch):
     separate = counted(fastft.patch(apart), 3, monkeypatch)
     for (mine, _), (theirs, _) in zip(fused, separate):
         same_bits(mine, theirs)
-    # two layers of q k v, o, gate up, down; the first layer's input needs no gradient
-    assert [n for _, n in separate] == [8, 8, 8] and [n for _, n in fused] == [8, 5, 5]
+    # two layers of q k v, o, gate up, down; q's first input needs no gradient, and nobody makes o's
+    assert [n for _, n in separate] == [8, 8, 8] and [n for _, n in fused] == [8, 3, 3]
     states = [state_of(m, "norm") for m in model.modules() if is_fast(m, "norm")]
     assert sorted(s.asked for s in states).count(ASKED) >= 3
     with model.disable_adapter():
@@ -243,17 +244,23 @@ def test_an_input_that_was_changed_is_rounded_anew(monkeypatch):
     same_bits(again, separate)
 
 
-def test_a_norm_that_rounds_to_other_bits_is_not_swapped(monkeypatch):
-    real = recogniser.run_rounded
-    monkeypatch.setattr(
-        recogniser, "run_rounded", lambda x, w, *form: (*real(x, w, *form)[:3], real(x * 2, w, *form)[3] * 2)
-    )
-    known = {key: CACHE.pop(key) for key in list(CACHE) if key[0] == "norm"}
+@pytest.mark.parametrize(
+    ("kind", "module", "name", "wrong"),
+    [
+        ("norm", recogniser, "run_rounded", lambda real, *a: (*real(*a)[:3], 2 * real(*a)[3])),
+        ("mlp", mlp, "run_rounded", lambda real, *a: (*real(*a)[:2], 2 * real(*a)[2])),
+    ],
+    ids=["norm", "mlp"],
+)
+def test_what_rounds_to_other_bits_is_not_swapped(kind, module, name, wrong, monkeypatch):
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: wrong(real, *a))
+    known = {key: CACHE.pop(key) for key in list(CACHE) if key[0] == kind}
     try:
         model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))
     finally:
-        for key in [key for key in CACHE if key[0] == "norm"]:
+        for key in [key for key in CACHE if key[0] == kind]:
             del CACHE[key]
         CACHE.update(known)
-    (row,) = [r for r in fastft.report(model) if r.kind == "norm"]
-    assert not row.is_swapped and "rounds to other bits" in row.reason
+    found = [r for r in fastft.report(model) if r.kind == kind]
+    assert any(not r.is_swapped and "rounds to other bits" in r.reason for r in found)

@@ -261,7 +261,7 @@ def _cards(gpu: str | None, gpus: str | None, strategy: str | None) -> tuple[Gpu
     """The card that is planned for, and who shares the work."""
     if strategy is not None and strategy not in STRATEGIES:
         raise PlanError(
-            f"strategy={strategy!r}: want one of {', '.join(STRATEGIES)} (DeepSpeed's stages are not planned: fastft verify --nproc runs them)"
+            f"strategy={strategy!r}: want one of {', '.join(STRATEGIES)} (DeepSpeed's stages are not planned)"
         )
     if gpus is None:
         if strategy is not None:

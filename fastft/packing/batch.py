@@ -3,10 +3,11 @@ without its padding.
 
 Each question reads one small tensor on the host, once per batch; stock's own mask asks as often.
 
-Under context parallelism each process has a part of every row. Attention then is causal over the whole row, and over nothing else: torch sends keys and values from process to process
-without a mask, and Accelerate takes away what mask the model makes of its part of the row. So a part is no padded batch
-and no packed row (its positions jump where two pieces of the row meet, and no document begins there), and goes to
-stock's attention as it is. A mask that would be lost is refused: within documents, or within a window.
+Under context parallelism each process has a part of every row. Attention then is causal over the whole row, and over
+nothing else: torch sends keys and values from process to process without a mask, and Accelerate takes away what mask
+the model makes of its part of the row. So a part is no padded batch and no packed row (its positions jump where two
+pieces of the row meet, and no document begins there), and goes to stock's attention as it is. A mask that would be lost
+is refused: within documents, or within a window.
 """
 
 from __future__ import annotations

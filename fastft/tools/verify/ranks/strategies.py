@@ -200,7 +200,7 @@ class TP(Strategy):
     @classmethod
     def placed(cls, model: Any, recipe: Recipe, again: Callable[..., Any]) -> Any:
         """Loaded with a `DistributedConfig`. Raises ProcessesError where stock cannot take a step."""
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         try:
             parts = again(distributed_config=DistributedConfig(tp_size=dist.get_world_size()), device_map=None)

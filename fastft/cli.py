@@ -149,7 +149,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Train in so many processes instead, and compare with one on the whole batch."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="Of these processes: ddp, fsdp2, zero2 or zero3.")] = "ddp",
+    strategy: Annotated[str, typer.Option(help="Of these processes: ddp, fsdp2, zero2, zero3 or tp.")] = "ddp",
     as_json: AsJson = False,
 ) -> None:
     """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes

@@ -10,6 +10,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
 import fastft
+from fastft.errors import QuantizationError
 from fastft.linear.float8_linear import SCALE, Float8Linear
 from fastft.mlp import mlp
 from fastft.norm import recogniser
@@ -264,3 +265,17 @@ def test_what_rounds_to_other_bits_is_not_swapped(kind, module, name, wrong, mon
         CACHE.update(known)
     found = [r for r in fastft.report(model) if r.kind == kind]
     assert any(not r.is_swapped and "rounds to other bits" in r.reason for r in found)
+
+
+def test_a_merge_is_refused():
+    """In one line with the fix, and before anything is changed; on a plain base adapters merge as they do."""
+    model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(QuantizationError, match="fastft export ADAPTER --to merged --base-precision fp8"):
+            merge()
+    assert all(torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in model.state_dict().items())
+    assert not any(m.merged for m in model.modules() if type(m).__name__ == "Linear" and hasattr(m, "merged"))
+    assert rows(model)[0].is_swapped and not fallbacks(model)
+    plain = adapted(llama(torch.bfloat16, layers=1))
+    assert isinstance(fastft.patch(plain).merge_and_unload(), nn.Module)

@@ -95,6 +95,11 @@ LAYERS = {
     "autocast, dropout 0.05": (dict(dropout=0.05), 105_000, 120, 0.9395, 2_415_000, 1_442_000),
     "autocast, every layer checkpointed": (dict(checkpointing=True), 8_192, 102, 1.31, 2_216_000, 893_000),
 }
+# An FP8 base, bf16 adapters, on a GPU that multiplies in it: kept bytes, no more than bf16's; launches (beside bf16's,
+# seven weights transposed, seven gradients and one input quantised, seven scales of one, three sums of input
+# gradients); bytes read and written
+FP8 = (105_000, 93, 1_790_000)
+
 # With adapters, the input gradients of the products of one input (q, k, v; gate, up) are summed within the products.
 # Without, autograd sums them: for each of the three sums of [tokens, 4096] two passes more, which no adapter spares.
 _SUMS = 3 * 2 * 4096 * 2
@@ -134,7 +139,18 @@ def layer(quick: bool) -> list[Figure]:
             ),
             *_traffic(name, ours.traffic / tokens, stock.traffic / tokens, settings, traffic, of_adapters),
         ]
-    return found
+    return found if quick else [*found, *_in_fp8(tokens)]
+
+
+def _in_fp8(tokens: int) -> list[Figure]:
+    cost = layer_cost(llama_8b, BATCH, patch=fastft.patch, autocast=False, fp8=True)
+    kept, launches, traffic = FP8
+    unit = "B/token/layer"
+    return [
+        Figure("layer", "FP8 base: kept for the backward", unit, cost.saved / tokens, None, kept),
+        Figure("layer", "FP8 base: launches", "per layer", cost.launches, None, launches),
+        Figure("layer", "FP8 base: read and written", unit, cost.traffic / tokens, None, traffic),
+    ]
 
 
 def _traffic(name: str, ours: float, stock: float, settings: dict, most: float, of_adapters: float) -> list[Figure]:

@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastft.swapping.rebind import rebind
 from fastft.tools.plan.fake import to_fake
+from fastft.tools.report import in_fp8
+from fastft_kernels.runtime.dispatch import planned_for_cuda
 
 Patch = Callable[[nn.Module], nn.Module]
 _FREE = {
@@ -205,12 +207,18 @@ def counting(known: list[torch.Tensor]):
 
 
 def build(
-    config: PretrainedConfig, lora: LoraConfig | None, fp32_adapters: bool, attention: str | None = "sdpa"
+    config: PretrainedConfig,
+    lora: LoraConfig | None,
+    fp32_adapters: bool,
+    attention: str | None = "sdpa",
+    fp8: bool = False,
 ) -> nn.Module:
     """On the meta device, with adapters: the model as TRL trains it (bfloat16 base; adapters in float32 or
-    bfloat16). lora None: no adapters, and nothing learns."""
+    bfloat16). lora None: no adapters, and nothing learns. fp8: the base's linear layers in FP8."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    if fp8:
+        in_fp8(model)
     if lora is None:
         return model.requires_grad_(False).train()
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters, low_cpu_mem_usage=True)
@@ -229,6 +237,12 @@ def _causal(backbone: nn.Module) -> None:
     )
 
 
+def _step(base: nn.Module, ids: torch.Tensor, autocast: bool) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden.sum().backward()
+
+
 def layer_cost(
     make_config: Callable[[int], PretrainedConfig],
     batch: tuple[int, int],
@@ -238,9 +252,11 @@ def layer_cost(
     dropout: float = 0.0,
     checkpointing: bool = False,
     rank: int = 16,
+    fp8: bool = False,
 ) -> Cost:
     """What one decoder layer adds to a step (forward and backward): four layers less two, halved.
-    make_config(layers). rank 0: without adapters, the gradient goes through to the layer's input."""
+    make_config(layers). rank 0: without adapters, the gradient goes through to the layer's input. fp8: a base in FP8 on
+    a GPU that multiplies in it; the second step."""
     costs = []
     for layers in (2, 4):
         lora = None
@@ -248,10 +264,10 @@ def layer_cost(
             lora = LoraConfig(
                 r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-        model = build(make_config(layers), lora, fp32_adapters=autocast)
+        model = build(make_config(layers), lora, fp32_adapters=autocast, fp8=fp8)
         if patch is not None:
             model = patch(model)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), planned_for_cuda() if fp8 else contextlib.nullcontext():
             to_fake(model)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -259,9 +275,10 @@ def layer_cost(
             base = model.get_base_model() if rank else model
             _causal(base.model)
             ids = torch.zeros(batch, dtype=torch.long)
+            if fp8:  # the first step finds out whose output is to be rounded where it is made
+                _step(base, ids, autocast)
+                model.zero_grad(set_to_none=True)
             with counting([*model.parameters(), *model.buffers(), ids]) as cost:
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                    hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
-                hidden.sum().backward()
+                _step(base, ids, autocast)
         costs.append(cost)
     return (costs[1] - costs[0]).per(2)

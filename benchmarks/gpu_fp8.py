@@ -18,14 +18,10 @@ from benchmarks.gpu_models import batch, build, config_8b
 from benchmarks.gpu_steps import STACKS, figures, fitting, sft_loss, shape_of
 from benchmarks.sheet import Figures, Missing, Red, Sheet
 from fastft.linear.float8_linear import Float8Linear, float8_layers
+from fastft.tools.bench.fp8 import ShapeOperands
 from fastft.tools.bench.timing import ColdTimer, Roof
-from fastft_kernels.numerics import compare
 from fastft_kernels.quant import scaled_product
-from fastft_kernels.quant.fp8 import quantize_e4m3_rows, quantize_rows_ref
 from fastft_kernels.quant.transpose import transpose_8bit
-from fastft_kernels.quant.weights import Float8
-
-CHECKED = 256  # tokens of a product that are judged
 
 
 def shapes(size: Size) -> dict[str, tuple[int, int]]:
@@ -39,34 +35,26 @@ def shapes(size: Size) -> dict[str, tuple[int, int]]:
     }
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 def rows_of_fp8(
     out: int, width: int, tokens: int, device: torch.device, roof: Roof, timer: ColdTimer, dtype=torch.bfloat16
 ) -> Figures:
     """One shape: bf16's product, FP8's forward with its quantisation, its backward with the transposition; and their
     parts. Raises Red with the verdict, Missing where the device does not multiply in FP8."""
-    g = torch.Generator(device=device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, device=device)
-    w = (draw(out, width) * 0.02).to(dtype)
-    x, dy = draw(tokens, width).to(dtype), (draw(tokens, out) * 1e-3).to(dtype)
-    weight = Float8(*quantize_e4m3_rows(w), None, "both")
+    operands = ShapeOperands(out, width, tokens, device, dtype)
+    w, x, dy, weight = operands.w, operands.x, operands.dy, operands.weight
     if why := scaled_product.why_dense(weight.layout(), dtype, device):
         raise Missing(f"FP8 products do not run here: {why}")
+    if why := operands.wrong():
+        raise Red(why)
     q, scale = weight.q, weight.scale
-    forward = lambda: scaled_product.product(scaled_product.quantized(x), q, scale, dtype)
-    backward = lambda: scaled_product.input_gradient(dy, q, scale, dtype)
-    _judge(x[:CHECKED], dy[:CHECKED], weight, dtype)
     rounded, of_dy = scaled_product.quantized(x), scaled_product.quantized(dy, scale)
     turned, one = transpose_8bit(q), scale.new_ones((width, 1))
     us = lambda fn: timer(fn).median * 1e6
     found: dict[str, float] = {
         "bf16 fwd us": us(lambda: torch.mm(x, w.t())),
         "bf16 bwd us": us(lambda: torch.mm(dy, w)),
-        "fwd us": us(forward),
-        "bwd us": us(backward),
+        "fwd us": us(lambda: operands.forward(x)),
+        "bwd us": us(lambda: operands.backward(dy)),
         "quantise x us": us(lambda: scaled_product.quantized(x)),
         "quantise dy us": us(lambda: scaled_product.quantized(dy, scale)),
         "transpose us": us(lambda: transpose_8bit(q, turned)),
@@ -79,30 +67,6 @@ def rows_of_fp8(
     lost = (of_dy.q.float() == 0) & (dy != 0)
     found["dy that underflows %"] = 100 * float(lost.float().mean())
     return {**found}
-
-
-def _judge(x: torch.Tensor, dy: torch.Tensor, weight: Float8, dtype: torch.dtype) -> None:
-    """Raises Red where quantised bits, the transpose or the products are not the specification's."""
-    q, scale = weight.q, weight.scale
-    for name, rows, columns in (("x", x, None), ("dy", dy, scale.view(-1))):
-        for mine, theirs in zip(quantize_e4m3_rows(rows, columns), quantize_rows_ref(rows, columns)):
-            if not _same_bits(mine, theirs):
-                raise Red(f"{name} is quantised to other bits than the reference's")
-    if not _same_bits(transpose_8bit(q), q.t().contiguous()):
-        raise Red("the transpose has other bits than torch's")
-
-    def results(up: torch.dtype) -> dict[str, torch.Tensor]:
-        given = x.to(up).requires_grad_()
-        with torch.enable_grad():
-            y = scaled_product.specified(given, weight.layout(), q, scale)
-        return {"y": y.detach(), "dx": torch.autograd.grad(y, given, dy.to(up))[0]}
-
-    mine = {
-        "y": scaled_product.product(scaled_product.quantized(x), q, scale, dtype),
-        "dx": scaled_product.input_gradient(dy, q, scale, dtype),
-    }
-    if not (verdict := compare(mine, results(torch.float64), results(dtype))):
-        raise Red(str(verdict))
 
 
 def quantise(model: Any, products: str) -> None:

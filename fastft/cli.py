@@ -149,7 +149,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Train in so many processes instead, and compare with one on the whole batch."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="Of these processes: ddp, fsdp2, zero2 or zero3.")] = "ddp",
+    strategy: Annotated[str, typer.Option(help="Of these processes: ddp, fsdp2, zero2, zero3 or tp.")] = "ddp",
     as_json: AsJson = False,
 ) -> None:
     """Judge stock against patched on this machine, per group of modules and end to end; with --nproc several processes
@@ -183,6 +183,7 @@ def bench(
         str, typer.Option(help="Some of sft, packed, long, dpo, grpo, with commas between.")
     ] = "sft,packed,long,dpo,grpo",
     four_bit: Annotated[bool, typer.Option("--4bit", help="Load the base in NF4 (QLoRA).")] = False,
+    of_fp8: Annotated[bool, typer.Option("--fp8", help="Not steps: each shape's products in FP8, a table.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 6,
     seq: Annotated[int | None, typer.Option(min=8, help="Longest row; by default 2048 on a GPU, 64 without.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows; by default 4 on a GPU, 2 without.")] = None,
@@ -192,15 +193,15 @@ def bench(
     """Speed and memory of stock, its best flags, the peers and fastft on this machine; what fails the judge prints no
     speed. Exit code 1 when anything is red or fails."""
     with _quiet(as_json):
-        from fastft.tools.bench.runner import BenchOptions
-        from fastft.tools.bench.runner import bench as run
+        from fastft.tools.bench import fp8, runner
 
         split = lambda text: tuple(x.strip() for x in text.split(",") if x.strip())
         try:
-            options = BenchOptions(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
+            options = runner.BenchOptions(model, split(stacks), split(cells), four_bit, steps, seq, batch, out=out)
         except ValueError as e:
             raise typer.BadParameter(str(e)) from e
-        result = run(options)
+        tokens = (batch or 4) * (seq or 2048)
+        result: Any = fp8.bench(model, tokens, out) if of_fp8 else runner.bench(options)
     _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
 

@@ -77,6 +77,10 @@ class ProcessesError(FastftError):
     """More processes than GPUs, or a way of training in several that is not there."""
 
 
+class DroppedMaskError(FastftError):
+    """Packed documents, or attention within a window, under context parallelism, which would drop their mask."""
+
+
 class ProofError(FastftError):
     """The result was written, loaded and compared, and is not what was trained: nothing is published."""
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 import fastft
 from benchmarks import cpu, expert_costs, fake
+from fastft_kernels.lora import group
 
 
 def test_layer_and_head_hold_their_ceilings(tmp_path, capsys):
@@ -81,3 +82,24 @@ def test_experts_that_count_nothing_fail(small_experts, monkeypatch, patch, lack
     monkeypatch.delitem(fake.FORMULAS, lacking)
     with pytest.raises(RuntimeError, match="no formula"):
         expert_costs.experts_cost(small_experts, 64, patch)
+
+
+def test_an_fp8_layer_keeps_what_a_bf16_layer_does(monkeypatch):
+    """And what makes an input rounds it: of four inputs three need no launch and no reading of their own."""
+
+    def make(layers):
+        return LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+        )
+
+    cost = lambda **more: fake.layer_cost(make, (2, 8), patch=fastft.patch, autocast=False, **more)
+    dense, fp8 = cost(), cost(fp8=True)
+    monkeypatch.setattr(group, "take_rounded", lambda source: None)
+    apart = cost(fp8=True)
+    assert fp8.saved <= dense.saved
+    assert apart.launches - fp8.launches == 3 and apart.traffic - fp8.traffic == 16 * 2 * (64 + 64 + 128)

@@ -387,6 +387,29 @@ def test_fsdp2(tmp_path):
         distributed.destroy_process_group()
 
 
+def test_context_parallelism(tmp_path):
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    from fastft.compat.accelerate_private import drops_mask
+    from fastft.compat.sharding_private import context_parallel_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh, ids = init_device_mesh("cpu", (1,)), torch.zeros(1, 4)
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1], no_restore_buffers={ids}):
+            holds("_context_parallel._attention._replaced_functions", context_parallel_mesh() is mesh)
+        holds("_context_parallel._attention._replaced_functions", context_parallel_mesh() is None)
+    finally:
+        distributed.destroy_process_group()
+    model = nn.ModuleDict({"self_attn": nn.Linear(2, 2)})
+    _attach_context_parallel_hooks(model)
+    (hook,) = model["self_attn"]._forward_pre_hooks.values()
+    holds("_attach_context_parallel_hooks", drops_mask(hook) and not drops_mask(print), "accelerate")
+
+
 def test_ranks_that_are_not_there():
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh

@@ -22,3 +22,9 @@ def is_hooked(module: nn.Module) -> bool:
 def execution_device(module: nn.Module) -> Any:
     """Where Accelerate's hook runs this module: an index, a name or a device; None without one."""
     return getattr(module.__dict__.get(HOOK), "execution_device", None)
+
+
+def drops_mask(hook: Any) -> bool:
+    """Is this the hook that Accelerate puts on attentions under context parallelism? It takes their mask away, and says
+    `is_causal`."""
+    return getattr(hook, "__qualname__", "").startswith("_attach_context_parallel_hooks.<locals>.")

@@ -1,4 +1,4 @@
-"""Which parameters FSDP2 and DeepSpeed ZeRO-3 shard, and when these are whole."""
+"""Which parameters FSDP2 and DeepSpeed ZeRO-3 shard, and when these are whole; and whether rows are."""
 
 from __future__ import annotations
 
@@ -200,3 +200,13 @@ def is_engine_hook(hook: Any) -> bool:
     return getattr(hook, "__module__", "") == "deepspeed.runtime.utils" and "OutputBackwardHookManager" in getattr(
         hook, "__qualname__", ""
     )
+
+
+def context_parallel_mesh() -> Any:
+    """The mesh of processes each of which has a part of every row now (torch's `context_parallel`, which stands in the
+    place of `scaled_dot_product_attention` for its length); None where rows are whole."""
+    cp = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if cp is None or attention not in cp._replaced_functions:
+        return None
+    return inspect.getclosurevars(attention).nonlocals["device_mesh"]

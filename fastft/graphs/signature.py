@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.compat.sharding_private import context_parallel_mesh
 from fastft.compat.torch_private import CALL_HOOKS, SHARDED
 from fastft.compat.transformers_private import FUNCTION, SWITCH
 from fastft.swapping.swap import KEY
@@ -124,6 +125,8 @@ class LayerState:
 def obstacle_in(layer: nn.Module, device: torch.device, is_ours: Callable[[Any], bool]) -> str:
     """Why this layer, as it stands, cannot be captured; empty where it can. is_ours: whether a hook on a module inside
     does nothing unless outputs are collected."""
+    if context_parallel_mesh() is not None:
+        return "rows are split over processes, and their attention waits for others"
     for module in layer.modules():
         if module is not layer:
             if any(not is_ours(h) for table in CALL_HOOKS for h in module.__dict__.get(table, {}).values()):

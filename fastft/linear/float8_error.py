@@ -27,12 +27,15 @@ def float8_note(members: Sequence[Layer], known: dict) -> str:
     for base in bases:
         layout = float8_weight(base).layout()
         why = why_dense(layout, base.compute_dtype, base.weight.device)
-        way = f"made dense for its products ({why})" if why else _PRODUCTS[base.products]
+        way = f"made dense for its products ({why})" if why and not base.choice else _PRODUCTS[base.products]
+        way += f" ({base.choice})" if base.choice else ""
         ways.setdefault(way, base)
     base = next(iter(ways.values()))
-    key = (base.in_features, base.block, base.products, next(iter(ways)))
+    layout = float8_weight(base).layout()
+    is_dense = bool(why_dense(layout, base.compute_dtype, base.weight.device))
+    key = (base.in_features, base.block, "" if is_dense else base.products)
     if key not in known:
-        known[key] = _errors(base.in_features, base.block, "" if "dense" in key[-1] else base.products)
+        known[key] = _errors(*key)
     errors = ", ".join(f"{name} {y:.1e} {dx:.1e}" for name, (y, dx) in known[key].items())
     return f"{'; '.join(ways)}; rms error of output and input gradient on random numbers: {errors}"
 

@@ -27,15 +27,16 @@ class Float8Linear(KeepsDtypes, nn.Linear):
 
     block: (rows, columns) of a scale, None for one scale a row. products: which products multiply in FP8 where they can
     ("", "forward", "both", as `Float8`). compute_dtype: of the weight that it was made of, which is what adapters are
-    made in. is_specification: computes in plain torch, for proofs. underflow: one for a model, looks at the gradients
-    that are rounded. Casting the model (`.to(dtype)`) casts the bias alone. Differentiable in x and the bias, never in
-    the weight."""
+    made in. choice: a line on how `products` came about, for the report. is_specification: computes in plain torch, for
+    proofs. underflow: one for a model, looks at the gradients that are rounded. Casting the model (`.to(dtype)`) casts
+    the bias alone. Differentiable in x and the bias, never in the weight."""
 
     block: tuple[int, int] | None
     products: str
     compute_dtype: torch.dtype
     is_specification: bool
     underflow: Underflow | None
+    choice: str = ""
     kept = frozenset(("weight", SCALE))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

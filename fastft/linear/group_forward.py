@@ -18,7 +18,9 @@ from torch import nn
 
 from fastft.compat.peft_private import ACTIVE, DISABLED
 from fastft.compat.torch_private import FakeTensor, hooks_on_saved_tensors
+from fastft.errors import QuantizationError
 from fastft.linear.projection import (
+    LORA_LAYERS,
     Inexpressible,
     Layer,
     base_of,
@@ -32,7 +34,7 @@ from fastft.linear.projection import (
 )
 from fastft.linear.reading import Reading, is_4bit, is_at_rest, read
 from fastft.swapping.stock_only import stood_aside, transformed
-from fastft.swapping.swap import KEY, Replacement, is_fast, order
+from fastft.swapping.swap import KEY, Replacement, is_fast, order, stock_class
 from fastft_kernels.lora.group import GroupTensors
 from fastft_kernels.lora.lora_linear import Projection, pack, run
 from fastft_kernels.quant.weights import as_weight
@@ -333,6 +335,23 @@ class FastLinear(Replacement):
         slot.fallbacks[f"linear group: {why}"] += 1
         with never_repacked(self):
             return super().forward(*args, **kwargs)
+
+
+class FastFloat8Adapter(FastLinear):
+    """The same of an adapter layer whose base is in FP8."""
+
+    def merge(self, *args, **kwargs):
+        """Refused before anything is changed: torch would refuse to add to 8-bit values, in words of its own."""
+        raise QuantizationError(
+            "merging an adapter into a base in FP8: 8-bit values take no sum; save the adapter and run "
+            "`fastft export ADAPTER --to merged --base-precision fp8 --out DIR`"
+        )
+
+
+def mixin_of(module: Layer) -> type[FastLinear]:
+    """What a member of a group becomes."""
+    is_adapter = stock_class(module) in LORA_LAYERS
+    return FastFloat8Adapter if is_adapter and is_float8(base_of(module)) else FastLinear
 
 
 def _unusual(args: tuple, kwargs: dict) -> str | None:

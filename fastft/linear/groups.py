@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.linear.float8_error import float8_note
-from fastft.linear.group_forward import KIND, FastLinear, HolderCall, LinearGroup
+from fastft.linear.group_forward import KIND, HolderCall, LinearGroup, mixin_of
 from fastft.linear.group_proof import group_key, prove_group
 from fastft.linear.projection import is_quantised_otherwise, is_unit, refusal
 from fastft.linear.small_layers import device_of
@@ -107,7 +107,7 @@ class HolderGroups:
             if proof.ok:
                 outcome.kernel = candidate.kernel
                 if not is_fast(module, KIND):
-                    install(module, KIND, FastLinear, group)
+                    install(module, KIND, mixin_of(module), group)
 
     def add(self, group: LinearGroup, paths: tuple[str, ...]) -> None:
         """Take a group in, unless it is here already."""
@@ -222,7 +222,7 @@ class LinearGroups:
 
         def apply(m: nn.Module) -> None:
             holder, group, paths = groups[m]
-            install(m, KIND, FastLinear, group)
+            install(m, KIND, mixin_of(m), group)
             if holder is None:
                 return
             slot, record = slot_of(holder), record_of(context.model)
@@ -249,7 +249,7 @@ class LinearGroups:
 def _candidate(group: LinearGroup) -> Candidate:
     """The proof of the members that the group function can express."""
     fit = [m for m in group.members if is_unit(m) and not refusal(m)]
-    apply = lambda m: install(m, KIND, FastLinear, group)
+    apply = lambda m: install(m, KIND, mixin_of(m), group)
     return Candidate(
         f"lora_linear(group of {len(fit)})",
         group_key(fit),
@@ -263,7 +263,7 @@ def _swap_siblings(layers: list[nn.Module]) -> None:
     group = LinearGroup.of(layers)
     group.now.call = HolderCall()
     for layer in layers:
-        install(layer, KIND, FastLinear, group)
+        install(layer, KIND, mixin_of(layer), group)
 
 
 def _is_adapter(module: nn.Module) -> bool:

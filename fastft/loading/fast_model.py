@@ -14,8 +14,9 @@ import torch
 
 from fastft.api import patch, report
 from fastft.checkpointing.policy import parse
-from fastft.errors import AdapterError
+from fastft.errors import AdapterError, QuantizationError
 from fastft.graphs.attach import check
+from fastft.linear.float8_table import choose_products
 from fastft.loading.adapter import attach_adapter, default_lora_config, load_adapter
 from fastft.loading.checkpoint import (
     adapter_config,
@@ -25,6 +26,7 @@ from fastft.loading.checkpoint import (
     load_config,
     model_class,
 )
+from fastft.loading.float8_saving import see_to_saving
 from fastft.loading.fp8 import float8_request, linears_of, quantise, take_float8
 from fastft.loading.mistakes import as_peft_config, check_keywords, explained
 from fastft.loading.precision import first_device, placement, quantization_config, resolve_dtype
@@ -47,6 +49,7 @@ class FastModel:
         load_in_8bit: bool = False,
         load_in_fp8: bool | str = False,
         fp8_backward: str = "fp8",
+        fp8_table: str | os.PathLike | None = None,
         dtype: torch.dtype | str = "auto",
         max_seq_length: int | None = None,
         attn_implementation: str | None = None,
@@ -77,6 +80,9 @@ class FastModel:
                 A checkpoint in transformers' fine-grained FP8 is trained as it comes. Bare models (peft_config=None)
                 are frozen there.
             fp8_backward: "fp8", or "bf16": the input's gradient by the weight made dense.
+            fp8_table: a file that `fastft bench MODEL --fp8` wrote on this device: each shape of layer multiplies in
+                FP8 where that was faster. By default the measurements that come with fastft decide, those of the
+                nearest architecture; a shape that is in none of them multiplies as asked.
             dtype: a torch dtype, its name, or "auto" (the checkpoint's). bfloat16 on a GPU without it: an error when
                 asked for by name; where it is only what the checkpoint says, float16 is taken and a warning says so.
             max_seq_length: the longest sequence you will train on, checked against the model's positions; truncation is
@@ -147,6 +153,8 @@ class FastModel:
             },
             config,
         )
+        if fp8_table is not None and fp8 is None:
+            raise QuantizationError("fp8_table without load_in_fp8=True: pass both, or neither")
         on_host = fp8 is not None and not fp8.is_fp8 and isinstance(where, dict) and set(where) == {""}
         if where is not None and not on_host:
             load["device_map"] = where
@@ -170,6 +178,8 @@ class FastModel:
 
         if fp8 is not None:
             quantise(model, linears, fp8, device if on_host else None)
+            choose_products(model, fp8_table)
+            see_to_saving(model.get_base_model() if hasattr(model, "get_base_model") else model)
         patch(model, activation_policy=policy, cuda_graphs=cuda_graphs)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console

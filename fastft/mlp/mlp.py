@@ -21,7 +21,9 @@ from fastft.swapping.swap import KEY, Replacement, install, order
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
 from fastft_kernels.mlp.glu import GluSettings, glu_settings, run, run_again
+from fastft_kernels.mlp.rounded_glu import run_rounded
 from fastft_kernels.recompute.recomputation import Recomputation, attach
+from fastft_kernels.runtime.compat import is_dynamo_compiling
 
 KIND = "mlp"
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2", "quick_gelu", "sigmoid")
@@ -65,6 +67,10 @@ class Shape:
         gate, up = self.parts(*products)
         return run(gate, up, self.settings)
 
+    def middle_rounded(self, *products: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`middle` of a gated MLP, and its rows in e4m3 with their scales."""
+        return run_rounded(*self.parts(*products), self.settings)
+
     def middle_again(self, *products: torch.Tensor) -> torch.Tensor:
         """`middle` outside autograd, bit for bit."""
         if not self.gated:
@@ -85,6 +91,15 @@ class Shape:
         return (products[1], products[0]) if self.swapped else (products[0], products[1])
 
 
+@dataclass
+class MlpState:
+    """What a swapped MLP keeps. asked: calls that are still to round down's input to FP8 as well, as down asked for."""
+
+    shape: Shape
+    seen: ModuleSnapshot
+    asked: int = 0
+
+
 @order(30)
 class FastMLP(Replacement):
     """Mixin: the children run as modules, in stock's order; act and product in one launch; the product can be
@@ -97,17 +112,23 @@ class FastMLP(Replacement):
             return super().forward(*args, **kwargs)
         if slot is None or (transformed() and stood_aside(slot.fallbacks, KIND)):
             return super().forward(*args, **kwargs)
-        shape, seen = slot.parts[KIND][1]
-        why = _interposed(self, shape) or seen.changed(self)
+        state: MlpState = slot.parts[KIND][1]
+        shape = state.shape
+        why = _interposed(self, shape) or state.seen.changed(self)
         if len(args) != 1 or kwargs or why:
             slot.fallbacks[f"mlp: {why or 'called with other arguments than in the proof'}"] += 1
             return super().forward(*args, **kwargs)
         modules: dict[str, Any] = self._modules
         first = shape.calls[:-1] if shape.down else shape.calls
         products = [modules[n](args[0]) for n in first]
-        h = shape.middle(*products)
+        rounded = None
+        if state.asked and shape.gated and torch.is_grad_enabled() and not is_dynamo_compiling():
+            state.asked -= 1
+            h, *rounded = shape.middle_rounded(*products)
+        else:
+            h = shape.middle(*products)
         if h.requires_grad:
-            attach(h, Recomputation(tuple(products), shape.middle_again, shape.middle))
+            attach(h, Recomputation(tuple(products), shape.middle_again, shape.middle, rounded, state))
         if not shape.down:
             return h
         y = modules[shape.calls[-1]](h)
@@ -115,7 +136,7 @@ class FastMLP(Replacement):
 
 
 def _install(module: nn.Module, shape: Shape) -> None:
-    install(module, KIND, FastMLP, (shape, ModuleSnapshot(module, shape.others)))
+    install(module, KIND, FastMLP, MlpState(shape, ModuleSnapshot(module, shape.others)))
 
 
 def _interposed(module: nn.Module, shape: Shape) -> str:

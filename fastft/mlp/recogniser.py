@@ -23,6 +23,7 @@ from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.swap import KEY, install, is_fast, new_instance, stock_class
 from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.mlp.activation import activation
+from fastft_kernels.quant.fp8 import quantize_e4m3_rows
 from fastft_kernels.recompute.recomputation import recomputation_of
 
 
@@ -258,8 +259,23 @@ class MLPs:
         rows = elementwise_rows(min(out for _, out in linears.values()), device)
         inputs = lambda g, scale: [(torch.randn(1, rows, width, generator=g, dtype=torch.float64) * scale).to(device)]
         proof = prove(probe.to(device), lambda m: _install(m, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
+        if proof.ok and shape.gated and (why := _rounds_otherwise(shape, linears, rows, dtype, device)):
+            return Proof(False, dtype="e4m3", reason=why)
         log.clear()
         return proof
+
+
+def _rounds_otherwise(shape: Shape, linears: dict, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What an FP8 product down is given, on `device`: the bits of the middle and of the quantisation one after the
+    other. Empty when fine."""
+    g = torch.Generator().manual_seed(13)
+    first = shape.calls[:-1] if shape.down else shape.calls
+    products = [torch.randn(1, rows, linears[n][1], generator=g).to(device, dtype) for n in first]
+    with torch.no_grad():
+        h, q, scale = shape.middle_rounded(*products)
+        wanted = (shape.middle(*products), *quantize_e4m3_rows(h.flatten(0, -2)))
+    bits = lambda t: t.view(torch.uint8)
+    return "" if all(map(torch.equal, map(bits, (h, q, scale)), map(bits, wanted))) else "rounds to other bits"
 
 
 _ODD_END = "it does not return its last product as it is"

@@ -21,7 +21,9 @@ from fastft.swapping.unchanged import ModuleSnapshot
 from fastft_kernels.norm.layer_norm import layer_norm, layer_norm_recompute, layer_norm_with_stats
 from fastft_kernels.norm.rms_norm import rms_norm, run_again
 from fastft_kernels.norm.rms_norm import run as rms_norm_with_rstd
+from fastft_kernels.norm.rms_norm import run_rounded as rms_norm_rounded
 from fastft_kernels.recompute.recomputation import Recomputation, attach
+from fastft_kernels.runtime.compat import is_dynamo_compiling
 from fastft_kernels.runtime.dispatch import wider
 
 KIND = "norm"
@@ -94,11 +96,13 @@ class Settings:
 @dataclass
 class NormState:
     """What a swapped norm keeps. found: the settings, by (dtype of x, dtype of the weight, eps). spares: consumers may
-    recompute its output; not where their backward may run while the weight is sharded."""
+    recompute its output; not where their backward may run while the weight is sharded. asked: calls that are still to
+    round their output to FP8 as well, as a consumer that multiplies in FP8 asked for."""
 
     formula: Formula
     seen: ModuleSnapshot
     spares: bool = True
+    asked: int = 0
     found: dict[tuple, Settings] = field(default_factory=dict)
 
     def settings(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Settings:
@@ -149,10 +153,15 @@ class FastNorm(Replacement):
                 tensors = tuple([t for t in (x, mean, rstd, weight, bias) if t is not None])
                 attach(y, Recomputation(tensors, settings.recompute, settings.formula))
             return y
-        y, rstd = rms_norm_with_rstd(x, weight, settings.eps, f.offset, settings.cast_before, settings.out)
+        form, rounded = (settings.eps, f.offset, settings.cast_before, settings.out), None
+        if state.asked and state.spares and torch.is_grad_enabled() and not is_dynamo_compiling():
+            state.asked -= 1
+            y, rstd, *rounded = rms_norm_rounded(x, weight, *form)
+        else:
+            y, rstd = rms_norm_with_rstd(x, weight, *form)
         if y.requires_grad and state.spares:
             tensors = (x, rstd) if weight is None else (x, rstd, weight)
-            attach(y, Recomputation(tensors, settings.recompute, settings.formula))
+            attach(y, Recomputation(tensors, settings.recompute, settings.formula, rounded, state))
         return y
 
 

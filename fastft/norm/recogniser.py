@@ -19,7 +19,9 @@ from fastft.proving.proof_sizes import FEW, norm_rows
 from fastft.proving.prove import FORMULA_EPS, Proof, prove
 from fastft.swapping.out_of_memory import not_for_want_of_memory
 from fastft.swapping.swap import KEY, new_instance, stock_class
+from fastft_kernels.norm.rms_norm import run, run_rounded
 from fastft_kernels.numerics import compare
+from fastft_kernels.quant.fp8 import quantize_e4m3_rows
 
 
 def _vectors(module: nn.Module) -> list[tuple[str, nn.Parameter]] | None:
@@ -172,6 +174,22 @@ def _prove_mixed(module: nn.Module, f: Formula, device: torch.device) -> str:
     return "" if verdict else str(verdict)
 
 
+def _prove_rounded(f: Formula, width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What an FP8 consumer is given of this norm, on `device`: the bits of the norm and of the quantisation one after
+    the other. Empty when fine."""
+    if f.centred:
+        return ""
+    g = torch.Generator().manual_seed(13)
+    x = torch.randn(norm_rows(width, device), width, generator=g).to(device, dtype)
+    w = torch.randn(width, generator=g).to(device, dtype) if f.weight else None
+    with torch.no_grad():
+        form = (FORMULA_EPS, f.offset, f.cast_of(x, w) == "before", f.out_dtype(x, w))
+        y, rstd, q, scale = run_rounded(x, w, *form)
+        wanted = (*run(x, w, *form), *quantize_e4m3_rows(y))
+    bits = lambda t: t.view(torch.uint8)
+    return "" if all(map(torch.equal, map(bits, (y, rstd, q, scale)), map(bits, wanted))) else "rounds to other bits"
+
+
 def _draw_parameters(module: nn.Module) -> None:
     g = torch.Generator().manual_seed(11)
     for p in module.parameters():
@@ -261,4 +279,6 @@ class Norms:
         proof = prove(stock, lambda m: _install(m, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
         if proof.ok and (why := _prove_mixed(module, f, device)):
             return Proof(False, dtype="mixed", reason=why)
+        if proof.ok and (why := _prove_rounded(f, width, dtype, device)):
+            return Proof(False, dtype="e4m3", reason=why)
         return proof

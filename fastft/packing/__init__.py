@@ -3,7 +3,7 @@
 packing       the decision, batch by batch, for one model
 hooks         where a batch enters the model, and where its layers are called
 entrance      the outermost forward: what it was given and what it returns
-batch         a batch as a row of documents
+batch         a batch as a row of documents; a row in parts on several processes
 documents     lengths of documents, and the mask that stands for them
 attention     attention within documents
 backends      which attention kernel runs

@@ -27,7 +27,7 @@ from fastft.checkpointing.foreign_hooks import hooks_on, library_of
 from fastft.compat.sharding_private import is_managed, only_gathers
 from fastft.compat.torch_private import AnyDropout, FakeTensor
 from fastft.compat.transformers_private import attention_implementation
-from fastft.packing.batch import Labels, Unpadded, packed, unpadded
+from fastft.packing.batch import Labels, Unpadded, is_split, packed, refuse_lost_masks, unpadded
 from fastft.packing.documents import DocumentMask
 from fastft.packing.entrance import ActiveForwards, ForwardFrame, protect
 from fastft.packing.interface import KIND
@@ -88,10 +88,15 @@ class Packing:
     lengths: Lengths = field(default_factory=Lengths)
 
     def plan(self, module: Any, given: dict) -> dict | Unpadded | None:
-        """New keyword arguments for a packed row, the rows of a batch to unpad, or None: stock."""
+        """New keyword arguments for a packed row, the rows of a batch to unpad, or None: stock. Raises
+        DroppedMaskError."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor) or x.device.type == "meta" or x.dim() < 2:
+            return None
+        if is_split(m for r in self.attentions if (m := r()) is not None):
+            refuse_lost_masks(module, given)
+            self.counts["split"] += 1
             return None
         if (
             mask is None
@@ -287,6 +292,8 @@ class Packing:
         c = self.counts
         lines = [f"padded batches run padded: {self.padded_now}"] if self.padded_now else []
         lines += [f"{kind} rows run as in stock: {p.reason}" for kind, p in self.proofs.items() if not p.ok]
+        if c["split"]:
+            lines.append(f"in {c['split']} forwards rows were split over processes: stock's attention, padding kept")
         if c["packed"]:
             lines.append(
                 f"{c['packed']} packed rows ({c['packed documents']} documents, {c['packed tokens']} tokens) ran "

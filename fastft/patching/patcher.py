@@ -163,7 +163,7 @@ def _agree(base: nn.Module, record: Record, error: Exception | None) -> None:
 def _swap_all(record: Record, context: Context, kinds: Sequence[Kind]) -> Record:
     seen, names = context.seen, context.names
     record.notes = [f"observation stopped early: {seen.error}"] if seen.error else []
-    record.notes += devices_note(context.model)
+    record.notes += devices_note(context.model) + context.sharding.left_out(context.model)
     twins = seen.twins.of
     for kind in kinds:
         for module in context.looked_at:

@@ -69,6 +69,22 @@ class Sharding:
             return "its parameters are sharded by tensor parallelism, or by who has not run yet"
         return ""
 
+    def left_out(self, model: nn.Module) -> list[str]:
+        """A line where FSDP2 shards a model and parameters train that it does not know."""
+        known = {(p.module, p.name) for p in self.parameters}
+        if not any(isinstance(m, fsdp_module()) for p in self.parameters for m in p.modules):
+            return []
+        lost = [
+            f"{prefix}.{name}"
+            for prefix, m in model.named_modules()
+            for name, p in m._parameters.items()
+            if p is not None and p.requires_grad and (m, name) not in known
+        ]
+        return lost and [
+            f"{len(lost)} parameters that train are in no unit of FSDP2, such as {lost[0]}: each process trains its "
+            "own unless you average their gradients; add an adapter before the model is sharded"
+        ]
+
     def is_let_go(self, module: nn.Module) -> str:
         """Why what `module` returns cannot stand for a product that is computed later: empty where its parameters can
         be gathered for that."""

@@ -29,6 +29,7 @@ from fastft_kernels.lora.layout import AdapterSlot, GroupTensors, ProjectionSlot
 from fastft_kernels.lora.plain_group import add_to, product, product_into, rows
 from fastft_kernels.quant import scaled_product
 from fastft_kernels.quant.weights import expand
+from fastft_kernels.recompute.recomputation import Recomputation, take_rounded
 from fastft_kernels.runtime.compat import copy_each, scale_each
 from fastft_kernels.runtime.dispatch import goes_to_cuda, wider
 
@@ -111,44 +112,53 @@ def add_product(
     return ab.to(dtype) if total is None else total.add_(ab)
 
 
-def forward(g: GroupTensors, t: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[list[torch.Tensor], SavedProjections]:
-    """x [..., in] -> ([T, out_i] in g.out for every projection, what to keep)."""
-    started = low_rank(g, t, x)
+def forward(
+    g: GroupTensors, t: Sequence[torch.Tensor], x: torch.Tensor, source: Recomputation | None = None
+) -> tuple[list[torch.Tensor], SavedProjections]:
+    """x [..., in] -> ([T, out_i] in g.out for every projection, what to keep). source: what else is known of x."""
+    started = low_rank(g, t, x, source)
     return outputs(g, t, started), started.kept
 
 
 class Started(NamedTuple):
     """A forward up to its base products: x [T, in] in the compute dtype, what to keep, every B in the dtype in which it
-    joins y."""
+    joins y, and who may have rounded x to FP8 already."""
 
     xc: torch.Tensor
     kept: SavedProjections
     Bs: list[torch.Tensor]
+    source: Recomputation | None = None
 
 
-def low_rank(g: GroupTensors, t: Sequence[torch.Tensor], x: torch.Tensor) -> Started:
+def low_rank(
+    g: GroupTensors, t: Sequence[torch.Tensor], x: torch.Tensor, source: Recomputation | None = None
+) -> Started:
     """All that the backward keeps of x [..., in]; no base product yet."""
     xc = rows(x).to(g.compute)
+    source = source if x.dtype == g.compute else None  # what was rounded is x as it is multiplied
     adapters = g.adapters
     if not adapters:
-        return Started(xc, SavedProjections(None, (), ()), [])
+        return Started(xc, SavedProjections(None, (), ()), [], source)
     dropped = any(a.p > 0 for a in adapters)
     As, Bs, _ = operands(
         [t[a.A] for a in adapters], g.lora, [t[a.B] for a in adapters], wider(g.compute, g.lora), stack=not dropped
     )
     if dropped:
-        return Started(xc, SavedProjections(*_dropped_low_rank(g, t, x, As)), Bs)
+        return Started(xc, SavedProjections(*_dropped_low_rank(g, t, x, As)), Bs, source)
     xA = torch.mm(xc if g.lora == g.compute else rows(x).to(g.lora), As[0].t())
-    return Started(xc, SavedProjections(xA, (None,) * len(adapters), ()), Bs)
+    return Started(xc, SavedProjections(xA, (None,) * len(adapters), ()), Bs, source)
 
 
 def outputs(g: GroupTensors, t: Sequence[torch.Tensor], started: Started) -> list[torch.Tensor]:
     """[T, out_i] in g.out for every projection."""
-    xc, kept, Bs = started
+    xc, kept, Bs, source = started
     add = g.compute if kept.xA is None else wider(g.compute, g.lora)  # the dtype in which an adapter's output joins y
     ys, done, joined = [], 0, None if kept.xA is None else kept.xA.to(add)
     in_fp8 = [scaled_product.applies(p.layout, g.compute, xc) for p in g.projections]
-    rounded = scaled_product.quantized(xc) if True in in_fp8 else None
+    rounded = None
+    if True in in_fp8:
+        left = take_rounded(source)
+        rounded = scaled_product.quantized(xc) if left is None else scaled_product.Quantized(*left)
     for p, fp8 in zip(g.projections, in_fp8):
         y, late = base(g, p, t, xc, add, rounded if fp8 else None)
         for a, B in zip(p.adapters, Bs[done : done + len(p.adapters)]):

@@ -194,7 +194,7 @@ class _LoraLinear(torch.autograd.Function):
             constant = _remember(ctx, g, source, x, parameters, xA)
         else:
             with group.exact_dtypes(x):
-                ys, kept = group.forward(g, parameters, x)
+                ys, kept = group.forward(g, parameters, x, source)
                 constant = _remember(ctx, g, source, x, parameters, *kept)
             ys = _shaped(ys, x)
         if constant:
@@ -269,7 +269,7 @@ class _Keep(torch.autograd.Function):
         ctx, g: GroupTensors, source: Recomputation | None, x: torch.Tensor, started: list, *parameters: torch.Tensor
     ):
         with group.exact_dtypes(x):
-            started.append(group.low_rank(g, parameters, x))
+            started.append(group.low_rank(g, parameters, x, source))
             constant = _remember(ctx, g, source, x, parameters, *started[0].kept, first=4)
         stand_ins = tuple(x.new_empty((), dtype=g.out).expand(*x.shape[:-1], p.layout.shape[0]) for p in g.projections)
         ctx.mark_non_differentiable(*(stand_ins[i] for i in constant))

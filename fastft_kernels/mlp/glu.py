@@ -91,6 +91,15 @@ def glu_bwd_ref(
 
 
 @triton.jit
+def value(g, u, alpha, limit, offset, ACT: tl.constexpr, CLAMP: tl.constexpr):
+    """h of gate and up, in float32."""
+    if CLAMP:  # comparisons that let NaN through
+        g = tl.where(g > limit, limit, g)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    return act_value(g, act_weight(g, alpha, ACT), ACT) * (u + offset)
+
+
+@triton.jit
 def _glu_fwd_kernel(
     gate_ptr,
     up_ptr,
@@ -112,10 +121,7 @@ def _glu_fwd_kernel(
     r, c, mask = tile_of(rows, cols, BLOCK_M, BLOCK_N)
     g = tl.load(gate_ptr + r * gate_row + c * gate_col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     u = tl.load(up_ptr + r * up_row + c * up_col, mask=mask, other=0.0).to(tl.float32)
-    if CLAMP:  # comparisons that let NaN through
-        g = tl.where(g > limit, limit, g)
-        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
-    h = act_value(g, act_weight(g, alpha, ACT), ACT) * (u + offset)
+    h = value(g, u, alpha, limit, offset, ACT, CLAMP)
     tl.store(h_ptr + r * cols + c, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -291,13 +297,19 @@ class _GLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh):
-        gate, up = ctx.saved_tensors
-        want_gate, want_up = ctx.needs_input_grad[:2]
-        if higher_order.wanted():
-            formula = lambda gate, up: glu_plain(gate, up, *ctx.form)
-            return *higher_order.gradients(formula, (gate, up), (want_gate, want_up), (dh,)), None, None, None, None
-        dgate, dup = _bwd(dh, gate, up, *ctx.form, want_gate, want_up)
-        return dgate if want_gate else None, dup if want_up else None, None, None, None, None
+        return gradients(ctx, dh)
+
+
+def gradients(ctx, dh: torch.Tensor) -> tuple:
+    """Those of a Function whose arguments are gate, up and the settings, which it left in ctx.form, and which saved
+    gate and up."""
+    gate, up = ctx.saved_tensors
+    want_gate, want_up = ctx.needs_input_grad[:2]
+    if higher_order.wanted():
+        formula = lambda gate, up: glu_plain(gate, up, *ctx.form)
+        return *higher_order.gradients(formula, (gate, up), (want_gate, want_up), (dh,)), None, None, None, None
+    dgate, dup = _bwd(dh, gate, up, *ctx.form, want_gate, want_up)
+    return dgate if want_gate else None, dup if want_up else None, None, None, None, None
 
 
 _run = quick_apply(_GLU)

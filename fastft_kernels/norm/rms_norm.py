@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from fastft_kernels.norm.rms_norm_kernels import bwd_kernel, bwd_wide_kernel, fwd_kernel, fwd_wide_kernel
+from fastft_kernels.quant.fp8 import E4M3, casts_in_hardware, quantize_e4m3_rows
 from fastft_kernels.runtime import higher_order
 from fastft_kernels.runtime.dispatch import (
     applied,
@@ -83,14 +84,17 @@ def _runs_kernel(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     return use_triton(x) if weight is None else use_triton(x, weight.dtype)
 
 
-def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute) -> torch.Tensor:
+def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute, q=None, scale=None) -> torch.Tensor:
+    """q [rows, N] uint8, scale [rows]: receive y's rows in e4m3; for a launch that is not wide."""
     y = empty_rows_like(x, out_dtype)
     rows, n = count_rows(x), x.shape[-1]
     weight = None if weight is None else weight.contiguous()
     if x.numel():
         (x, out), sizes, (x_strides, y_strides) = as_rows(x, y)
         launch = row_launch(n, FWD_TILES)
-        kernel = fwd_wide_kernel if launch.wide else fwd_kernel
+        kernel, rounded = fwd_wide_kernel, {}
+        if not launch.wide:
+            kernel, rounded = fwd_kernel, {"q_ptr": q, "scale_ptr": scale, "HARDWARE": casts_in_hardware(x)}
         with on_device(x):
             kernel[(launch.programs(rows),)](
                 x,
@@ -102,6 +106,7 @@ def _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, recompute)
                 x_strides,
                 y_strides,
                 eps,
+                **rounded,
                 N=n,
                 OFFSET=offset,
                 CAST_BEFORE=cast_before,
@@ -142,6 +147,28 @@ def _fwd(x, weight, eps, offset, cast_before, out_dtype):
     if _is_plain(x, weight, offset, out_dtype):
         return in_rows_layout(n.mul_(weight), x), rstd.view(-1)
     return in_rows_layout(_scale_ref(n, x.dtype, weight, offset, cast_before, out_dtype), x), rstd.view(-1)
+
+
+def _fwd_rounded_fake(x, weight, eps, offset, cast_before, out_dtype):
+    rows = count_rows(x)
+    q, scale = x.new_empty((rows, x.shape[-1]), dtype=E4M3), x.new_empty((rows, 1), dtype=torch.float32)
+    return *_fwd_fake(x, weight, eps, offset, cast_before, out_dtype), q, scale
+
+
+@op(
+    "rms_norm_fwd_rounded(Tensor x, Tensor? weight, float eps, float offset, bool cast_before, ScalarType out_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_rounded_fake,
+)
+def _fwd_rounded(x, weight, eps, offset, cast_before, out_dtype):
+    rows, n = count_rows(x), x.shape[-1]
+    if not _runs_kernel(x, weight) or row_launch(n, FWD_TILES).wide or not x.numel():
+        y, rstd = _fwd(x, weight, eps, offset, cast_before, out_dtype)
+        return y, rstd, *quantize_e4m3_rows(y.reshape(rows, n))
+    rstd, scale = (x.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 1)))
+    q = x.new_empty((rows, n), dtype=torch.uint8)
+    y = _launch_fwd(x, weight, eps, rstd, offset, cast_before, out_dtype, False, q, scale)
+    return y, rstd, q.view(E4M3), scale
 
 
 def _recompute_fake(x, rstd, weight, offset, cast_before, out_dtype):
@@ -262,6 +289,21 @@ class _RMSNorm(torch.autograd.Function):
         return dx if need_dx else None, dw, None, None, None, None
 
 
+class _RMSNormRounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, cast_before, out_dtype):
+        y, rstd, q, scale = _fwd_rounded(x, weight, eps, offset, cast_before, out_dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset, ctx.form = offset, (eps, offset, "before" if cast_before else "after", out_dtype)
+        ctx.mark_non_differentiable(rstd, q, scale)
+        ctx.set_materialize_grads(False)
+        return y, rstd, q, scale
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return _RMSNorm.backward(ctx, dy, None)
+
+
 # --- public
 # -------------------------------------------------------------------------------------------------------------
 
@@ -318,6 +360,10 @@ def rms_norm_with_rstd(
 # (x, weight, eps, offset, cast_before, out_dtype) -> `rms_norm_with_rstd` of arguments that are known to fit, outside
 # torch.func transforms
 run = quick_apply(_RMSNorm)
+
+
+# the same, and y's rows in e4m3 with their scales, as `quantize_e4m3_rows(y)` gives them, in the same launch
+run_rounded = quick_apply(_RMSNormRounded)
 
 
 def run_again(offset: float, cast_before: bool, out_dtype: torch.dtype, x, rstd, weight=None) -> torch.Tensor:

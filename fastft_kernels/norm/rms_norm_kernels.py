@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastft_kernels.quant.fp8 import CASTS_E4M3, store_rows
 from fastft_kernels.runtime.aot import AotCase
 from fastft_kernels.runtime.language import tl, triton
 from fastft_kernels.runtime.precise import column_sum, row_mean, row_mean_of_product, row_rstd
@@ -34,14 +35,17 @@ def fwd_kernel(
     x_strides,
     y_strides,
     eps,
+    q_ptr,  # this and the next: None where y is not rounded to e4m3 as well
+    scale_ptr,
     N: tl.constexpr,
     OFFSET: tl.constexpr,
     CAST_BEFORE: tl.constexpr,
     RECOMPUTE: tl.constexpr,
+    HARDWARE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Whole rows: y and, where asked, 1/rms. One program for BLOCK_M rows."""
+    """Whole rows: y and, where asked, 1/rms, and y's rows in e4m3. One program for BLOCK_M rows."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = (row < rows)[:, None] & (col < N)[None, :]  # [BLOCK_M, BLOCK_N]
@@ -56,7 +60,10 @@ def fwd_kernel(
         w = tl.load(w_ptr + col, mask=col < N, other=0.0)
     y = _scaled(x * r[:, None], w, x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE)
     y_at = y_ptr + row_start(row, sizes, y_strides)[:, None] + col[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_at, y, mask=mask)
+    if q_ptr is not None:
+        store_rows(tl.where(mask, y.to(tl.float32), 0.0), q_ptr, scale_ptr, row, col, rows, N, HARDWARE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -205,8 +212,9 @@ def bwd_wide_kernel(
 
 
 def _aot_case(
-    note, kernel, n, lead=1, x="*bf16", w="*bf16", dw=False, offset=0.0, cast_before=True, recompute=False
+    note, kernel, n, lead=1, x="*bf16", w="*bf16", dw=False, offset=0.0, cast_before=True, recompute=False, cast=None
 ) -> AotCase:
+    """cast: whether e4m3 is cast in hardware; None where y is not rounded to it."""
     forward = kernel in (fwd_kernel, fwd_wide_kernel)
     launch = row_launch(n, FWD_TILES if forward else BWD_TILES)
     steps = ("i32",) * lead
@@ -215,6 +223,11 @@ def _aot_case(
     if forward:
         signature |= {"y_ptr": x, "y_strides": steps, "eps": "fp32"}
         constexprs |= {"CAST_BEFORE": cast_before, "RECOMPUTE": recompute}
+        if kernel is fwd_kernel and cast is None:
+            constexprs |= {"q_ptr": None, "scale_ptr": None, "HARDWARE": False}
+        elif kernel is fwd_kernel:
+            signature |= {"q_ptr": "*u8", "scale_ptr": "*fp32"}
+            constexprs |= {"HARDWARE": cast}
     else:
         signature |= {"dy_ptr": x, "dx_ptr": x, "dy_strides": steps, "dx_strides": steps}
         (signature if dw else constexprs)["dw_ptr"] = "*fp32" if dw else None
@@ -222,7 +235,17 @@ def _aot_case(
     return AotCase(kernel, signature, constexprs, launch.num_warps, note=note, unaligned=("rows",))
 
 
-AOT_CASES = (
+def AOT_CASES(arch: str) -> tuple[AotCase, ...]:
+    """Norms of real models; those that also round for an FP8 product cast as the architecture does."""
+    cast = arch in CASTS_E4M3
+    return (
+        *_CASES,
+        _aot_case("Llama-3.1-8B, FP8", fwd_kernel, 4096, cast=cast),
+        _aot_case("Llama-3.1-405B, FP8", fwd_kernel, 16384, cast=cast),
+    )
+
+
+_CASES = (
     _aot_case("Llama-3.1-8B", fwd_kernel, 4096),
     _aot_case("Llama-3.1-8B, y again", fwd_kernel, 4096, recompute=True),
     _aot_case("Gemma-2-2B, T4", fwd_kernel, 2304, x="*fp16", w="*fp16", offset=1.0, cast_before=False),

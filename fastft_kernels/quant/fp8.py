@@ -23,6 +23,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126
 BLOCK = (128, 128)
+CASTS_E4M3 = ("sm_89", "sm_90", "sm_100", "sm_120")  # architectures with an instruction that rounds float32 to it
 
 
 # reference
@@ -82,6 +83,18 @@ def _e4m3(v, HARDWARE: tl.constexpr):
         q = tl.where(size < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)  # 0x3C800000: 2^-6
         q = q.to(tl.uint8)
     return tl.where(v == v, q, tl.full(q.shape, 0x7F, tl.uint8))
+
+
+@triton.jit
+def store_rows(v, q_ptr, scale_ptr, row, col, rows, n, HARDWARE: tl.constexpr):
+    """For a kernel that has whole rows v [BLOCK_M, BLOCK_N] at hand, rounded as their reader sees them and 0 beyond
+    column n: their e4m3 values [rows, n] and scales [rows]. Not for a kernel that fuses multiplications and additions
+    where the cast is one in integers."""
+    scale = _scale_of(tl.max(tl.where(v == v, tl.abs(v), 0.0), axis=1))
+    q = _e4m3(v * tl.div_rn(1.0, scale)[:, None], HARDWARE)
+    mask = (row < rows)[:, None] & (col < n)[None, :]
+    tl.store(q_ptr + row.to(tl.int64)[:, None] * n + col[None, :], q, mask=mask)
+    tl.store(scale_ptr + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -254,7 +267,7 @@ def quantize_e4m3_blocks(x: torch.Tensor, block: tuple[int, int] = BLOCK) -> tup
 
 def AOT_CASES(arch: str) -> tuple[AotCase, ...]:
     """Activations, gradients with the weight's scales, and weights, of an 8B and a 70B decoder."""
-    hardware = arch in ("sm_89", "sm_90", "sm_100", "sm_120")
+    hardware = arch in CASTS_E4M3
     dtype = "fp16" if arch == "sm_75" else "bf16"
     sizes = {"m": "i32", "n": "i32", "stride_m": "i32"}
     pointers = {"x_ptr": f"*{dtype}", "q_ptr": "*u8", "scale_ptr": "*fp32"}

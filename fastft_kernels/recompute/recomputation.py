@@ -31,15 +31,31 @@ class Recomputation:
     tensors: saved for backward by another function anyway, with the graph they come from, which second derivatives
     follow;
     recompute: pure, and holds no tensor itself. formula: the same values to rounding, differentiable; None: recompute
-    is."""
+    is. rounded: the tensor's rows in e4m3 and their scales, for the first consumer that multiplies in FP8 and takes
+    them. producer: what makes such tensors; `take_rounded` tells it that they were wanted."""
 
     tensors: tuple[torch.Tensor, ...]
     recompute: Callable[..., torch.Tensor]
     formula: Callable[..., torch.Tensor] | None = None
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+    producer: Any = None
 
     @property
     def differentiable(self) -> Callable[..., torch.Tensor]:
         return self.formula or self.recompute
+
+
+ASKED = 2  # calls for which a producer rounds what it makes after it was asked to
+
+
+def take_rounded(recomputation: Recomputation | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The rows in e4m3 that the producer left, which belong to the caller then; None where it left none. Next time it
+    does, if it can: it has an attribute `asked`, counted down by a call of its own."""
+    if recomputation is None or recomputation.producer is None:
+        return None
+    recomputation.producer.asked = ASKED
+    rounded, recomputation.rounded = recomputation.rounded, None
+    return rounded
 
 
 def attach(y: torch.Tensor, recomputation: Recomputation) -> None:

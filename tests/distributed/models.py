@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from fastft.tools.verify.ranks.batches import part, tokens_of
 from tests.linear.lora_models import SMALL, Results, adapted, quantised
@@ -12,17 +19,24 @@ from tests.linear.lora_models import SMALL, Results, adapted, quantised
 VOCAB = 96
 CASES = [f"{m}-{w}" for m in ("llama", "qwen3") for w in ("lora", "nf4", "full")]
 SIZES = SMALL | dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+FAMILIES: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+EXPERTS = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a case, the same on every process."""
     family, weights = name.split("-")
     torch.manual_seed(0)
-    config: type = LlamaConfig if family == "llama" else Qwen3Config
-    cls: type = LlamaForCausalLM if family == "llama" else Qwen3ForCausalLM
-    model = cls(config(**SIZES))
+    config, cls = FAMILIES[family]
+    model = cls(config(**SIZES | (EXPERTS if family == "moe" else {})))
+    if family == "moe":
+        model.config._experts_implementation = "eager"  # as float64 has no other
     for p in model.parameters():
-        if p.dim() == 2:
+        if p.dim() >= 2:
             nn.init.normal_(p, std=0.15)
     model = model.to(dtype).train()
     if weights == "full":

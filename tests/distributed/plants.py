@@ -18,8 +18,8 @@ def another_seed():
     """The second process draws its adapter from another seed."""
     load = worker.load
 
-    def loaded(*args):
-        model = load(*args)
+    def loaded(*args, **more):
+        model = load(*args, **more)
         if dist.get_rank() == 1:
             redraw(model)
         return model

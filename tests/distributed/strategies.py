@@ -22,6 +22,7 @@ from fastft.swapping.swap import stock_class
 from fastft.tools.verify.ranks.batches import tokens_of
 from fastft.tools.verify.ranks.checks import equal_on_all
 from fastft.tools.verify.ranks.strategies import gathered, mean_of, plain
+from tests.distributed.context import hook, loss_of_parts
 from tests.distributed.models import half, name_of, whole
 from tests.linear.lora_models import Results
 
@@ -248,6 +249,19 @@ class Zero(Strategy):
         return self.engine._zero3_consolidated_16bit_state_dict() or {}
 
 
+@dataclass
+class Context(FSDP2):
+    """Each process has a part of every row; parameters are sharded over all of them, as Accelerate does it."""
+
+    def prepare(self, model: nn.Module, patched: bool) -> nn.Module:
+        wrapped = super().prepare(model, patched)
+        hook(model)
+        return wrapped
+
+    def backward(self, wrapped: nn.Module, draw: int) -> torch.Tensor:
+        return loss_of_parts(wrapped, draw)
+
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 STRATEGIES: dict[str, Strategy] = {
     "ddp": DDP(),
@@ -273,6 +287,8 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp2-outside-tail": FSDP2(True, True, outside=True, units="tail"),
     "fsdp2-norms": FSDP2(False, True, units="norms"),
     "fsdp2-planted": FSDP2(False, planted=True),
+    "context": Context(False, True),
+    "context-before": Context(True, True),
     "zero2": Zero(2),
     "zero3": Zero(3),
     "zero3-after": Zero(3, False),

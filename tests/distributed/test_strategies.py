@@ -6,19 +6,13 @@ is read by all tests of this file. The rest of the matrix is marked slow."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.models import CASES
 
-ROOT = Path(__file__).parents[2]
 CORE = {
     "ddp": ["ddp"],
     "fsdp2": ["fsdp2-before-reshard", "fsdp2-after"],
@@ -92,27 +86,6 @@ def takes(strategy: str, case: str) -> bool:
     return "linears" not in strategy or "lora" in case
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """launch -> what it found, by job."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def of(launch: str) -> dict[str, Any]:
-        if launch not in found:
-            out = tmp_path_factory.mktemp(launch) / "results.json"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command += ["-m", "tests.distributed.worker", str(out), *jobs(launch)]
-            settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            run = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, env=os.environ | settings, timeout=900
-            )
-            assert run.returncode == 0, run.stderr[-4000:]
-            found[launch] = json.loads(out.read_text())
-        return found[launch]
-
-    return of
-
-
 ALL = [pytest.param(launch, job, id=job, marks=marks(launch)) for launch in LAUNCHES for job in jobs(launch)]
 STEPS = [p for p in ALL if not p.id.startswith(("costs", "fsdp2-planted", "verify"))]
 VERIFY = [pytest.param(launch, job, id=job, marks=marks(launch)) for launch, found in VERIFIED.items() for job in found]
@@ -122,7 +95,7 @@ VERIFY = [pytest.param(launch, job, id=job, marks=marks(launch)) for launch, fou
 def test_as_one_process(results, launch, job):
     """Loss and gradients are those of one process on the whole batch; trained weights are equal on all ranks, and are
     what is saved; every rank swaps the same."""
-    found = results(launch)[job]
+    found = results(launch, jobs(launch))[job]
     assert "raised" not in found, found["raised"]
     assert found["ok"], found["worst"]
     assert found["adapters_equal"] and found.get("saved_equal", True)
@@ -162,7 +135,7 @@ def _zero3(report: dict[str, Any], expected: dict[str, int], case: str) -> None:
 
 
 def test_a_layer_sharded_by_itself_computes_alone_and_says_so(results):
-    found = results("fsdp2")["fsdp2-linears llama-lora"]
+    found = results("fsdp2", jobs("fsdp2"))["fsdp2-linears llama-lora"]
     assert "raised" not in found, found["raised"]
     for rank in found["ranks"]:
         assert rank["apart"] and all("it is sharded apart" in reason for reason in rank["apart"])
@@ -170,7 +143,7 @@ def test_a_layer_sharded_by_itself_computes_alone_and_says_so(results):
 
 def test_a_proof_that_fails_on_one_rank_leaves_the_module_stock_on_all(results):
     """The second process alone finds its norms' proofs bad."""
-    found = results("fsdp2")["fsdp2-planted llama-lora"]
+    found = results("fsdp2", jobs("fsdp2"))["fsdp2-planted llama-lora"]
     assert "raised" not in found, found["raised"]
     assert found["ok"], found["worst"]
     first, second = found["ranks"]
@@ -182,7 +155,7 @@ def test_a_proof_that_fails_on_one_rank_leaves_the_module_stock_on_all(results):
 @pytest.mark.parametrize("case", ["llama-lora", "llama-nf4"])
 def test_costs_no_more_than_one_process(results, case):
     """Bytes that are kept for the backward, by token, and operators of a step: within 5%."""
-    found = results("fsdp2")[f"costs {case}"]
+    found = results("fsdp2", jobs("fsdp2"))[f"costs {case}"]
     assert "raised" not in found, found["raised"]
     for what in ("kept", "launches"):
         one, fsdp2 = found[what]
@@ -192,7 +165,7 @@ def test_costs_no_more_than_one_process(results, case):
 @pytest.mark.parametrize(("launch", "job"), VERIFY)
 def test_verify(results, launch, job):
     """Every comparison holds; a fault that is planted fails the lines that are about it, and these name it."""
-    found = results(launch)[job]
+    found = results(launch, jobs(launch))[job]
     assert "raised" not in found, found["raised"]
     lines, plant = {x["name"]: x for x in found["lines"]}, job.split(" ")[0].partition("+")[2]
     failed = [x for x in found["lines"] if not x["ok"]]

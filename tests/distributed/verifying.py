@@ -6,14 +6,16 @@ into what the processes do.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fastft.tools.verify.ranks.job import RankJob
 from fastft.tools.verify.ranks.worker import verified
+from tests.distributed.loaded import shared_folder
 from tests.distributed.models import make
 from tests.distributed.plants import PLANTS
 
@@ -25,18 +27,16 @@ def verify_case(strategy: str, case: str) -> dict[str, Any]:
     with shared_folder() as folder:
         if dist.get_rank() == 0:
             make(f"{family}-full").save_pretrained(folder / "base")
+            if weights == "columns":
+                columns(folder / "base").save_pretrained(folder / "columns")
         dist.barrier()
-        base, out = str(folder / "base"), str(folder / "out")
+        base, out = str(folder / ("columns" if weights == "columns" else "base")), str(folder / "out")
         job = RankJob(base, kind, "float32", weights == "nf4", weights != "full", rows=2, seq=16, steps=3, folder=out)
         with PLANTS[plant]() if plant else contextlib.nullcontext():
             return verified(job)
 
 
-@contextlib.contextmanager
-def shared_folder():
-    """The first process's, known to all."""
-    with tempfile.TemporaryDirectory() if dist.get_rank() == 0 else contextlib.nullcontext() as folder:
-        shared: list[Any] = [folder]
-        dist.broadcast_object_list(shared, 0)
-        yield Path(shared[0])
-        dist.barrier()
+def columns(base: Path) -> Any:
+    """A model with an adapter on layers that tensor parallelism splits by columns."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"]))

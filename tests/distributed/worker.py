@@ -5,7 +5,8 @@ down how that agrees with a single process that sees the whole batch.
 
 OUT (JSON, written by the first process): for each job {"ok", "error", "stock_error", "worst", "adapters_equal",
 "saved_equal", "ranks": [what the report of each rank says]}, or {"raised": the traceback}. `strategies.py` says how
-each strategy prepares a model; "costs" is none (`costs.py`), nor is "verify-STRATEGY" (`verifying.py`)."""
+each strategy prepares a model; "costs" is none (`costs.py`), nor "lost-masks" (`context.py`), nor "verify-STRATEGY"
+(`verifying.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ import torch
 import torch.distributed as dist
 
 import fastft
+from fastft.tools.verify.ranks.checks import exchanged
+from tests.distributed.context import lost_masks
 from tests.distributed.costs import costs
+from tests.distributed.loaded import LOADED, adapter_too_late
 from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
 from tests.distributed.verifying import verify_case
@@ -71,7 +75,11 @@ def job_of(strategy: str, case: str) -> dict[str, Any]:
     if strategy.startswith("verify-"):
         found = verify_case(strategy.removeprefix("verify-"), case)
         return found | {"lines": [asdict(x) for x in found["lines"]]}
-    return costs(case) if strategy == "costs" else one_case(case, STRATEGIES[strategy])
+    if strategy == "lost-masks":
+        return {"said": exchanged(lost_masks())}
+    if strategy == "late-adapter":
+        return {"notes": adapter_too_late()}
+    return costs(case) if strategy == "costs" else one_case(case, (STRATEGIES | LOADED)[strategy])
 
 
 def main(out: str, *jobs: str) -> None:

@@ -13,6 +13,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from fastft_kernels.norm import rms_norm as module
 from fastft_kernels.norm.rms_norm import rms_norm, rms_norm_recompute, rms_norm_ref, rms_norm_with_rstd
 from fastft_kernels.numerics import compare
+from fastft_kernels.quant.fp8 import quantize_rows_ref
 from fastft_kernels.runtime import rows as _rows
 from fastft_kernels.runtime.dispatch import INTERPRETED, use_triton
 from fastft_kernels.runtime.rows import RowTile
@@ -393,3 +394,42 @@ def test_more_than_2_to_the_31_elements(dtype, device):
         module._bwd(dy, x, rstd, w, 0.0, True, True), module._bwd(dy, x.clone(), rstd, w, 0.0, True, True)
     ):
         assert torch.equal(far, near)
+
+
+ROUNDED = {
+    "rows": lambda draw: draw(7, 24),
+    "one row": lambda draw: draw(1, 5),
+    "odd": lambda draw: draw(2, 3, 33),
+    "heads of a view": lambda draw: draw(2, 3, 4, 16).transpose(1, 2),
+    "wide": lambda draw: draw(3, 17000),
+    "empty": lambda draw: draw(0, 8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("shape", ROUNDED)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rounded_in_the_same_launch(shape, weighted, dtype, device):
+    """y, r, the gradients and y's rows in e4m3 are the bits of the norm and of the quantisation one after the other."""
+
+    def draw(*shape):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device)
+        if x.numel() > 40:
+            x.view(-1)[3], x.view(-1)[-2] = float("nan"), float("inf")
+        return x.to(dtype)
+
+    x = ROUNDED[shape](draw).detach().requires_grad_()
+    w = torch.linspace(-2, 2, x.shape[-1], device=device, dtype=dtype).requires_grad_() if weighted else None
+    for offset, before in ((0.0, True), (1.0 if weighted else 0.0, False)):
+        form = (EPS, offset, before, dtype)
+        y, rstd = module.run(x, w, *form)
+        found = module.run_rounded(x, w, *form)
+        assert not any(t.requires_grad for t in found[1:])
+        q, scale = quantize_rows_ref(y.detach().reshape(-1, x.shape[-1]))
+        for mine, theirs in zip(found, (y, rstd, q.view(torch.uint8), scale)):
+            mine = mine.view(torch.uint8) if mine.dtype == q.dtype else mine
+            assert mine.stride() == theirs.stride() and torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))
+        given = torch.ones_like(y)
+        inputs = [t for t in (x, w) if t is not None]
+        for mine, theirs in zip(torch.autograd.grad(found[0], inputs, given), torch.autograd.grad(y, inputs, given)):
+            assert torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))

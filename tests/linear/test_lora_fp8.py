@@ -10,10 +10,16 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
 import fastft
+from fastft.errors import QuantizationError
 from fastft.linear.float8_linear import SCALE, Float8Linear
+from fastft.mlp import mlp
+from fastft.norm import recogniser
 from fastft.proving.proof_cache import CACHE
+from fastft.swapping.swap import is_fast, state_of
+from fastft_kernels.lora import group
 from fastft_kernels.quant import scaled_product
 from fastft_kernels.quant.int8 import dequantize_e4m3
+from fastft_kernels.recompute.recomputation import ASKED
 from tests.linear.lora_models import adapted, fallbacks, llama, run, same_bits, tokens, train_step
 
 E4M3 = torch.float8_e4m3fn
@@ -190,3 +196,86 @@ def test_a_weight_that_is_to_learn_goes_the_stock_way():
     model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="an FP8 weight is frozen"):
         train_step(model)
+
+
+def counted(model, steps, monkeypatch):
+    """Each step's loss and gradients, and how many inputs were rounded by a launch of their own."""
+    real, calls, found = scaled_product.quantized, [], []
+    monkeypatch.setattr(scaled_product, "quantized", lambda x, columns=None: calls.append(columns) or real(x, columns))
+    for _ in range(steps):
+        calls.clear()
+        model.zero_grad(set_to_none=True)
+        results = train_step(model)
+        found.append((results, sum(c is None for c in calls)))
+    monkeypatch.setattr(scaled_product, "quantized", real)
+    return found
+
+
+def test_what_made_the_input_rounds_it(monkeypatch):
+    """From the second step on, to the same bits; of an input that changed since, or that nobody multiplies in FP8 any
+    more, nothing is taken or made. (Adapters are in the weights' dtype: otherwise the input is narrowed first.)"""
+    model = adapted(float8(torch.bfloat16)).bfloat16()
+    apart = copy.deepcopy(model)
+    fastft.patch(model)
+    fused = counted(model, 3, monkeypatch)
+    monkeypatch.setattr(group, "take_rounded", lambda source: None)
+    separate = counted(fastft.patch(apart), 3, monkeypatch)
+    for (mine, _), (theirs, _) in zip(fused, separate):
+        same_bits(mine, theirs)
+    # two layers of q k v, o, gate up, down; q's first input needs no gradient, and nobody makes o's
+    assert [n for _, n in separate] == [8, 8, 8] and [n for _, n in fused] == [8, 3, 3]
+    states = [state_of(m, "norm") for m in model.modules() if is_fast(m, "norm")]
+    assert sorted(s.asked for s in states).count(ASKED) >= 3
+    with model.disable_adapter():
+        for _ in range(3):
+            train = model(input_ids=tokens(), labels=tokens())
+        assert all(s.asked == 0 for s in states), train.loss
+
+
+def test_an_input_that_was_changed_is_rounded_anew(monkeypatch):
+    model = fastft.patch(adapted(float8(torch.bfloat16)).bfloat16())
+    norm = model.get_submodule("base_model.model.model.layers.1.post_attention_layernorm")
+    train_step(model)
+    model.zero_grad(set_to_none=True)
+    norm.register_forward_hook(lambda module, args, y: y.mul_(2))
+    with_hook, (again, _) = counted(model, 2, monkeypatch)
+    monkeypatch.setattr(group, "take_rounded", lambda source: None)
+    ((separate, _),) = counted(model, 1, monkeypatch)
+    same_bits(with_hook[0], separate)
+    same_bits(again, separate)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name", "wrong"),
+    [
+        ("norm", recogniser, "run_rounded", lambda real, *a: (*real(*a)[:3], 2 * real(*a)[3])),
+        ("mlp", mlp, "run_rounded", lambda real, *a: (*real(*a)[:2], 2 * real(*a)[2])),
+    ],
+    ids=["norm", "mlp"],
+)
+def test_what_rounds_to_other_bits_is_not_swapped(kind, module, name, wrong, monkeypatch):
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: wrong(real, *a))
+    known = {key: CACHE.pop(key) for key in list(CACHE) if key[0] == kind}
+    try:
+        model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))
+    finally:
+        for key in [key for key in CACHE if key[0] == kind]:
+            del CACHE[key]
+        CACHE.update(known)
+    found = [r for r in fastft.report(model) if r.kind == kind]
+    assert any(not r.is_swapped and "rounds to other bits" in r.reason for r in found)
+
+
+def test_a_merge_is_refused():
+    """In one line with the fix, and before anything is changed; on a plain base adapters merge as they do."""
+    model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(QuantizationError, match="fastft export ADAPTER --to merged --base-precision fp8"):
+            merge()
+    assert all(torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in model.state_dict().items())
+    assert not any(m.merged for m in model.modules() if type(m).__name__ == "Linear" and hasattr(m, "merged"))
+    assert rows(model)[0].is_swapped and not fallbacks(model)
+    plain = adapted(llama(torch.bfloat16, layers=1))
+    assert isinstance(fastft.patch(plain).merge_and_unload(), nn.Module)

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import fastft
 from fastft import FastModel, errors
 from fastft.linear.float8_linear import Float8Linear, float8_layers
 from fastft.loading import fp8
+from fastft.loading.float8_saving import see_to_saving
 from fastft_kernels.quant.fp8 import quantize_e4m3_blocks, quantize_e4m3_rows
 from fastft_kernels.quant.int8 import dequantize_e4m3
 from tests.model.test_loading import TEXT, one_line, stock
@@ -142,6 +144,69 @@ def test_a_checkpoint_in_fp8(in_fp8, folder):
         assert ((m.weight_scale_inv - scale).abs() <= scale * 2.0**-8).all()
     losses = trains(model)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("asked", ["rows", "blocks"])
+def test_a_bare_base_is_saved_dense(folder, tmp_path, asked):
+    """What stock loads from it is the matrix of each layer; the model that was saved is as it was."""
+    model = fast(folder, load_in_fp8=asked, peft_config=None)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in model.state_dict().items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16 and set(again.state_dict()) < set(before)
+    assert not hasattr(again.config, "quantization_config")
+    for name, t in again.state_dict().items():
+        q = before[name]
+        if f"{name}_scale_inv" in before:
+            q = dequantize_e4m3(q, before[f"{name}_scale_inv"], torch.bfloat16, BLOCK if asked == "blocks" else None)
+        assert torch.equal(t, q), name
+    with pytest.raises(errors.QuantizationError) as e:
+        model.dequantize()
+    assert "load again without load_in_fp8" in one_line(e)
+
+
+@pytest.fixture
+def with_units(monkeypatch):
+    """transformers keeps a checkpoint in FP8, as where there are FP8 units."""
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+
+
+def test_a_checkpoint_in_fp8_is_trained_as_it_comes(in_fp8, with_units, tmp_path):
+    """Where transformers keeps it in FP8: the stored bits and nothing beside them, from loading to both ways of
+    saving."""
+    stored = load_file(f"{in_fp8}/model.safetensors")
+    same = lambda a, b: a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    model = fast(in_fp8, load_in_fp8=True)
+    assert len(float8_layers(model)) == 14
+    losses = trains(model)
+    assert losses[-1] < losses[0]
+    assert sum(r.count for r in fastft.report(model) if r.kind == "linear group" and r.is_swapped) == 14
+    name = lambda n: n.removeprefix("base_model.model.").replace(".base_layer", "")
+    kept = {name(n): p for n, p in model.named_parameters() if not p.requires_grad}
+    assert kept.keys() == stored.keys() and all(same(t, stored[n]) for n, t in kept.items())
+    model.save_pretrained(tmp_path / "adapter")
+    again = FastModel.from_pretrained(tmp_path / "adapter", load_in_fp8=True)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids()).logits, again.eval()(ids()).logits)
+
+    fast(in_fp8, load_in_fp8=True, peft_config=None).save_pretrained(tmp_path / "bare")
+    written = load_file(tmp_path / "bare" / "model.safetensors")
+    assert written.keys() == stored.keys() and all(same(t, stored[n]) for n, t in written.items())
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "bare").model.layers[0].mlp.up_proj) is FP8Linear
+
+
+def test_one_scale_a_weight_is_not_saved(in_fp8, with_units, tmp_path):
+    """Scales are kept by row here: what transformers would write is not what it reads."""
+    model = AutoModelForCausalLM.from_pretrained(in_fp8)
+    for m in model.modules():
+        if type(m) is FP8Linear:
+            m.weight_scale_inv, m.block_size = nn.Parameter(m.weight_scale_inv[0, 0], requires_grad=False), None
+    fp8.take_float8(model, "both")
+    see_to_saving(model)
+    with pytest.raises(errors.QuantizationError) as e:
+        model.save_pretrained(tmp_path)
+    assert "copy the folder" in one_line(e)
 
 
 @pytest.mark.parametrize("block", [BLOCK, None])

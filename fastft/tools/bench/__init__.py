@@ -9,5 +9,6 @@ steps     gradients for the gate; time, tokens and memory of the timed steps
 timing    timers for CPU and GPU, the measured roof of the device
 limits    the physical limit of a LoRA step
 machine   device, versions and the model's shape
+fp8       `--fp8`: the products of each shape, as a table to load by
 plot      speed.png, memory.png, length.png
 """

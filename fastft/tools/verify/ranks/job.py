@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = ("ddp", "fsdp2", "zero2", "zero3")  # of strategies
+NAMES = ("ddp", "fsdp2", "zero2", "zero3", "tp")  # of strategies
 
 
 @dataclass(frozen=True)

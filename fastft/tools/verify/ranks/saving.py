@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fastft.tools.verify.ranks.strategies import Strategy
+from fastft.tools.verify.ranks.strategies import gathered
 from fastft.tools.verify.ranks.training import Results, trained
-
-
-def save(strategy: Strategy, folder: Path) -> None:
-    """As a trainer does: by `save_pretrained`, from the first process."""
-    state = strategy.state()
-    if dist.get_rank() == 0:
-        strategy.model.save_pretrained(folder, state_dict=state)
-    dist.barrier()
 
 
 def as_saved(model: Any, weights: Results) -> Results:
@@ -62,4 +53,4 @@ def file_of(folder: Path) -> Results:
 
 def loaded(model: Any) -> Results:
     """The parameters that train of a model as it was loaded."""
-    return {n: p.detach().clone() for n, p in trained(model).items()}
+    return {n: gathered(p) for n, p in trained(model).items()}

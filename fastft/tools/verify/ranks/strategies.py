@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from fastft.compat.sharding_private import fsdp_module
+from fastft.errors import ProcessesError
 from fastft.parsing import parse_dtype
 from fastft.patching.patcher import innermost
 from fastft.tools.verify.layers import decoder_layers
 from fastft.tools.verify.ranks.batches import Batch, draw, part, tokens_of
-from fastft.tools.verify.ranks.training import Recipe, Results, loss_of, optimizer_of
+from fastft.tools.verify.ranks.training import Recipe, Results, loss_of, optimizer_of, trained
 
 OPTIMIZER = "optimizer.pt"
 
@@ -23,6 +25,16 @@ def gathered(t: torch.Tensor) -> torch.Tensor:
     """A copy of a whole tensor, of a sharded one too. Every process comes here alike."""
     whole: Any = getattr(t, "full_tensor", None)
     return (whole() if whole is not None else t).detach().clone()
+
+
+def put(p: nn.Parameter, value: torch.Tensor) -> None:
+    """A whole value into a parameter, sharded or not."""
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = p
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    p.data.copy_(value)
 
 
 def plain(name: str) -> str:
@@ -51,6 +63,12 @@ class Strategy:
     def quantised(cls, dtype: str) -> dict[str, Any]:
         """How a base in NF4 is loaded."""
         return {"load_in_4bit": True}
+
+    @classmethod
+    def placed(cls, model: Any, recipe: Recipe, again: Callable[..., Any]) -> Any:
+        """The stock model that is trained, with the values of this one. again: loads it anew, with more arguments for
+        `from_pretrained`."""
+        return model
 
     def wrap(self, model: Any) -> Any:
         """The model as this strategy calls it; shards it in place where it does."""
@@ -105,6 +123,13 @@ class Strategy:
     def state(self) -> dict[str, torch.Tensor] | None:
         """What the first process passes to `save_pretrained`; None where the model holds its weights itself."""
         return None
+
+    def save(self, folder: Path) -> None:
+        """As a trainer does: by `save_pretrained`, from the first process."""
+        state = self.state()
+        if dist.get_rank() == 0:
+            self.model.save_pretrained(folder, state_dict=state)
+        dist.barrier()
 
     def save_optimizer(self, folder: Path) -> None:
         """Its whole state, by the first process."""
@@ -165,3 +190,38 @@ class FSDP2(Strategy):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: Any = get_model_state_dict(self.model, options=options)
         return state
+
+
+class TP(Strategy):
+    """transformers' own tensor parallelism: each process has a part of every layer's weights, and takes all rows."""
+
+    is_split = False
+
+    @classmethod
+    def placed(cls, model: Any, recipe: Recipe, again: Callable[..., Any]) -> Any:
+        """Loaded with a `DistributedConfig`. Raises ProcessesError where stock cannot take a step."""
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        try:
+            parts = again(distributed_config=DistributedConfig(tp_size=dist.get_world_size()), device_map=None)
+            for (_, p), (_, whole) in zip(trained(parts).items(), trained(model).items(), strict=True):
+                put(p, whole.detach())
+            batch = draw(innermost(parts), recipe.rows, recipe.seq, 0)
+            loss_of(parts.train(), batch, tokens_of(batch), recipe.counts).backward()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as e:  # each process alike
+            said = str(e).strip().splitlines()[0][:200] if str(e).strip() else ""
+            raise ProcessesError(
+                f"verify: --strategy tp: stock cannot train this model so ({type(e).__name__}: {said}): adapt the "
+                "layers that its tp_plan splits by columns alone, or use --no-lora"
+            ) from e
+        parts.zero_grad()
+        return parts
+
+    def wrap(self, model: Any) -> Any:
+        """Loaded so."""
+        return model
+
+    def save(self, folder: Path) -> None:
+        """By `save_pretrained` of every process, which gathers."""
+        self.model.save_pretrained(folder)
+        dist.barrier()

@@ -21,7 +21,7 @@ from fastft.tools.verify.ranks import checks, saving
 from fastft.tools.verify.ranks.batches import tokens_of
 from fastft.tools.verify.ranks.diagnosis import named, of_average, stale_weights
 from fastft.tools.verify.ranks.job import Line, RankJob
-from fastft.tools.verify.ranks.strategies import DDP, FSDP2, Strategy
+from fastft.tools.verify.ranks.strategies import DDP, FSDP2, TP, Strategy, gathered, put
 from fastft.tools.verify.ranks.training import (
     Recipe,
     Results,
@@ -33,7 +33,8 @@ from fastft.tools.verify.ranks.training import (
 )
 from fastft.tools.verify.ranks.zero import Zero2, Zero3
 
-STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2, "zero2": Zero2, "zero3": Zero3}  # job.py: NAMES
+# job.py: NAMES
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "fsdp2": FSDP2, "zero2": Zero2, "zero3": Zero3, "tp": TP}
 WAIT = timedelta(hours=1)  # for the first process, which computes the truth
 
 
@@ -54,12 +55,12 @@ def main(job: RankJob) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-def load(job: RankJob, name: str) -> Any:
+def load(job: RankJob, name: str, **more: Any) -> Any:
     """The model as FastModel loads it, stock again. B of a new adapter is drawn: at its initial zero no gradient would
-    reach A."""
+    reach A. more: for `from_pretrained`."""
     from fastft.loading.fast_model import FastModel
 
-    how: dict[str, Any] = {} if job.lora else {"peft_config": None}
+    how: dict[str, Any] = more if job.lora else more | {"peft_config": None}
     if job.four_bit:
         how |= STRATEGIES[job.strategy].quantised(job.dtype)
     with contextlib.redirect_stdout(None):
@@ -67,8 +68,8 @@ def load(job: RankJob, name: str) -> Any:
         model = FastModel.from_pretrained(name, dtype=job.dtype, **how)
     generator = torch.Generator().manual_seed(0)
     for n, p in trained(model).items():
-        if "lora_B" in n and not p.any():
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+        if "lora_B" in n and not gathered(p).any():
+            put(p, (torch.randn(p.shape, generator=generator) * 0.02).to(p.device, p.dtype))
     return unpatch(model) or model
 
 
@@ -83,6 +84,7 @@ def verified(job: RankJob) -> dict[str, Any]:
     lines.append(checks.equal_on_all("loaded on all ranks", begin, "begins with"))
     truth = _truth(job, model, size if kind.is_split else 1)
     recipe = truth.recipe
+    model = kind.placed(model, recipe, lambda **how: load(job, job.model, **how))
 
     with without_dropout(model):
         patch(model)
@@ -92,7 +94,7 @@ def verified(job: RankJob) -> dict[str, Any]:
         for step in range(recipe.steps - 1):
             results |= strategy.step(step)
         halfway = strategy.weights()
-        saving.save(strategy, folder)
+        strategy.save(folder)
         strategy.save_optimizer(folder)
         results |= strategy.step(recipe.steps - 1)
         after = strategy.weights()
@@ -178,8 +180,9 @@ def _resumed(job: RankJob, recipe: Recipe, folder: Path, wanted, halfway, truth:
     lines = [checks.on_all("saved as trained", odd, f"{len(halfway)} tensors")]
     if not all(checks.exchanged(model is not None)):
         return [*lines, Line("resumed", False, "what was saved cannot be loaded")]
-    with without_dropout(model):  # type: ignore[arg-type]
-        patch(model)  # type: ignore[arg-type]
+    model = STRATEGIES[job.strategy].placed(model, recipe, lambda **how: load(job, str(folder), **how))
+    with without_dropout(model):
+        patch(model)
         strategy = STRATEGIES[job.strategy](model, recipe)
         strategy.load_optimizer(folder)
         again = strategy.step(last)

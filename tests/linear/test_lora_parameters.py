@@ -171,7 +171,7 @@ def test_deepcopy_shares_nothing(base):
     other = copy.deepcopy(ours)
     with torch.no_grad():
         for p in trainable(other):
-            p.add_(0.1)
+            p.add_(0.02)
     same_bits(before, run(ours, train_step))
     ours.zero_grad(set_to_none=True)
     changed = run(other, train_step)
@@ -179,5 +179,5 @@ def test_deepcopy_shares_nothing(base):
     stock = BASES[base]()
     with torch.no_grad():
         for p in trainable(stock):
-            p.add_(0.1)
+            p.add_(0.02)
     judge(changed, run(in_float64(stock), train_step, reference=True), run(stock, train_step))

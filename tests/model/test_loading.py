@@ -22,12 +22,12 @@ from fastft import FastModel, errors
 from fastft.loading import checkpoint, precision
 
 TEXT = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "vocab_size": 128,
     "max_position_embeddings": 64,
 }

@@ -10,7 +10,6 @@ import fastft
 from tests.linear.lora_models import (
     ALL,
     BASES,
-    DRAWS,
     adapted,
     both,
     dense,

@@ -24,7 +24,7 @@ def base(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,  # of whole blocks of a 4-bit weight
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -53,8 +53,8 @@ WORDS = [
 ]
 TEXTS = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(6 + i % 5)) for i in range(24)]
 SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
+    hidden_size=64,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
@@ -126,6 +126,11 @@ def load(
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     set_seed(0)
     model = auto.from_pretrained(folder, dtype=torch.float32, **quantised)
+    for (
+        module
+    ) in model.modules():  # bitsandbytes' inference in bfloat16, after which it cannot train: the same on every CPU
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if quantised and way == "reference":
         model = model.dequantize()
     if lora:

@@ -24,7 +24,7 @@ from fastft.tools.verify.ranks.checks import equal_on_all
 from fastft.tools.verify.ranks.strategies import gathered, mean_of, plain
 from tests.distributed.context import hook, loss_of_parts
 from tests.distributed.models import half, name_of, whole
-from tests.linear.lora_models import Results
+from tests.linear.lora_models import DRAWS, Results
 
 LEARNING_RATE = 0.1
 
@@ -58,16 +58,11 @@ class Strategy:
     def prepare(self, model: nn.Module, patched: bool) -> nn.Module:
         raise NotImplementedError
 
-    @property
-    def draws(self) -> int:
-        """Batches that are judged as one: where products are rounded to 16 bits, luck is large."""
-        return 4 if self.mixed else 1
-
     def train(self, model: nn.Module, patched: bool) -> Trained:
         """A step that is thrown away, as the first begins with other code (a guard, lazy initialisation); one of each
         batch on the same weights; then the optimizer's."""
         wrapped, results = self.prepare(model, patched), {}
-        for i in (0, *range(self.draws)):
+        for i in (0, *range(DRAWS)):
             wrapped.zero_grad(set_to_none=True)
             results[name_of("loss", i)] = self.backward(wrapped, i)
             for n, p in wrapped.named_parameters():
@@ -225,15 +220,17 @@ class Zero(Strategy):
         )
         if patched and not self.before:
             fastft.patch(model)
-        batch = half(dist.get_rank())
-        for _ in range(2):  # the first is thrown away, as it begins with other code
+        results = {}
+        for i in (0, *range(DRAWS)):  # the first is thrown away, as it begins with other code
             engine.optimizer.zero_grad()
-            loss = engine(**batch, num_items_in_batch=tokens_of(whole())).loss * dist.get_world_size()
+            batch, count = half(dist.get_rank(), i), tokens_of(whole(i))
+            loss = engine(**batch, num_items_in_batch=count).loss * dist.get_world_size()
             engine.backward(loss)
-        results = {"loss": mean_of(loss)}
-        for n, p in model.named_parameters():
-            if p.requires_grad:
-                results[f"d {n}"] = safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
+            results[name_of("loss", i)] = mean_of(loss)
+            for n, p in model.named_parameters():
+                if p.requires_grad:
+                    found = safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
+                    results[name_of(f"d {n}", i)] = found
         engine.step()
         weights = {
             n: safe_get_full_fp32_param(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))

@@ -31,7 +31,7 @@ from tests.distributed.loaded import LOADED, adapter_too_late
 from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
 from tests.distributed.verifying import verify_case
-from tests.linear.lora_models import in_float64, judge, run
+from tests.linear.lora_models import DRAWS, in_float64, judge, run
 
 
 def summary(model: torch.nn.Module) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def one_case(name: str, strategy: Any) -> dict[str, Any]:
     """Results of one model; compared on the first process."""
     dtype = strategy.dtype
     stock = make(name, dtype)
-    step = lambda m: step_of(m, strategy.draws)
+    step = lambda m: step_of(m, DRAWS)
     reference = run(in_float64(stock), step, reference=True)
     if strategy.mixed:
         eager = strategy.train(copy.deepcopy(stock), patched=False).results

@@ -1,4 +1,4 @@
-"""dequantize_4bit against bitsandbytes' format, bit for bit: a code of 16 numbers times the block's absmax, in float32."""
+"""dequantize_4bit against the 4-bit format, bit for bit: one of 16 numbers times its block's absmax, in float32."""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from fastft.api import patch, report
 from fastft.checkpointing.policy import parse
@@ -179,7 +180,7 @@ class FastModel:
         if fp8 is not None:
             quantise(model, linears, fp8, device if on_host else None)
             choose_products(model, fp8_table)
-            see_to_saving(model.get_base_model() if hasattr(model, "get_base_model") else model)
+            see_to_saving(model.get_base_model() if isinstance(model, PeftModel) else model)
         patch(model, activation_policy=policy, cuda_graphs=cuda_graphs)
         if int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console

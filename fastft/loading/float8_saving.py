@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from fastft.errors import QuantizationError
 from fastft.linear.float8_linear import SCALE, Float8Linear, float8_weight
@@ -25,14 +25,16 @@ class Float8Quantizer(HfQuantizer):
         super().__init__(None)  # type: ignore[arg-type]  # no configuration: what is written needs none
         self.refusal = refusal
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         return True
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(  # type: ignore[override]
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The model's tensors, FP8 weights dense on the host. Raises QuantizationError."""
         if self.refusal:
             raise QuantizationError(self.refusal)

@@ -124,7 +124,8 @@ class FastMLP(Replacement):
         rounded = None
         if state.asked and shape.gated and torch.is_grad_enabled() and not is_dynamo_compiling():
             state.asked -= 1
-            h, *rounded = shape.middle_rounded(*products)
+            h, q, scale = shape.middle_rounded(*products)
+            rounded = q, scale
         else:
             h = shape.middle(*products)
         if h.requires_grad:

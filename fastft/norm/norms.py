@@ -156,7 +156,8 @@ class FastNorm(Replacement):
         form, rounded = (settings.eps, f.offset, settings.cast_before, settings.out), None
         if state.asked and state.spares and torch.is_grad_enabled() and not is_dynamo_compiling():
             state.asked -= 1
-            y, rstd, *rounded = rms_norm_rounded(x, weight, *form)
+            y, rstd, q, scale = rms_norm_rounded(x, weight, *form)
+            rounded = q, scale
         else:
             y, rstd = rms_norm_with_rstd(x, weight, *form)
         if y.requires_grad and state.spares:

@@ -11,7 +11,7 @@ import fastft
 from fastft.checkpointing.controller import controller_of
 from fastft.lm_head import product as head_product
 from tests.checkpointing.test_activation import N, checkpointed, last, layers_of, model_of, notes
-from tests.linear.lora_models import BASES, gradients, in_float64, judge, run, same_bits, train_step
+from tests.linear.lora_models import BASES, DRAWS, gradients, in_float64, judge, run, same_bits, train_step
 
 
 class Full:
@@ -177,7 +177,7 @@ def test_a_graph_used_twice_and_two_forwards():
 
 
 def inputs_and_one_parameter(model):
-    embeds = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    embeds = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     loss = model(inputs_embeds=embeds, labels=torch.arange(3, 11)[None]).loss
     dx, dp = torch.autograd.grad(loss, (embeds, next(p for p in model.parameters() if p.requires_grad)))
     return {"dx": dx, "dp": dp, "loss": loss}
@@ -196,7 +196,7 @@ def loss_from_within(model):
     ids = torch.arange(3, 11)[None]
     loss = model(ids, labels=ids).loss + seen[0].square().sum()
     loss.backward()
-    return {"loss": loss, **gradients(model)}
+    return {"loss": loss.detach(), "inside": seen[0].detach(), **gradients(model)}
 
 
 @pytest.mark.parametrize("step", [inputs_and_one_parameter, hooked_parameters])

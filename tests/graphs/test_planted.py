@@ -100,7 +100,7 @@ def varied(model, i):
 
 
 def inputs(i, j):
-    return torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(100 * i + j))
+    return torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(100 * i + j))
 
 
 PLANTED = [

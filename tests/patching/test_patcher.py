@@ -209,7 +209,7 @@ def test_members_on_several_devices_compute_for_themselves():
         for p in attention.k_proj.parameters():
             p.data = torch.empty(p.shape, device="cuda")
         group.now.call = HolderCall()
-        attention.q_proj(torch.empty(1, 4, 32, requires_grad=True))
+        attention.q_proj(torch.empty(1, 4, 64, requires_grad=True))
         assert list(group.now.call.left) == [attention.v_proj]
         group.now.call = None
 

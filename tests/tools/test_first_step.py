@@ -174,7 +174,7 @@ class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.policy, self.value = tiny(0), tiny(1, AutoModelForSequenceClassification, num_labels=1)
-        self.head = nn.Linear(32, 1)
+        self.head = nn.Linear(64, 1)
 
     def forward(self, ids):
         return (
@@ -205,7 +205,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.pretrained_model, self.v_head = model, nn.Linear(32, 1)
+        self.pretrained_model, self.v_head = model, nn.Linear(64, 1)
 
     def forward(self, **batch):
         out = self.pretrained_model(**batch, output_hidden_states=True)

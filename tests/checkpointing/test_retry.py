@@ -11,7 +11,7 @@ import fastft
 from fastft.checkpointing.controller import controller_of
 from fastft.lm_head import product as head_product
 from tests.checkpointing.test_activation import N, checkpointed, last, layers_of, model_of, notes
-from tests.linear.lora_models import BASES, DRAWS, gradients, in_float64, judge, run, same_bits, train_step
+from tests.linear.lora_models import BASES, gradients, in_float64, judge, run, same_bits, train_step
 
 
 class Full:

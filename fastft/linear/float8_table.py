@@ -2,9 +2,9 @@
 
 A table is one device's, in JSON, as `fastft bench MODEL --fp8` writes it: for each (out, in) the microseconds of the
 forward and of the input's gradient with FP8 matrices, and with the weight made dense. Nothing is timed when a model is
-loaded or patched, as a time would then decide which bits a run has. Tables that come with fastft lie beside this file;
-the one of the nearest architecture counts, or the one that the caller names. A shape that is in none multiplies as it
-was asked to, and the report says that it was not measured."""
+loaded or patched, as a time would then decide which bits a run has. Tables that come with fastft lie beside this file
+(none does yet: no GPU has measured one); the one of the nearest architecture counts, or the one that the caller names.
+A shape that is in none multiplies as it was asked to, and the report says that it was not measured."""
 
 from __future__ import annotations
 

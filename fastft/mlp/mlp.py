@@ -93,10 +93,12 @@ class Shape:
 
 @dataclass
 class MlpState:
-    """What a swapped MLP keeps. asked: calls that are still to round down's input to FP8 as well, as down asked for."""
+    """What a swapped MLP keeps. asked: calls that are still to round down's input to FP8 as well, as down asked for.
+    rounds: whether it may ask, as that was proven too."""
 
     shape: Shape
     seen: ModuleSnapshot
+    rounds: bool = False
     asked: int = 0
 
 
@@ -122,22 +124,23 @@ class FastMLP(Replacement):
         first = shape.calls[:-1] if shape.down else shape.calls
         products = [modules[n](args[0]) for n in first]
         rounded = None
-        if state.asked and shape.gated and torch.is_grad_enabled() and not is_dynamo_compiling():
+        if state.asked and torch.is_grad_enabled() and not is_dynamo_compiling():
             state.asked -= 1
             h, q, scale = shape.middle_rounded(*products)
             rounded = q, scale
         else:
             h = shape.middle(*products)
         if h.requires_grad:
-            attach(h, Recomputation(tuple(products), shape.middle_again, shape.middle, rounded, state))
+            producer = state if state.rounds else None
+            attach(h, Recomputation(tuple(products), shape.middle_again, shape.middle, rounded, producer))
         if not shape.down:
             return h
         y = modules[shape.calls[-1]](h)
         return activation(y, shape.final) if shape.final else y
 
 
-def _install(module: nn.Module, shape: Shape) -> None:
-    install(module, KIND, FastMLP, MlpState(shape, ModuleSnapshot(module, shape.others)))
+def _install(module: nn.Module, shape: Shape, rounds: bool = False) -> None:
+    install(module, KIND, FastMLP, MlpState(shape, ModuleSnapshot(module, shape.others), rounds))
 
 
 def _interposed(module: nn.Module, shape: Shape) -> str:

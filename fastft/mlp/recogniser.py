@@ -209,8 +209,10 @@ class MLPs:
         found = self._known[key]
         if found is None or isinstance(found, str):
             return found
-        prove = lambda: self._prove(module, linears, found, dtype)
-        return Candidate(found.kernel, key, prove, lambda m: _install(m, found), device=device_of(module))
+        rounds = context.has_fp8 and found.gated
+        prove = lambda: self._prove(module, linears, found, dtype, rounds)
+        apply = lambda m: _install(m, found, rounds)
+        return Candidate(found.kernel, (*key, rounds), prove, apply, device=device_of(module))
 
     @staticmethod
     def _recognise(module: nn.Module, linears: dict[str, tuple[int, int]], given: int) -> Shape | str | None:
@@ -251,7 +253,9 @@ class MLPs:
         return "no activation known here gives the input of its last product"
 
     @staticmethod
-    def _prove(module: nn.Module, linears: dict[str, tuple[int, int]], shape: Shape, dtype: torch.dtype) -> Proof:
+    def _prove(
+        module: nn.Module, linears: dict[str, tuple[int, int]], shape: Shape, dtype: torch.dtype, rounds: bool
+    ) -> Proof:
         device = device_of(module)
         probe, log = _with_stand_ins(module, linears)
         width = _outward(linears)
@@ -259,7 +263,7 @@ class MLPs:
         rows = elementwise_rows(min(out for _, out in linears.values()), device)
         inputs = lambda g, scale: [(torch.randn(1, rows, width, generator=g, dtype=torch.float64) * scale).to(device)]
         proof = prove(probe.to(device), lambda m: _install(m, shape), inputs, dtype=dtype, scales=(1.0, 30.0))
-        if proof.ok and shape.gated and (why := _rounds_otherwise(shape, linears, rows, dtype, device)):
+        if proof.ok and rounds and (why := _rounds_otherwise(shape, linears, rows, dtype, device)):
             return Proof(False, dtype="e4m3", reason=why)
         log.clear()
         return proof

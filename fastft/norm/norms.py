@@ -97,11 +97,13 @@ class Settings:
 class NormState:
     """What a swapped norm keeps. found: the settings, by (dtype of x, dtype of the weight, eps). spares: consumers may
     recompute its output; not where their backward may run while the weight is sharded. asked: calls that are still to
-    round their output to FP8 as well, as a consumer that multiplies in FP8 asked for."""
+    round their output to FP8 as well, as a consumer that multiplies in FP8 asked for. rounds: whether it may be asked,
+    as that was proven too."""
 
     formula: Formula
     seen: ModuleSnapshot
     spares: bool = True
+    rounds: bool = False
     asked: int = 0
     found: dict[tuple, Settings] = field(default_factory=dict)
 
@@ -162,7 +164,8 @@ class FastNorm(Replacement):
             y, rstd = rms_norm_with_rstd(x, weight, *form)
         if y.requires_grad and state.spares:
             tensors = (x, rstd) if weight is None else (x, rstd, weight)
-            attach(y, Recomputation(tensors, settings.recompute, settings.formula, rounded, state))
+            producer = state if state.rounds else None
+            attach(y, Recomputation(tensors, settings.recompute, settings.formula, rounded, producer))
         return y
 
 
@@ -171,8 +174,8 @@ def _only(args: tuple, kwargs: dict) -> Any:
     return next(iter(kwargs.values())) if len(kwargs) == 1 and not args else None
 
 
-def _install(module: nn.Module, f: Formula, spares: bool = True) -> None:
-    install(module, KIND, FastNorm, NormState(f, ModuleSnapshot(module, but=(f.eps,)), spares))
+def _install(module: nn.Module, f: Formula, spares: bool = True, rounds: bool = False) -> None:
+    install(module, KIND, FastNorm, NormState(f, ModuleSnapshot(module, but=(f.eps,)), spares, rounds))
 
 
 def _layer_norm_again(there: tuple[bool, bool], out: torch.dtype, x, mean, rstd, *parameters) -> torch.Tensor:

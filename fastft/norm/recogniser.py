@@ -177,8 +177,6 @@ def _prove_mixed(module: nn.Module, f: Formula, device: torch.device) -> str:
 def _prove_rounded(f: Formula, width: int, dtype: torch.dtype, device: torch.device) -> str:
     """What an FP8 consumer is given of this norm, on `device`: the bits of the norm and of the quantisation one after
     the other. Empty when fine."""
-    if f.centred:
-        return ""
     g = torch.Generator().manual_seed(13)
     x = torch.randn(norm_rows(width, device), width, generator=g).to(device, dtype)
     w = torch.randn(width, generator=g).to(device, dtype) if f.weight else None
@@ -225,9 +223,11 @@ class Norms:
         if why := context.sharding.is_apart(module):
             return why
         f = found
-        prove = lambda: self._prove(module, f, width, dtype)
+        rounds = context.has_fp8 and not f.centred
+        prove = lambda: self._prove(module, f, width, dtype, rounds)
         spares = not context.sharding.outlives(module, context.seen)
-        return Candidate(f.kernel, key, prove, lambda m: _install(m, f, spares), device=device_of(module))
+        apply = lambda m: _install(m, f, spares, rounds)
+        return Candidate(f.kernel, (*key, rounds), prove, apply, device=device_of(module))
 
     def _gated(
         self, module: nn.Module, vector: tuple[str, nn.Parameter], given: tuple[str, str, int]
@@ -262,7 +262,7 @@ class Norms:
         return "no norm formula known here gives its output" if formula is None else _dtypes(module, formula, width)
 
     @staticmethod
-    def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype) -> Proof:
+    def _prove(module: nn.Module, f: Formula, width: int, dtype: torch.dtype, rounds: bool) -> Proof:
         device = device_of(module)
         stock = _copy_on_cpu(module).to(device)
         rows = norm_rows(width, device)
@@ -279,6 +279,6 @@ class Norms:
         proof = prove(stock, lambda m: _install(m, f), inputs, dtype=dtype, scales=(1.0, 30.0), reset=_draw_parameters)
         if proof.ok and (why := _prove_mixed(module, f, device)):
             return Proof(False, dtype="mixed", reason=why)
-        if proof.ok and (why := _prove_rounded(f, width, dtype, device)):
+        if proof.ok and rounds and (why := _prove_rounded(f, width, dtype, device)):
             return Proof(False, dtype="e4m3", reason=why)
         return proof

@@ -52,6 +52,13 @@ class Context:
             self.shared["looked at"] = [m for m in self.names if m not in inside]
         return self.shared["looked at"]
 
+    @property
+    def has_fp8(self) -> bool:
+        """Are there weights in FP8, whose products may ask what makes their input to round it as well?"""
+        if "has fp8" not in self.shared:
+            self.shared["has fp8"] = any(p.dtype == torch.float8_e4m3fn for p in self.model.parameters())
+        return self.shared["has fp8"]
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's proof runs: where its parameters lie, and on the CPU where they are on the meta device or it has

@@ -7,10 +7,7 @@ OUT (JSON, by the first process): for each job {"ok", "error", "stock_error", "w
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from fastft.proving.float64 import float64_reference
 from fastft.tools.verify.ranks.checks import equal_on_all
 from fastft.tools.verify.ranks.strategies import gathered, mean_of
 from fastft_kernels.numerics import compare
+from tests.distributed.jobs import run_jobs
 from tests.distributed.loaded import shared_folder
 from tests.trainers import harness as h
 from tests.trainers.rollouts import PROMPTS, Rollouts, reward
@@ -161,25 +159,14 @@ def job(strategy: str, name: str, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def main(out: str, *jobs: str) -> None:
-    """Every job; what one raises, all raise."""
+    """Every job, on one checkpoint."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
-    results: dict[str, Any] = {}
     with shared_folder() as folder:
         if dist.get_rank() == 0:
             h.checkpoint(folder / "model")
         dist.barrier()
-        for name in jobs:
-            begin = time.monotonic()
-            try:
-                found = job(*name.split(" "), folder / "model", folder / "out")
-            except Exception:  # the test shows it
-                found = {"raised": traceback.format_exc()[-3000:]}
-            results[name] = found | {"seconds": round(time.monotonic() - begin, 1)}
-            dist.barrier()
-    if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(results))
-    dist.barrier()
+        run_jobs(out, jobs, lambda strategy, trainer: job(strategy, trainer, folder / "model", folder / "out"))
     dist.destroy_process_group()
 
 

@@ -11,13 +11,9 @@ each strategy prepares a model; "costs" is none (`costs.py`), nor "lost-masks" (
 from __future__ import annotations
 
 import copy
-import json
 import sys
-import time
-import traceback
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +23,7 @@ import fastft
 from fastft.tools.verify.ranks.checks import exchanged
 from tests.distributed.context import lost_masks
 from tests.distributed.costs import costs
+from tests.distributed.jobs import run_jobs
 from tests.distributed.loaded import LOADED, adapter_too_late
 from tests.distributed.models import make, step_of
 from tests.distributed.strategies import STRATEGIES
@@ -83,22 +80,10 @@ def job_of(strategy: str, case: str) -> dict[str, Any]:
 
 
 def main(out: str, *jobs: str) -> None:
-    """Every job; what one raises, all raise."""
+    """Every job."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
-    results: dict[str, Any] = {}
-    for job in jobs:
-        strategy, case = job.split(" ")
-        begin = time.monotonic()
-        try:
-            found = job_of(strategy, case)
-        except Exception:  # the test shows it
-            found = {"raised": traceback.format_exc()[-3000:]}
-        results[job] = found | {"seconds": round(time.monotonic() - begin, 1)}
-        dist.barrier()
-    if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(results))
-    dist.barrier()
+    run_jobs(out, jobs, job_of)
     dist.destroy_process_group()
 
 

@@ -267,6 +267,26 @@ def test_what_rounds_to_other_bits_is_not_swapped(kind, module, name, wrong, mon
     assert any(not r.is_swapped and "rounds to other bits" in r.reason for r in found)
 
 
+def test_a_model_without_fp8_is_never_asked_to_round(monkeypatch):
+    """Nor is it proven there: a fault in what it does not use takes no swap away."""
+    known = dict(CACHE)
+    CACHE.clear()
+
+    def fail(*args):
+        raise AssertionError("rounded")
+
+    monkeypatch.setattr(recogniser, "run_rounded", fail)
+    monkeypatch.setattr(mlp, "run_rounded", fail)
+    try:
+        model = fastft.patch(adapted(llama(torch.bfloat16, layers=1)))
+    finally:
+        CACHE.clear()
+        CACHE.update(known)
+    assert {"norm", "mlp"} <= {r.kind for r in fastft.report(model) if r.is_swapped}
+    for _ in range(3):
+        train_step(model)
+
+
 def test_a_merge_is_refused():
     """In one line with the fix, and before anything is changed; on a plain base adapters merge as they do."""
     model = fastft.patch(adapted(float8(torch.bfloat16, layers=1)))

@@ -56,7 +56,8 @@ class Context:
     def has_fp8(self) -> bool:
         """Are there weights in FP8, whose products may ask what makes their input to round it as well?"""
         if "has fp8" not in self.shared:
-            self.shared["has fp8"] = any(p.dtype == torch.float8_e4m3fn for p in self.model.parameters())
+            dtypes = {p.dtype for m in self.looked_at for p in m._parameters.values() if p is not None}
+            self.shared["has fp8"] = torch.float8_e4m3fn in dtypes
         return self.shared["has fp8"]
 
 
